@@ -1,0 +1,6 @@
+"""`python -m penstock` is the `penstock` command."""
+
+from .cli.main import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,398 @@
+"""Every message on the wire, as msgspec structs; their encoding is MessagePack.
+
+Families are named after the receiver:
+
+    ToWorker    router → worker          ToRouter    worker → router          HandoffMessage    worker ↔ worker, both ways
+
+Every field has a type and a bound, unknown fields are refused, so decoding is validation. Token ids travel as little-endian int32
+bytes (`pack_ids`, `unpack_ids`). No message carries an address or a size that the receiver has not granted; the one place where a
+worker names where it listens is `Hello`, and only the router passes that on.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+import numpy as np
+
+from ..core.errors import ProtocolError
+from .sampling import MAX_CHOICES, MAX_LOGPROBS, SamplingParams, TokenId
+
+PROTOCOL_VERSION = 1
+MAX_PROMPT_BYTES = 4 * (1 << 20)
+MAX_BLOCKS = 1 << 20
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+Sequence64 = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+RequestId = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+WorkerId = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+Epoch = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}$")]
+TicketId = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+IdBytes = Annotated[bytes, msgspec.Meta(max_length=MAX_PROMPT_BYTES)]
+Text = Annotated[str, msgspec.Meta(max_length=1000)]
+Code = Annotated[str, msgspec.Meta(max_length=64)]
+Ordinals = Annotated[list[Count], msgspec.Meta(max_length=MAX_BLOCKS)]
+Role = Literal["prefill", "decode", "both"]
+WorkerState = Literal["starting", "ready", "draining"]
+FinishReason = Literal["stop", "length"]
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag=True):
+    """Base of all messages; the tag on the wire is the class name."""
+
+
+class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Base of the pieces inside messages."""
+
+
+def pack_ids(token_ids: list[int]) -> bytes:
+    return np.asarray(token_ids, dtype="<i4").tobytes()
+
+
+def unpack_ids(data: bytes) -> list[int]:
+    """Token ids as a list; raises ProtocolError for a torn array or a negative id."""
+    if len(data) % 4:
+        raise ProtocolError(f"token ids: {len(data)} bytes is not a whole number of int32")
+    ids = np.frombuffer(data, dtype="<i4")
+    if ids.size and int(ids.min()) < 0:
+        raise ProtocolError(f"token ids: {int(ids.min())} is negative")
+    result: list[int] = ids.tolist()
+    return result
+
+
+# ---- pieces -------------------------------------------------------------------------------------------------------------------
+
+
+class Fingerprint(Part):
+    """What two workers must agree on before a block may move. Compared field by field; a difference is named."""
+
+    model: Text
+    weights: Text  # digest of the weights' identity, not of every byte
+    dtype: Code
+    num_layers: Count
+    num_kv_heads: Count
+    head_dim: Count
+    block_size: Count
+    layout: Code  # name of the memory layout of a block
+    protocol: Count = PROTOCOL_VERSION
+
+    def difference(self, other: Fingerprint) -> str | None:
+        """None when equal, else one sentence that names the first differing field and both values."""
+        for field in self.__struct_fields__:
+            mine, theirs = getattr(self, field), getattr(other, field)
+            if mine != theirs:
+                return f"{field} differs: {mine!r} here, {theirs!r} there"
+        return None
+
+
+class TokenLogprob(Part):
+    """logprob of the chosen token, and the most likely alternatives as (token id, logprob), best first."""
+
+    logprob: float
+    top: Annotated[tuple[tuple[TokenId, float], ...], msgspec.Meta(max_length=MAX_LOGPROBS)] = ()
+
+
+class SampledToken(Part):
+    token_id: TokenId
+    logprob: TokenLogprob | None = None
+
+
+class ChoiceState(Part):
+    """One of the n choices of a request, with the tokens it has already produced."""
+
+    choice: Annotated[int, msgspec.Meta(ge=0, lt=MAX_CHOICES)]
+    output_ids: IdBytes = b""
+
+
+class Phases(Part):
+    """Where the time to the first token went, in seconds. They add up to the worker's share of TTFT."""
+
+    queue_s: Seconds = 0.0  # in prefill's queue
+    prefill_s: Seconds = 0.0  # first chunk scheduled to last chunk computed
+    transfer_s: Seconds = 0.0  # last chunk computed to all blocks verified on decode
+    cached_tokens: Count = 0  # prompt tokens whose KV came from a prefix cache
+    transferred_blocks: Count = 0
+    transferred_bytes: Sequence64 = 0
+
+
+class WorkerLoad(Part):
+    """What a worker says about itself with each heartbeat."""
+
+    total_blocks: Count = 0
+    free_blocks: Count = 0  # blocks that can be allocated now, retained prefix blocks included
+    cached_blocks: Count = 0  # of the free ones, those that hold a retained prefix
+    running: Count = 0
+    waiting: Count = 0
+    receiving: Count = 0  # hand-offs granted and not complete
+    handing_off: Count = 0  # prefills computed, not yet acknowledged by decode
+    queued_tokens: Count = 0  # prompt tokens not yet computed
+    preemptions: Sequence64 = 0
+    steps: Sequence64 = 0
+    prefix_hit_tokens: Sequence64 = 0
+    prefix_query_tokens: Sequence64 = 0
+    transferred_bytes: Sequence64 = 0
+    transferred_blocks: Sequence64 = 0
+    failed_handoffs: Sequence64 = 0
+    stale_messages: Sequence64 = 0
+
+
+class Peer(Part):
+    """A worker as the router introduces it to another."""
+
+    worker_id: WorkerId
+    epoch: Epoch
+    role: Role
+    kv_address: Text  # where its hand-off listener is; announced by the worker itself, passed on by the router only
+
+
+# ---- router → worker ----------------------------------------------------------------------------------------------------------
+
+
+class Welcome(Message):
+    """The router knows this worker; commands may follow."""
+
+
+class Peers(Message):
+    """All workers now known. A decode worker opens a link to each prefill worker, and drops links to those gone."""
+
+    peers: Annotated[list[Peer], msgspec.Meta(max_length=4096)]
+
+
+class StartPrefill(Message):
+    """Compute the KV of the prompt, hand it to `decode` under `ticket`, sample the first token of each choice."""
+
+    request_id: RequestId
+    attempt: Count
+    ticket: TicketId
+    prompt_ids: IdBytes
+    params: SamplingParams
+    decode_worker: WorkerId
+    decode_epoch: Epoch
+    timeout_s: Seconds  # from receipt; no work starts after it
+    output_ids: IdBytes = b""  # tokens already produced by an earlier attempt (n = 1 only)
+    cache_salt: Text = ""
+
+
+class StartDecode(Message):
+    """Produce tokens. With a ticket the prompt's KV comes from `prefill_worker`; without one this worker prefills itself."""
+
+    request_id: RequestId
+    attempt: Count
+    prompt_ids: IdBytes
+    params: SamplingParams
+    choices: Annotated[list[ChoiceState], msgspec.Meta(min_length=1, max_length=MAX_CHOICES)]
+    timeout_s: Seconds
+    ticket: TicketId | None = None
+    prefill_worker: WorkerId | None = None
+    prefill_epoch: Epoch | None = None
+    cache_salt: Text = ""
+
+
+class Abort(Message):
+    """Stop this attempt (or one choice of it) and free what it holds. Unknown attempts are ignored and counted."""
+
+    request_id: RequestId
+    attempt: Count
+    choice: Count | None = None
+
+
+class Drain(Message):
+    """Take nothing new, finish what runs, report state `draining`."""
+
+
+class ResetPrefixCache(Message):
+    """Forget all retained prefix blocks."""
+
+
+ToWorker = Welcome | Peers | StartPrefill | StartDecode | Abort | Drain | ResetPrefixCache
+
+
+class FromRouter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Envelope. `number` counts the commands to this worker from 1; a new `router_epoch` voids all attempts of the old one."""
+
+    router_epoch: Epoch
+    number: Sequence64
+    body: ToWorker
+
+
+# ---- worker → router ----------------------------------------------------------------------------------------------------------
+
+
+class Hello(Message):
+    """First message of a worker, repeated until it is welcomed."""
+
+    role: Role
+    pid: Count
+    fingerprint: Fingerprint
+    total_blocks: Count
+    max_sequence_tokens: Count  # longest prompt + output that this worker can hold
+    bytes_per_token: Count  # KV bytes
+    kv_address: Text
+    transports: Annotated[list[Code], msgspec.Meta(max_length=16)]
+
+
+class Heartbeat(Message):
+    """Sent from a thread that no forward pass can starve.
+
+    `received` is the highest command number handled, `active` the attempts that live here: an attempt whose command is covered by
+    `received` and that is not in `active` has ended or was never taken.
+    """
+
+    received: Sequence64
+    state: WorkerState
+    load: WorkerLoad
+    active: Annotated[list[tuple[RequestId, Count]], msgspec.Meta(max_length=65536)]
+    linked: Annotated[list[tuple[WorkerId, Epoch, Code]], msgspec.Meta(max_length=4096)]  # peers, and the transport to each
+
+
+class Tokens(Part):
+    """Tokens of one choice, in order, the first with index `index`. With a finish_reason this is the choice's last message."""
+
+    request_id: RequestId
+    attempt: Count
+    choice: Count
+    index: Count
+    tokens: Annotated[tuple[SampledToken, ...], msgspec.Meta(max_length=65536)]
+    finish_reason: FinishReason | None = None
+    stop_token: TokenId | None = None  # the id that ended it, not among `tokens`
+    phases: Phases | None = None  # with index of the attempt's first token
+
+
+class Output(Message):
+    """All tokens of one engine step."""
+
+    items: Annotated[list[Tokens], msgspec.Meta(max_length=4096)]
+
+
+class PrefillEnded(Message):
+    """The prefill side of an attempt is over: handed over, or failed. Frees the router's accounting, never ends a request."""
+
+    request_id: RequestId
+    attempt: Count
+    ok: bool
+    code: Code = ""
+    message: Text = ""
+
+
+class AttemptFailed(Message):
+    """The decode side of an attempt is over without an answer. With retriable the router tries elsewhere."""
+
+    request_id: RequestId
+    attempt: Count
+    code: Code
+    message: Text
+    retriable: bool = False
+
+
+class Goodbye(Message):
+    """Clean end of a worker after a drain."""
+
+
+ToRouter = Hello | Heartbeat | Output | PrefillEnded | AttemptFailed | Goodbye
+
+
+class FromWorker(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Envelope: which incarnation of which worker speaks."""
+
+    worker_id: WorkerId
+    epoch: Epoch
+    body: ToRouter
+
+
+# ---- worker ↔ worker: the hand-off --------------------------------------------------------------------------------------------
+
+
+class KvHello(Message):
+    """First message on a link, both ways. Any mismatch is answered by KvRefuse before a byte moves."""
+
+    worker_id: WorkerId
+    epoch: Epoch
+    peer_epoch: Epoch | None  # the epoch the caller expects to meet; None from the listener
+    fingerprint: Fingerprint
+    transports: Annotated[list[Code], msgspec.Meta(max_length=16)]
+    host_id: Text
+    num_blocks: Count
+
+
+class KvRefuse(Message):
+    reason: Text
+
+
+class Offer(Message):
+    """prefill → decode: the KV of this ticket is about to arrive; `num_blocks` cover `num_tokens`."""
+
+    ticket: TicketId
+    num_tokens: Count
+    num_blocks: Count
+
+
+class Grant(Message):
+    """decode → prefill: you may write. The first `held` blocks are here already and must not travel."""
+
+    ticket: TicketId
+    generation: Count
+    held: Count
+
+
+class Push(Message):
+    """prefill → decode: these blocks, layers [first_layer, first_layer + num_layers), with a digest for each block.
+
+    `source_slots` index the pusher's registered pool, one for each ordinal; only transports that pull use them.
+    """
+
+    ticket: TicketId
+    generation: Count
+    first_layer: Count
+    num_layers: Count
+    ordinals: Ordinals
+    digests: Annotated[list[Annotated[bytes, msgspec.Meta(min_length=8, max_length=8)]], msgspec.Meta(max_length=MAX_BLOCKS)]
+    source_slots: Ordinals = []
+
+
+class Done(Message):
+    """prefill → decode: all is computed and pushed. `num_blocks` counts the blocks after the held ones."""
+
+    ticket: TicketId
+    generation: Count
+    num_blocks: Count
+    num_tokens: Count
+    first_tokens: Annotated[tuple[SampledToken, ...], msgspec.Meta(max_length=MAX_CHOICES)]
+    phases: Phases
+
+
+class Failed(Message):
+    """prefill → decode: this hand-off will not complete."""
+
+    ticket: TicketId
+    code: Code
+    message: Text
+
+
+class Ack(Message):
+    """decode → prefill: every block is here and verified; the source may free its blocks."""
+
+    ticket: TicketId
+    generation: Count
+
+
+class Cancel(Message):
+    """decode → prefill: this hand-off is not wanted any more (abort, refusal, failure, lease end)."""
+
+    ticket: TicketId
+    code: Code
+    message: Text
+
+
+class Renew(Message):
+    """Both ways: these tickets are alive on my side."""
+
+    tickets: Annotated[list[TicketId], msgspec.Meta(max_length=65536)]
+
+
+class KvPing(Message):
+    """Both ways, from the link's own thread: the process lives."""
+
+
+HandoffMessage = KvHello | KvRefuse | Offer | Grant | Push | Done | Failed | Ack | Cancel | Renew | KvPing
