@@ -1,0 +1,40 @@
+"""The seam between the hand-off machines and whatever moves bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from ..core.ids import WorkerKey
+from ..protocol.messages import Peer
+from .effects import LinkEffect, LinkEvent
+
+OnEvent = Callable[[LinkEvent], None]
+
+
+class Mesh(Protocol):
+    """All hand-off links of one worker. Calls never block; everything that happens is reported through `OnEvent`, in order per peer.
+
+    After PeerLost for an incarnation no further event for it follows. An effect for a peer without a link is dropped: its PeerLost
+    has been or is about to be reported.
+    """
+
+    @property
+    def address(self) -> str:
+        """Where other workers reach this one; goes into Hello."""
+        ...
+
+    @property
+    def transports(self) -> list[str]: ...
+
+    def set_peers(self, peers: list[Peer]) -> None:
+        """The workers now known. Links to prefill peers are opened by the decode side; links to workers no longer listed end."""
+        ...
+
+    def perform(self, effect: LinkEffect) -> None: ...
+
+    def linked(self) -> list[tuple[WorkerKey, str]]:
+        """Peers with a live link, and the transport to each."""
+        ...
+
+    def close(self) -> None: ...

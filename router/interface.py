@@ -1,0 +1,101 @@
+"""What the gateway asks of the router, and what it hears back. No HTTP, no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+import msgspec
+
+from ..core.errors import ServeError
+from ..protocol.messages import FinishReason, Phases, Role, SampledToken, WorkerLoad
+from ..protocol.sampling import SamplingParams
+
+
+class GenerateRequest(msgspec.Struct, frozen=True):
+    """One user request. All n choices share the prompt. `timeout_s` counts from submission."""
+
+    request_id: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    timeout_s: float
+    cache_salt: str = ""
+
+
+class TokensEvent(msgspec.Struct, frozen=True):
+    """New tokens of one choice; `index` counts its output tokens from 0 and never skips or repeats.
+
+    With a finish_reason no more tokens of this choice follow. `phases` comes with the first tokens of the request.
+    """
+
+    choice: int
+    index: int
+    tokens: tuple[SampledToken, ...]
+    finish_reason: FinishReason | None = None
+    stop_token: int | None = None
+    phases: Phases | None = None
+
+
+class EndEvent(msgspec.Struct, frozen=True):
+    """The last event of a request, exactly once. `error` is None when every choice finished or was cancelled by the caller."""
+
+    error: ServeError | None = None
+    attempts: int = 1
+    route_s: float = 0.0  # submission to dispatch of the last attempt
+
+
+Event = TokensEvent | EndEvent
+
+
+class GenerateStream(Protocol):
+    """The events of one request, ending with EndEvent. Leaving early is `cancel`; both are safe at any time and twice."""
+
+    def __aiter__(self) -> AsyncIterator[Event]: ...
+
+    def cancel(self, choice: int | None = None) -> None:
+        """Stop one choice (its tokens are enough), or the request. A cancelled request still ends with EndEvent."""
+        ...
+
+
+class WorkerStatus(msgspec.Struct, frozen=True):
+    """One row of `penstock status`."""
+
+    worker_id: str
+    epoch: str
+    role: Role
+    pid: int
+    state: str  # starting, ready, draining, lost
+    load: WorkerLoad
+    running: int
+    waiting: int
+    free_blocks: int
+    total_blocks: int
+    transports: dict[str, str] = {}  # peer worker → transport of the live link
+    restarts: int = 0
+
+
+class ClusterStatus(msgspec.Struct, frozen=True):
+    ready: bool
+    why_not_ready: str
+    policy: str
+    workers: list[WorkerStatus]
+    active_requests: int
+    queued_requests: int
+    bytes_per_token: int = 0
+    max_sequence_tokens: int = 0  # longest prompt + output any live worker can hold
+
+
+class Router(Protocol):
+    """The router as the gateway sees it."""
+
+    def submit(self, request: GenerateRequest) -> GenerateStream:
+        """Accept a request; raises BadRequest, Overloaded or Unavailable when it is refused at the door."""
+        ...
+
+    def status(self) -> ClusterStatus: ...
+
+    def reset_prefix_cache(self) -> None: ...
+
+    def drain(self) -> None:
+        """Refuse new requests from now on; running ones finish."""
+        ...
