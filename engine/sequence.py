@@ -31,6 +31,7 @@ class Sequence:
     num_cached_tokens: int = 0
     num_published_blocks: int = 0
     sample_choices: tuple[int, ...] = ()  # choices to sample at the end of the prompt; empty means this one only
+    first_scheduled: float | None = None
 
     @property
     def num_prompt_tokens(self) -> int:

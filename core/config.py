@@ -1,0 +1,247 @@
+"""The topology: which model, which processes, with what room. One file, read by every process of a cluster.
+
+A file with the key `provider` is a Ray launcher file; our topology then lives under its `metadata.penstock`, which Ray
+keeps and ignores. Any other file is the topology itself. Everything has a default, so an empty mapping is valid.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from .errors import ConfigError
+from .settings import build, setting, to_mapping
+
+VERSION = 1
+DEFAULT_MODEL = "smollm2-135m-instruct"
+DTypeName = Literal["auto", "float32", "bfloat16"]
+TransportName = Literal["auto", "shm", "tcp"]
+PolicyName = Literal["prefix-affinity", "least-loaded", "round-robin"]
+LevelName = Literal["debug", "info", "warning", "error"]
+WorkerRole = Literal["prefill", "decode", "both"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    source: str = DEFAULT_MODEL  # a name of the model store, a folder or file, pypi:package==version, hf:org/name
+    name: str = ""  # what clients call it; empty: the last part of the source
+    dtype: DTypeName = "auto"  # auto: bfloat16 where the machine computes it natively, else float32
+    max_model_len: int | None = setting(None, 16, 1 << 24)  # tokens; None: the model's own window
+
+    @property
+    def served_name(self) -> str:
+        return self.name or re.split(r"[/:]", self.source.rstrip("/"))[-1] or self.source
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayConfig:
+    host: str = "127.0.0.1"
+    port: int = setting(8000, 0, 65535)  # 0: any free port
+    api_key_file: str | None = None  # one key a line; # starts a comment
+    api_keys: tuple[str, ...] = ()
+    timeout_s: float = setting(600.0, 0.1, 86_400)  # longest life of a request
+    max_body_bytes: int = setting(8 << 20, 1 << 10, 1 << 30)
+    drain_s: float = setting(30.0, 0, 3600)  # how long running requests may take to finish at shutdown
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    policy: PolicyName = "prefix-affinity"
+    disaggregate: bool = True  # False: decode workers prefill for themselves
+    local_prefill_max_tokens: int = setting(
+        0, 0, 1 << 24
+    )  # uncached prompts up to this long are prefilled where they decode
+    max_active_requests: int = setting(512, 1, 1 << 20)
+    max_queued_requests: int = setting(1024, 0, 1 << 20)
+    max_attempts: int = setting(4, 1, 100)
+    heartbeat_timeout_s: float = setting(1.5, 0.3, 600)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillConfig:
+    replicas: int = setting(1, 0, 64)
+    threads: int | None = setting(None, 1, 4096)  # None: every core of the machine
+    kv_cache_bytes: int | None = setting(None, 1 << 16, 1 << 50)  # None with no num_blocks: by free memory
+    num_blocks: int | None = setting(None, 2, 1 << 20)
+    max_num_batched_tokens: int = setting(1024, 16, 1 << 20)
+    max_num_seqs: int = setting(64, 1, 1 << 16)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    replicas: int = setting(1, 1, 64)
+    threads: int | None = setting(None, 1, 4096)
+    kv_cache_bytes: int | None = setting(None, 1 << 16, 1 << 50)
+    num_blocks: int | None = setting(None, 2, 1 << 20)
+    max_num_batched_tokens: int = setting(1024, 16, 1 << 20)  # only when it prefills itself
+    max_num_seqs: int = setting(64, 1, 1 << 16)
+
+
+@dataclass(frozen=True, slots=True)
+class TransferConfig:
+    transport: TransportName = "auto"  # auto: shared memory on one host, else TCP
+    lease_s: float = setting(5.0, 0.5, 600)
+
+
+class WorkerSpec(NamedTuple):
+    """One worker process of the topology."""
+
+    name: str
+    role: WorkerRole
+    config: PrefillConfig | DecodeConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    version: int = VERSION
+    model: ModelConfig = field(default_factory=ModelConfig)
+    gateway: GatewayConfig = field(default_factory=GatewayConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    prefill: PrefillConfig = field(default_factory=PrefillConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    colocated: bool = False  # decode.replicas workers of role `both`, and no prefill worker
+    block_size: int = setting(16, 1, 1024)  # tokens in a KV block
+    transfer: TransferConfig = field(default_factory=TransferConfig)
+    runtime_dir: str = ""  # folder of the sockets; empty: chosen at start
+    log_level: LevelName = "info"
+
+    def workers(self) -> tuple[WorkerSpec, ...]:
+        """Every worker, prefill before decode; `both-0`, … when colocated."""
+        if self.colocated:
+            return tuple(WorkerSpec(f"both-{i}", "both", self.decode) for i in range(self.decode.replicas))
+        prefill = (WorkerSpec(f"prefill-{i}", "prefill", self.prefill) for i in range(self.prefill.replicas))
+        return (*prefill, *(WorkerSpec(f"decode-{i}", "decode", self.decode) for i in range(self.decode.replicas)))
+
+    def worker(self, name: str) -> WorkerSpec:
+        """The worker called `name`; raises ConfigError when the topology has none."""
+        for spec in self.workers():
+            if spec.name == name:
+                return spec
+        raise ConfigError(
+            f"worker {name!r} is not in this topology; it has {', '.join(w.name for w in self.workers())}"
+        )
+
+    @property
+    def router_address(self) -> str:
+        """Where workers reach the router: a Unix socket in the runtime folder."""
+        return f"ipc://{self._runtime_path('router.sock')}"
+
+    def kv_socket(self, name: str) -> str:
+        """Path of the Unix socket on which worker `name` listens for hand-offs."""
+        return self._runtime_path(f"kv-{name}.sock")
+
+    def _runtime_path(self, leaf: str) -> str:
+        if not self.runtime_dir:
+            raise ConfigError("runtime_dir: not set; start through the `penstock` command, or name a private folder")
+        return os.path.join(self.runtime_dir, leaf)
+
+
+def is_loopback(host: str) -> bool:
+    """Only this machine reaches `host`. A name other than localhost counts as reachable."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def parse_topology(data: object) -> Topology:
+    """The topology in a parsed YAML document of either shape; raises ConfigError with the path of what is wrong."""
+    if isinstance(data, dict) and "provider" in data:
+        metadata = data.get("metadata")
+        if not isinstance(metadata, dict) or "penstock" not in metadata:
+            raise ConfigError(
+                "metadata.penstock: missing; a Ray launcher file (it has `provider`) keeps the topology there"
+            )
+        return check_topology(build(Topology, metadata["penstock"], "metadata.penstock"))
+    return check_topology(build(Topology, data))
+
+
+def check_topology(topology: Topology) -> Topology:
+    """`topology` again when its parts agree with each other; raises ConfigError otherwise."""
+    if topology.version != VERSION:
+        raise ConfigError(f"version: {topology.version} is not supported, this is version {VERSION}")
+    gateway = topology.gateway
+    if not is_loopback(gateway.host) and not gateway.api_keys and gateway.api_key_file is None:
+        raise ConfigError(
+            f"gateway.host: {gateway.host} is reachable from other machines and there is no API key; "
+            "set gateway.api_key_file or use 127.0.0.1"
+        )
+    for section, pool in (("prefill", topology.prefill), ("decode", topology.decode)):
+        if pool.kv_cache_bytes is not None and pool.num_blocks is not None:
+            raise ConfigError(f"{section}: kv_cache_bytes and num_blocks both say how large the KV cache is; keep one")
+    if not topology.colocated and topology.router.disaggregate and topology.prefill.replicas == 0:
+        raise ConfigError("prefill.replicas: 0 leaves nobody to prefill; use 1 or more, or colocated: true")
+    return topology
+
+
+def load_topology(path: str | os.PathLike[str]) -> Topology:
+    """Read a topology from a YAML file; raises ConfigError that names the file and the place."""
+    import yaml
+
+    try:
+        data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_strict_loader())
+    except OSError as err:
+        raise ConfigError(f"{path}: {err.strerror}") from err
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as err:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(err).split())}") from err
+    try:
+        return parse_topology(data)
+    except ConfigError as err:
+        raise ConfigError(f"{path}: {err}") from err
+
+
+def dump_topology(topology: Topology, path: str | os.PathLike[str]) -> None:
+    """Write `topology` so that `load_topology` gives it back. The file may hold keys: only the owner can read it."""
+    import yaml
+
+    text = yaml.safe_dump(to_mapping(topology), sort_keys=False, allow_unicode=True)
+    partial = Path(f"{path}.partial")
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with open(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+    partial.replace(path)
+
+
+def read_api_keys(gateway: GatewayConfig) -> tuple[str, ...]:
+    """All keys that open the gateway, the key file's included; empty: it is open. Raises ConfigError for a bad file."""
+    if gateway.api_key_file is None:
+        return gateway.api_keys
+    try:
+        lines = Path(gateway.api_key_file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as err:
+        raise ConfigError(f"gateway.api_key_file: {gateway.api_key_file}: {err}") from err
+    keys = tuple(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
+    if not keys:
+        raise ConfigError(f"gateway.api_key_file: {gateway.api_key_file} holds no key; write one key a line")
+    return (*gateway.api_keys, *keys)
+
+
+def with_model_path(topology: Topology, path: str) -> Topology:
+    """`topology` with the model's files at `path`, under the name it was asked for by."""
+    model = topology.model
+    return replace(topology, model=replace(model, source=path, name=model.served_name))
+
+
+def _strict_loader() -> Any:
+    """A YAML SafeLoader that refuses a key written twice in one mapping."""
+    import yaml
+
+    class StrictLoader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            seen: set[object] = set()
+            for key_node, _ in node.value:
+                key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+                if key is not None and key in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"key {key!r} is there twice", key_node.start_mark
+                    )
+                seen.add(key)
+            return super().construct_mapping(node, deep)
+
+    return StrictLoader

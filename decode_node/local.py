@@ -1,0 +1,57 @@
+"""One request on one engine, in this process: what `penstock generate` uses, and the shortest way through the decode role."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..core.clock import Clock, MonotonicClock
+from ..core.errors import describe
+from ..core.ids import WorkerKey
+from ..engine.block_pool import BlockPool
+from ..engine.interface import Engine
+from ..kvtransfer.destination import DestinationTable
+from ..protocol.messages import AttemptFailed, ChoiceState, FromRouter, Output, StartDecode, Tokens, pack_ids
+from ..protocol.sampling import SamplingParams
+from ..worker.core import CoreEffect, WorkerCore
+from ..worker.role import Tell
+from .role import DecodeRole
+
+_EPOCH = "0" * 16
+
+
+class LocalRunner:
+    """Runs one request at a time on `engine`; its prefix cache lives as long as the runner."""
+
+    def __init__(self, engine: Engine, clock: Clock | None = None, max_batch_tokens: int = 512) -> None:
+        pool = BlockPool(engine.spec.num_blocks, engine.spec.block_size)
+        role = DecodeRole(engine.spec, pool, DestinationTable(lease_s=60.0))
+        key = WorkerKey("local", _EPOCH)
+        self.core = WorkerCore(key, "both", engine, pool, [role], clock or MonotonicClock(), max_batch_tokens=max_batch_tokens)
+        self._number = 0
+
+    def stream(self, prompt_ids: list[int], params: SamplingParams, timeout_s: float = 1e6) -> Iterator[Tokens]:
+        """The tokens of every choice as they come; each choice's last item has a finish_reason. Raises ServeError if refused."""
+        self._number += 1
+        choices = [ChoiceState(i) for i in range(params.n)]
+        command = StartDecode(f"local-{self._number}", 0, pack_ids(prompt_ids), params, choices, timeout_s)
+        effects = self.core.on_frame(FromRouter(_EPOCH, self._number, command))
+        unfinished = params.n
+        while True:
+            for item in _items(effects):
+                unfinished -= item.finish_reason is not None
+                yield item
+            if not unfinished:
+                return
+            batch, effects = self.core.begin_step()
+            effects = effects + self.core.end_step(batch, self.core.compute(batch))
+
+
+def _items(effects: list[CoreEffect]) -> Iterator[Tokens]:
+    for effect in effects:
+        match effect:
+            case Tell(message=Output(items=items)):
+                yield from items
+            case Tell(message=AttemptFailed(code=code, message=message)):
+                raise describe(code, message)
+            case _:
+                continue

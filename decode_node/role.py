@@ -1,0 +1,317 @@
+"""The decode role. Life of an attempt:
+
+    1. StartDecode arrives. With a ticket it is *receiving*: the hand-off is expected from one prefill worker. Without one it is
+       *waiting* at once: this worker prefills the prompt itself, chunk by chunk, beside its running sequences.
+    2. receiving: prefill offers → *offers* queue → granted when there is room (only blocks that are not in the prefix cache here) →
+       blocks arrive, digests verified → Ack; the first token of each choice comes with the hand-off.
+    3. waiting → running by admission (blocks for all tokens it has), oldest first over `waiting` and `offers` alike.
+    4. running: one token a step and sequence; its table grows block by block. When no block is left the youngest running sequence
+       is preempted: blocks freed (their content stays findable while it lasts), back to the head of `waiting`, recomputed later.
+    5. each choice ends with a finish_reason in its last Tokens, or the whole attempt with AttemptFailed. Blocks are freed once;
+       those of a hand-off that is cut short are freed only when no write can reach them any more.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+from ..core.errors import DeadlineExceeded, NodeLost, Overloaded, ServeError
+from ..core.ids import AttemptKey, BlockId, Ticket, WorkerKey
+from ..core.prefix_hash import hash_key
+from ..core.recent import RecentSet
+from ..engine.block_pool import BlockPool
+from ..engine.interface import EngineSpec, ScheduledSeq
+from ..engine.sequence import Sequence
+from ..kvtransfer.destination import DestinationTable
+from ..kvtransfer.effects import (
+    BlocksArrived,
+    DestinationEffect,
+    LinkEvent,
+    MessageArrived,
+    Offered,
+    PeerLost,
+    PeerUp,
+    Received,
+    ReceiveFailed,
+    Revoked,
+)
+from ..protocol.messages import (
+    Abort,
+    AttemptFailed,
+    Done,
+    Failed,
+    Offer,
+    Output,
+    Renew,
+    SampledToken,
+    StartDecode,
+    Tokens,
+    ToWorker,
+    WorkerLoad,
+)
+from ..worker.admission import cache_namespace, release
+from ..worker.role import Budget, Computed, Effect, Tell
+from .finish import close_with
+from .group import Group, GroupState, build_group
+from .phases import local_phases, received_phases
+from .scheduler import DecodeScheduler
+
+FINAL_CODES = frozenset({"bad_request", "cancelled", "deadline_exceeded"})  # another attempt would end the same way
+
+
+class DecodeRole:
+    """Continuous batching over received and locally prefilled sequences."""
+
+    def __init__(
+        self, spec: EngineSpec, pool: BlockPool, destination: DestinationTable, max_running: int = 64, max_waiting: int = 1024
+    ) -> None:
+        self._spec, self._pool, self._destination, self._max_waiting = spec, pool, destination, max_waiting
+        self._scheduler = DecodeScheduler(pool, max_running)
+        self._groups: dict[AttemptKey, Group] = {}
+        self._by_ticket: dict[Ticket, Group] = {}  # receiving, and cut short but not yet safe to free
+        self._peers: set[WorkerKey] = set()
+        self._recent = RecentSet[AttemptKey](4096)
+        self._items: list[Tokens] = []
+        self._effects: list[Effect] = []
+        self._stale = 0
+        self._failed_handoffs = 0
+        self._received_blocks = 0
+
+    # ---- commands -----------------------------------------------------------------------------------------------------------
+
+    def on_command(self, message: ToWorker, now: float) -> None:
+        match message:
+            case StartDecode():
+                self._start(message, now)
+            case Abort(choice=None):
+                self._abort(AttemptKey(message.request_id, message.attempt), now)
+            case Abort(choice=int() as choice):
+                self._abort_choice(AttemptKey(message.request_id, message.attempt), choice, now)
+            case _:
+                return
+
+    def _start(self, message: StartDecode, now: float) -> None:
+        key = AttemptKey(message.request_id, message.attempt)
+        if not self._recent.add(key):
+            self._stale += 1
+            return
+        try:
+            if len(self._groups) >= self._max_waiting:
+                raise Overloaded(f"this worker holds {len(self._groups)} requests, its bound")
+            salted = hash_key(message.cache_salt, *cache_namespace(self._spec.fingerprint))
+            group = build_group(message, self._spec, salted, now)
+            if group.source is not None and group.source not in self._peers:
+                raise NodeLost(f"no link to prefill worker {group.source}")
+        except ServeError as error:
+            self._tell_failed(key, error.code, str(error), error.retriable or isinstance(error, Overloaded))
+            return
+        self._groups[key] = group
+        if group.ticket is not None and group.source is not None:
+            self._by_ticket[group.ticket] = group
+            self._take(self._destination.expect(group.ticket, group.source, now), now)
+        else:
+            self._scheduler.add_waiting([group.lead] if group.lead.sample_choices else list(group.seqs.values()))
+
+    def _tell_failed(self, key: AttemptKey, code: str, message: str, retriable: bool) -> None:
+        self._effects.append(Tell(AttemptFailed(*key, code=code, message=message[:1000], retriable=retriable)))
+
+    def _abort(self, key: AttemptKey, now: float) -> None:
+        group = self._groups.get(key)
+        if group is None:
+            self._recent.add(key)  # an Abort that overtook its StartDecode must win
+            return
+        self._end(group, "cancelled", "the request was cancelled", now)
+
+    def _abort_choice(self, key: AttemptKey, choice: int, now: float) -> None:
+        group = self._groups.get(key)
+        if group is None:
+            return
+        group.cancelled.add(choice)
+        if all(c in group.cancelled for c in group.seqs):
+            self._end(group, "cancelled", "the request was cancelled", now)
+        elif group.state is GroupState.LIVE and not group.lead.sample_choices:
+            self._drop(group, choice)
+
+    # ---- the hand-off -------------------------------------------------------------------------------------------------------
+
+    def on_link(self, event: LinkEvent, now: float) -> None:
+        match event:
+            case PeerUp(peer=peer):
+                self._peers.add(peer)
+            case PeerLost(peer=peer):
+                self._peers.discard(peer)
+                self._take(self._destination.peer_lost(peer, now), now)
+            case MessageArrived(peer=peer, message=Offer() | Done() | Failed() | Renew() as message):
+                self._take(self._destination.on_message(peer, message, now), now)
+            case BlocksArrived():
+                self._take(self._destination.on_arrived(event, now), now)
+            case Revoked():
+                self._take(self._destination.on_revoked(event, now), now)
+            case _:
+                return
+
+    def _take(self, effects: list[DestinationEffect], now: float) -> None:
+        for effect in effects:
+            match effect:
+                case Offered():
+                    self._scheduler.add_offer(effect, self._by_ticket[effect.ticket].lead)
+                case Received():
+                    self._received(self._by_ticket.pop(effect.ticket), effect.done, now)
+                case ReceiveFailed():
+                    self._receive_failed(effect, now)
+                case _:
+                    self._effects.append(effect)
+        self._grant_offers(now)
+
+    def _grant_offers(self, now: float) -> None:
+        for offer, lead, held in self._scheduler.admit_offers():
+            if held is None:
+                message = f"prefill offers {offer.num_tokens} tokens, this attempt has {lead.num_tokens}"
+                self._take(self._destination.cancel(offer.ticket, "protocol_error", message, now), now)
+            else:
+                self._take(self._destination.grant(offer.ticket, held, lead.block_table[held:], now), now)
+
+    def _received(self, group: Group, done: Done, now: float) -> None:
+        lead = group.lead
+        self._scheduler.end_receiving(lead)
+        self._received_blocks += done.num_blocks
+        if group.state is GroupState.ENDED or len(done.first_tokens) != len(lead.choices):
+            release(lead, self._pool)
+            if group.state is not GroupState.ENDED:
+                message = f"prefill sent {len(done.first_tokens)} first tokens for {len(lead.choices)} choices"
+                self._end(group, "protocol_error", message, now)
+            return
+        group.move(GroupState.LIVE)
+        lead.num_computed_tokens = lead.num_tokens
+        self._scheduler.join(lead)
+        group.phases = received_phases(lead, done, self._pool.block_size * self._spec.bytes_per_token, now)
+        self._first_tokens(group, done.first_tokens)
+
+    def _receive_failed(self, effect: ReceiveFailed, now: float) -> None:
+        group = self._by_ticket.pop(effect.ticket)
+        self._failed_handoffs += 1
+        self._scheduler.forget_offer(effect.ticket)
+        self._scheduler.end_receiving(group.lead)
+        release(group.lead, self._pool)
+        if group.state is not GroupState.ENDED:
+            self._end(group, effect.code, effect.message, now)
+
+    # ---- steps --------------------------------------------------------------------------------------------------------------
+
+    def schedule(self, budget: Budget, now: float) -> list[ScheduledSeq]:
+        self._expire(now)
+        self._grant_offers(now)
+        return self._scheduler.schedule(budget, now)
+
+    def commit(self, computed: list[Computed], now: float) -> None:
+        for entry, tokens in computed:
+            group = self._groups.get(entry.seq.key)
+            if group is None or not self._scheduler.advance(entry) or not tokens:
+                continue
+            if entry.seq.sample_choices:
+                group.phases = local_phases(entry.seq, now)
+                self._first_tokens(group, tokens)
+            else:
+                self._accept(group, entry.seq, tokens[0])
+        self._flush()
+
+    def _first_tokens(self, group: Group, tokens: tuple[SampledToken, ...]) -> None:
+        """The prompt is in the cache: the lead goes on as its own choice, the others fork off it through the prefix cache."""
+        lead = group.lead
+        choices, lead.sample_choices = lead.choices, ()
+        seqs = dict(group.seqs)
+        for choice, token in zip(choices, tokens, strict=True):
+            if choice in group.cancelled:
+                self._drop(group, choice)
+            else:
+                self._accept(group, seqs[choice], token)
+        self._scheduler.add_forks([s for s in group.seqs.values() if s is not lead])
+        self._flush()
+
+    def _accept(self, group: Group, seq: Sequence, token: SampledToken) -> None:
+        """Append one token to `seq`, report it, and end the choice if it is the last."""
+        reason, stop_token = close_with(seq, token.token_id, self._spec.eos_token_ids)
+        index = len(seq.output_ids)
+        if stop_token is None:
+            seq.output_ids.append(token.token_id)
+        tokens = () if stop_token is not None else (token,)
+        self._items.append(Tokens(*seq.key, seq.choice, index, tokens, reason, stop_token, group.phases))
+        group.phases = None
+        if reason is not None:
+            self._drop(group, seq.choice)
+
+    def _drop(self, group: Group, choice: int) -> None:
+        """Take one choice out; the attempt ends with its last."""
+        seq = group.seqs.pop(choice, None)
+        if seq is None:
+            return
+        self._scheduler.remove(seq)
+        if not group.seqs and group.state is not GroupState.ENDED:
+            group.move(GroupState.ENDED)
+            del self._groups[group.key]
+
+    def _end(self, group: Group, code: str, message: str, now: float) -> None:
+        """End the attempt without an answer. The blocks of a hand-off follow when it lets go of them."""
+        was_receiving = group.state is GroupState.RECEIVING
+        group.move(GroupState.ENDED)
+        del self._groups[group.key]
+        self._tell_failed(group.key, code, message, retriable=code not in FINAL_CODES)
+        if not was_receiving:
+            for seq in group.seqs.values():
+                self._scheduler.remove(seq)
+        elif group.ticket is not None and group.ticket in self._by_ticket:
+            self._take(self._destination.cancel(group.ticket, code, message, now), now)
+
+    def fail_entry(self, entry: ScheduledSeq, error: ServeError, now: float) -> None:
+        group = self._groups.get(entry.seq.key)
+        if group is not None:
+            self._end(group, error.code, str(error), now)
+
+    def _expire(self, now: float) -> None:
+        for group in [g for g in self._groups.values() if g.lead.deadline <= now]:
+            self._end(group, DeadlineExceeded.code, "the deadline passed", now)
+
+    def tick(self, now: float) -> None:
+        self._expire(now)
+        self._take(self._destination.tick(now), now)
+
+    def abort_all(self, now: float) -> None:
+        for group in list(self._groups.values()):
+            self._end(group, "cancelled", "the router that asked for it is gone", now)
+
+    def _flush(self) -> None:
+        if self._items:
+            self._effects.append(Tell(Output(self._items)))
+            self._items = []
+
+    # ---- views --------------------------------------------------------------------------------------------------------------
+
+    def take_effects(self) -> list[Effect]:
+        effects, self._effects = self._effects, []
+        return effects
+
+    def has_work(self) -> bool:
+        return self._scheduler.has_work()
+
+    def active(self) -> list[AttemptKey]:
+        return list(self._groups)
+
+    def load(self) -> WorkerLoad:
+        scheduler = self._scheduler
+        return WorkerLoad(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting) + len(scheduler.offers),
+            receiving=len(scheduler.receiving),
+            queued_tokens=sum(s.num_uncomputed_tokens for s in scheduler.waiting),
+            preemptions=scheduler.num_preemptions,
+            prefix_hit_tokens=scheduler.hit_tokens,
+            prefix_query_tokens=scheduler.queried_tokens,
+            transferred_blocks=self._received_blocks,
+            transferred_bytes=self._received_blocks * self._pool.block_size * self._spec.bytes_per_token,
+            failed_handoffs=self._failed_handoffs,
+            stale_messages=self._stale + self._destination.stale,
+        )
+
+    def owners(self) -> Iterable[list[BlockId]]:
+        return self._scheduler.owners()

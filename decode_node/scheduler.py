@@ -1,0 +1,160 @@
+"""Who runs in the next decode step: admission, growth, preemption. Owns the blocks of every sequence on the decode side."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from ..core.ids import BlockId, Ticket
+from ..engine.block_pool import BlockPool
+from ..engine.interface import ScheduledSeq
+from ..engine.sequence import Sequence, blocks_for
+from ..kvtransfer.effects import Offered
+from ..worker.admission import next_chunk, publish_computed, release, try_admit, try_grow
+from ..worker.role import Budget
+
+Admitted = tuple[Offered, Sequence, int | None]
+
+
+class DecodeScheduler:
+    """Continuous batching, oldest first.
+
+    waiting    no blocks; by arrival, preempted ones at the head       offers     no blocks; prefill is about to push
+    running    blocks for all their tokens; by arrival                 receiving  blocks granted to a hand-off
+
+    A sequence is in one of the four. Admission leaves one free block for each running sequence, so that admitting does not cause
+    preemption at once.
+    """
+
+    def __init__(self, pool: BlockPool, max_running: int) -> None:
+        self._pool, self._max_running = pool, max_running
+        self.waiting: deque[Sequence] = deque()
+        self.offers: deque[tuple[Offered, Sequence]] = deque()
+        self.running: list[Sequence] = []
+        self.receiving: list[Sequence] = []
+        self.num_preemptions = 0
+        self.queried_tokens = 0
+        self.hit_tokens = 0
+
+    # ---- entering and leaving -----------------------------------------------------------------------------------------------
+
+    def add_waiting(self, seqs: list[Sequence]) -> None:
+        self.waiting.extend(seqs)
+
+    def add_forks(self, seqs: list[Sequence]) -> None:
+        """Choices that share a prompt now cached: they go before everything that arrived later."""
+        self.waiting.extendleft(reversed(seqs))
+
+    def add_offer(self, offer: Offered, lead: Sequence) -> None:
+        self.offers.append((offer, lead))
+
+    def forget_offer(self, ticket: Ticket) -> None:
+        self.offers = deque(o for o in self.offers if o[0].ticket != ticket)
+
+    def end_receiving(self, lead: Sequence) -> None:
+        """The hand-off lets go of `lead`, whose blocks stay with it."""
+        if lead in self.receiving:
+            self.receiving.remove(lead)
+
+    def join(self, seq: Sequence) -> None:
+        """Run `seq`, whose cache is complete."""
+        publish_computed(seq, self._pool)
+        self._insert_running(seq)
+
+    def remove(self, seq: Sequence) -> None:
+        """Take `seq` out wherever it is and free its blocks."""
+        if seq in self.running:
+            self.running.remove(seq)
+        if seq in self.waiting:
+            self.waiting.remove(seq)
+        release(seq, self._pool)
+
+    def _insert_running(self, seq: Sequence) -> None:
+        position = len(self.running)
+        while position and self.running[position - 1].arrival > seq.arrival:
+            position -= 1
+        self.running.insert(position, seq)
+
+    # ---- admission ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def _occupied(self) -> int:
+        return len(self.running) + len(self.receiving)
+
+    def _has_seat(self) -> bool:
+        return self._occupied < self._max_running
+
+    def admit_offers(self) -> list[Admitted]:
+        """Offers that get blocks now, with the number of leading blocks already here (None: the offer does not fit its sequence)."""
+        admitted: list[Admitted] = []
+        while self.offers and (not self.waiting or self.offers[0][1].arrival <= self.waiting[0].arrival):
+            offer, lead = self.offers[0]
+            if offer.num_tokens != lead.num_tokens or offer.num_blocks != blocks_for(lead.num_tokens, self._pool.block_size):
+                self.offers.popleft()
+                admitted.append((offer, lead, None))
+                continue
+            held = self._try_admit(lead, keep_last=False) if self._has_seat() else None
+            if held is None:
+                break
+            self.offers.popleft()
+            self.receiving.append(lead)
+            admitted.append((offer, lead, held))
+        return admitted
+
+    def _admit_waiting(self) -> Sequence | None:
+        if not self.waiting or not self._has_seat():
+            return None
+        if self.offers and self.offers[0][1].arrival < self.waiting[0].arrival:
+            return None
+        if self._try_admit(self.waiting[0], keep_last=True) is None:
+            return None
+        seq = self.waiting.popleft()
+        self._insert_running(seq)
+        return seq
+
+    def _try_admit(self, seq: Sequence, *, keep_last: bool) -> int | None:
+        held = try_admit(seq, self._pool, reserve=len(self.running), keep_last=keep_last)
+        if held is not None:
+            self.queried_tokens += seq.num_tokens
+            self.hit_tokens += seq.num_cached_tokens
+        return held
+
+    # ---- a step -------------------------------------------------------------------------------------------------------------
+
+    def schedule(self, budget: Budget, now: float) -> list[ScheduledSeq]:
+        """Running sequences first (one token each), then the chunks of those that still prefill, then new ones."""
+        self._make_room()
+        decoding = [s for s in self.running if not s.is_prefilling]
+        prefilling = [s for s in self.running if s.is_prefilling]
+        entries = [next_chunk(seq, budget, now) for seq in (*decoding, *prefilling)]
+        while budget.num_tokens > 0 and budget.num_seqs > 0 and (seq := self._admit_waiting()) is not None:
+            entries.append(next_chunk(seq, budget, now))
+        return [entry for entry in entries if entry is not None]
+
+    def _make_room(self) -> None:
+        """Every running sequence gets a block for its newest token; the youngest give way when there are none."""
+        position = 0
+        while position < len(self.running):
+            if try_grow(self.running[position], self._pool):
+                position += 1
+            else:
+                self._preempt(self.running[-1])
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        release(seq, self._pool)
+        self.waiting.appendleft(seq)
+        self.num_preemptions += 1
+
+    def advance(self, entry: ScheduledSeq) -> bool:
+        """Count the entry's tokens as computed; False when its sequence has left meanwhile."""
+        if entry.seq not in self.running:
+            return False
+        entry.seq.num_computed_tokens += entry.num_new_tokens
+        publish_computed(entry.seq, self._pool)
+        return True
+
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting or self.offers)
+
+    def owners(self) -> list[list[BlockId]]:
+        return [s.block_table for s in (*self.running, *self.receiving) if s.block_table]

@@ -1,0 +1,26 @@
+"""`penstock prefill`: a worker that hosts the prefill role.
+
+    router ─StartPrefill→ waiting ─admit→ computing ─chunk by chunk→ handing ─Ack→ ended          (role.py)
+                                             └──Offer, Push…, Done→ decode worker                 (kvtransfer)
+The loop around it, with its threads, is worker/process.py.
+"""
+
+from __future__ import annotations
+
+from ..core.config import Topology
+from ..engine.block_pool import BlockPool
+from ..engine.interface import EngineSpec
+from ..kvtransfer.source import SourceTable
+from ..worker.launch import launch
+from ..worker.role import Role
+from .role import PrefillRole
+
+
+def make_roles(spec: EngineSpec, pool: BlockPool, topology: Topology) -> list[Role]:
+    lease_s = topology.transfer.lease_s
+    return [PrefillRole(spec, pool, SourceTable(lease_s, lease_s))]
+
+
+def main(topology: Topology, name: str) -> int:
+    """Serve as prefill worker `name` until SIGTERM."""
+    return launch(topology, name, make_roles)

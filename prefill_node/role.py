@@ -1,0 +1,250 @@
+"""The prefill role. Life of a prefill:
+
+    1. waiting    StartPrefill arrived; FIFO, no blocks, no promise to decode yet
+    2. computing  admitted: blocks for the whole prompt (its cached prefix reused), Offer sent; one chunk a step under the token
+                  budget; full blocks leave after each chunk, once decode has granted
+    3. handing    last chunk computed, first token of every choice sampled, rest pushed, Done sent; blocks stay under a lease
+    4. ended      Ack, failure, abort, lost peer, lease or deadline: blocks freed once, PrefillEnded told once
+
+Any failure after 1 tells decode through the hand-off (`Failed`) and the router through PrefillEnded.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..core.errors import BadRequest, DeadlineExceeded, NodeLost, ProtocolError, ServeError
+from ..core.ids import AttemptKey, BlockId, Ticket, WorkerKey
+from ..core.prefix_hash import hash_key
+from ..core.recent import RecentSet
+from ..engine.block_pool import BlockPool
+from ..engine.interface import EngineSpec, ScheduledSeq
+from ..engine.sequence import Sequence, blocks_for
+from ..kvtransfer.effects import LinkEvent, MessageArrived, PeerLost, PeerUp, SourceEffect, SourceEnded
+from ..kvtransfer.source import SourceTable
+from ..protocol.messages import (
+    Abort,
+    Ack,
+    Cancel,
+    Grant,
+    Phases,
+    PrefillEnded,
+    Renew,
+    SampledToken,
+    StartPrefill,
+    ToWorker,
+    WorkerLoad,
+    unpack_ids,
+)
+from ..worker.admission import cache_namespace, next_chunk, publish_computed, refuse, release, try_admit
+from ..worker.role import Budget, Computed, Effect, Tell
+
+
+@dataclass(slots=True, eq=False)
+class PrefillTask:
+    """One prefill and the hand-off it feeds. `opened`: the hand-off exists in the source table."""
+
+    seq: Sequence
+    ticket: Ticket
+    decode: WorkerKey
+    opened: bool = False
+
+
+class PrefillRole:
+    """Chunked prefill under a token budget, first come first served, with a hand-off queue behind it."""
+
+    def __init__(self, spec: EngineSpec, pool: BlockPool, source: SourceTable, max_waiting: int = 1024) -> None:
+        self._spec, self._pool, self._source, self._max_waiting = spec, pool, source, max_waiting
+        self._tasks: dict[AttemptKey, PrefillTask] = {}
+        self._by_ticket: dict[Ticket, PrefillTask] = {}
+        self._waiting: deque[PrefillTask] = deque()
+        self._computing: list[PrefillTask] = []
+        self._peers: set[WorkerKey] = set()
+        self._recent = RecentSet[AttemptKey](4096)
+        self._effects: list[Effect] = []
+        self._stale = 0
+        self._failed_handoffs = 0
+        self._queried_tokens = 0
+        self._hit_tokens = 0
+
+    # ---- commands -----------------------------------------------------------------------------------------------------------
+
+    def on_command(self, message: ToWorker, now: float) -> None:
+        match message:
+            case StartPrefill():
+                self._start(message, now)
+            case Abort(choice=None):
+                self._abort(AttemptKey(message.request_id, message.attempt), now)
+            case _:
+                return
+
+    def _start(self, message: StartPrefill, now: float) -> None:
+        key = AttemptKey(message.request_id, message.attempt)
+        if not self._recent.add(key):
+            self._stale += 1
+            return
+        try:
+            task = self._task(key, message, now)
+        except ServeError as error:
+            self._effects.append(Tell(PrefillEnded(*key, ok=False, code=error.code, message=str(error)[:1000])))
+            return
+        self._tasks[key] = self._by_ticket[task.ticket] = task
+        self._waiting.append(task)
+
+    def _task(self, key: AttemptKey, message: StartPrefill, now: float) -> PrefillTask:
+        prompt_ids, output_ids = unpack_ids(message.prompt_ids), unpack_ids(message.output_ids)
+        reason = refuse(prompt_ids, output_ids, message.params, self._spec)
+        decode = WorkerKey(message.decode_worker, message.decode_epoch)
+        if reason is not None:
+            raise BadRequest(reason)
+        if len(self._waiting) >= self._max_waiting:
+            raise NodeLost(f"the prefill queue holds {len(self._waiting)} requests, its bound")
+        if decode not in self._peers:
+            raise NodeLost(f"no link to decode worker {decode}")
+        if Ticket(message.ticket) in self._by_ticket:
+            raise ProtocolError("the ticket is in use")
+        seq = Sequence(
+            key, 0, prompt_ids, message.params, self._hash_key(message.cache_salt), now, now + message.timeout_s, output_ids
+        )
+        seq.sample_choices = tuple(range(message.params.n)) if not output_ids else ()
+        return PrefillTask(seq, Ticket(message.ticket), decode)
+
+    def _hash_key(self, salt: str) -> bytes:
+        return hash_key(salt, *cache_namespace(self._spec.fingerprint))
+
+    def _abort(self, key: AttemptKey, now: float) -> None:
+        task = self._tasks.get(key)
+        if task is None:
+            self._recent.add(key)  # an Abort that overtook its StartPrefill must win
+            return
+        self._fail(task, "cancelled", "the request was cancelled", now)
+
+    # ---- the hand-off -------------------------------------------------------------------------------------------------------
+
+    def on_link(self, event: LinkEvent, now: float) -> None:
+        match event:
+            case PeerUp(peer=peer):
+                self._peers.add(peer)
+            case PeerLost(peer=peer):
+                self._peers.discard(peer)
+                self._take(self._source.peer_lost(peer, now))
+                for task in [t for t in self._waiting if t.decode == peer]:
+                    self._fail(task, NodeLost.code, f"decode worker {peer} is gone: {event.reason}", now)
+            case MessageArrived(peer=peer, message=Grant() | Ack() | Cancel() | Renew() as message):
+                self._take(self._source.on_message(peer, message, now))
+            case _:
+                return
+
+    def _take(self, effects: list[SourceEffect]) -> None:
+        for effect in effects:
+            if isinstance(effect, SourceEnded):
+                self._end(self._by_ticket[effect.ticket], effect.code, effect.message)
+            else:
+                self._effects.append(effect)
+
+    def _fail(self, task: PrefillTask, code: str, message: str, now: float) -> None:
+        if task.opened:
+            self._take(self._source.fail(task.ticket, code, message, now))
+        else:
+            self._end(task, code, message)
+
+    def _end(self, task: PrefillTask, code: str, message: str) -> None:
+        """The one way out of this role."""
+        del self._tasks[task.seq.key], self._by_ticket[task.ticket]
+        if task in self._waiting:
+            self._waiting.remove(task)
+        if task in self._computing:
+            self._computing.remove(task)
+        release(task.seq, self._pool)
+        self._failed_handoffs += bool(code)
+        self._effects.append(Tell(PrefillEnded(*task.seq.key, ok=not code, code=code, message=message[:1000])))
+
+    # ---- steps --------------------------------------------------------------------------------------------------------------
+
+    def schedule(self, budget: Budget, now: float) -> list[ScheduledSeq]:
+        self._expire(now)
+        entries = [next_chunk(task.seq, budget, now) for task in self._computing]
+        while self._waiting and budget.num_tokens > 0 and budget.num_seqs > 0 and self._admit(self._waiting[0], now):
+            entries.append(next_chunk(self._computing[-1].seq, budget, now))
+        return [entry for entry in entries if entry is not None]
+
+    def _admit(self, task: PrefillTask, now: float) -> bool:
+        seq = task.seq
+        held = try_admit(seq, self._pool, reserve=0)
+        if held is None:
+            return False
+        self._waiting.popleft()
+        self._computing.append(task)
+        self._queried_tokens += seq.num_tokens
+        self._hit_tokens += seq.num_cached_tokens
+        task.opened = True
+        num_blocks = blocks_for(seq.num_tokens, self._pool.block_size)
+        self._take(self._source.open(task.ticket, task.decode, seq.num_tokens, num_blocks, now))
+        return True
+
+    def commit(self, computed: list[Computed], now: float) -> None:
+        for entry, tokens in computed:
+            task = self._tasks.get(entry.seq.key)
+            if task is not None and task.seq is entry.seq:
+                self._advance(task, entry, tokens, now)
+
+    def _advance(self, task: PrefillTask, entry: ScheduledSeq, tokens: tuple[SampledToken, ...], now: float) -> None:
+        seq, sampled = task.seq, entry.sample
+        seq.num_computed_tokens += entry.num_new_tokens
+        publish_computed(seq, self._pool)
+        if not sampled:
+            num_full = seq.num_computed_tokens // self._pool.block_size
+            self._take(self._source.blocks_ready(task.ticket, seq.block_table[:num_full], now))
+            return
+        self._computing.remove(task)
+        self._take(self._source.seal(task.ticket, seq.block_table, seq.num_tokens, tokens, self._phases(seq, now), now))
+
+    def _phases(self, seq: Sequence, now: float) -> Phases:
+        started = seq.first_scheduled if seq.first_scheduled is not None else now
+        return Phases(queue_s=started - seq.arrival, prefill_s=now - started, cached_tokens=seq.num_cached_tokens)
+
+    def fail_entry(self, entry: ScheduledSeq, error: ServeError, now: float) -> None:
+        task = self._tasks.get(entry.seq.key)
+        if task is not None and task.seq is entry.seq:
+            self._fail(task, error.code, str(error), now)
+
+    def _expire(self, now: float) -> None:
+        for task in [t for t in self._tasks.values() if t.seq.deadline <= now]:
+            self._fail(task, DeadlineExceeded.code, "the deadline passed during prefill", now)
+
+    def tick(self, now: float) -> None:
+        self._expire(now)
+        self._take(self._source.tick(now))
+
+    def abort_all(self, now: float) -> None:
+        for task in list(self._tasks.values()):
+            self._fail(task, "cancelled", "the router that asked for it is gone", now)
+
+    # ---- views --------------------------------------------------------------------------------------------------------------
+
+    def take_effects(self) -> list[Effect]:
+        effects, self._effects = self._effects, []
+        return effects
+
+    def has_work(self) -> bool:
+        return bool(self._computing or self._waiting)
+
+    def active(self) -> list[AttemptKey]:
+        return list(self._tasks)
+
+    def load(self) -> WorkerLoad:
+        return WorkerLoad(
+            running=len(self._computing),
+            waiting=len(self._waiting),
+            handing_off=len(self._tasks) - len(self._computing) - len(self._waiting),
+            queued_tokens=sum(t.seq.num_uncomputed_tokens for t in (*self._waiting, *self._computing)),
+            prefix_hit_tokens=self._hit_tokens,
+            prefix_query_tokens=self._queried_tokens,
+            failed_handoffs=self._failed_handoffs,
+            stale_messages=self._stale + self._source.stale,
+        )
+
+    def owners(self) -> Iterable[list[BlockId]]:
+        return [t.seq.block_table for t in self._tasks.values() if t.seq.block_table]

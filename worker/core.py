@@ -1,0 +1,220 @@
+"""One worker without its sockets: an engine, a block pool, and the roles that share them.
+
+    commands and link events → roles → one ragged batch → engine → roles → effects
+
+The process (`worker.process`) feeds it frames and carries its effects out; the simulation does the same on virtual time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import msgspec
+
+from ..core.clock import Clock
+from ..core.errors import InternalError, ServeError
+from ..core.ids import AttemptKey, WorkerKey
+from ..engine.block_pool import BlockPool
+from ..engine.interface import Engine, ScheduledSeq
+from ..kvtransfer.effects import LinkEvent, PeerLost, PeerUp
+from ..protocol.messages import (
+    AttemptFailed,
+    Drain,
+    FromRouter,
+    Peer,
+    Peers,
+    PrefillEnded,
+    ResetPrefixCache,
+    SampledToken,
+    StartDecode,
+    StartPrefill,
+    ToWorker,
+    Welcome,
+    WorkerLoad,
+    WorkerState,
+)
+from ..protocol.messages import Role as RoleName
+from .role import Budget, Computed, Effect, Role, Tell
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a heartbeat needs, as of the last turn of the loop."""
+
+    router_epoch: str | None
+    handled: int
+    state: WorkerState
+    load: WorkerLoad
+    active: tuple[AttemptKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SetPeers:
+    """Effect: tell the mesh which workers exist."""
+
+    peers: tuple[Peer, ...]
+
+
+CoreEffect = Effect | SetPeers
+
+
+class WorkerCore:
+    """Sans-IO worker. Every call returns the effects it caused, in order."""
+
+    def __init__(
+        self,
+        key: WorkerKey,
+        role_name: RoleName,
+        engine: Engine,
+        pool: BlockPool,
+        roles: list[Role],
+        clock: Clock,
+        *,
+        max_batch_tokens: int = 512,
+        max_batch_seqs: int = 64,
+    ) -> None:
+        self.key, self.role_name, self.engine, self.pool, self.roles = key, role_name, engine, pool, roles
+        self._clock = clock
+        self._max_tokens, self._max_seqs = max_batch_tokens, max_batch_seqs
+        self._router_epoch: str | None = None
+        self._handled = 0
+        self._is_draining = False
+        self._steps = 0
+        self.is_welcome = False
+
+    # ---- inputs -------------------------------------------------------------------------------------------------------------
+
+    def on_frame(self, frame: FromRouter) -> list[CoreEffect]:
+        """A command. A router that was restarted voids whatever the old one asked for."""
+        now = self._clock.now()
+        if frame.router_epoch != self._router_epoch:
+            if self._router_epoch is not None:
+                for role in self.roles:
+                    role.abort_all(now)
+            self._router_epoch, self._handled = frame.router_epoch, 0
+        self._handled = max(self._handled, frame.number)
+        return self._on_command(frame.body, now) + self._collect()
+
+    def _on_command(self, message: ToWorker, now: float) -> list[CoreEffect]:
+        match message:
+            case Welcome():
+                self.is_welcome = True
+            case Peers(peers=peers):
+                return [SetPeers(tuple(peers))]
+            case Drain():
+                self._is_draining = True
+            case ResetPrefixCache():
+                self.pool.reset_prefix_cache()
+            case StartPrefill() if self.role_name == "decode":
+                reason = f"worker {self.key} has no prefill role"
+                return [Tell(PrefillEnded(message.request_id, message.attempt, False, "node_lost", reason))]
+            case StartDecode() if self.role_name == "prefill":
+                reason = f"worker {self.key} has no decode role"
+                return [Tell(AttemptFailed(message.request_id, message.attempt, "node_lost", reason, True))]
+            case _:
+                for role in self.roles:
+                    role.on_command(message, now)
+        return []
+
+    def on_link(self, event: LinkEvent) -> list[CoreEffect]:
+        if isinstance(event, PeerUp | PeerLost):
+            log.info("%s", event)
+        for role in self.roles:
+            role.on_link(event, self._clock.now())
+        return self._collect()
+
+    def tick(self) -> list[CoreEffect]:
+        now = self._clock.now()
+        for role in self.roles:
+            role.tick(now)
+        return self._collect()
+
+    def _collect(self) -> list[CoreEffect]:
+        return [effect for role in self.roles for effect in role.take_effects()]
+
+    # ---- a step -------------------------------------------------------------------------------------------------------------
+
+    def begin_step(self) -> tuple[list[tuple[Role, ScheduledSeq]], list[CoreEffect]]:
+        """Schedule. The effects (offers, grants) must leave before the step computes, so that peers work meanwhile."""
+        now = self._clock.now()
+        budget = Budget(self._max_tokens, self._max_seqs)
+        batch = [(role, entry) for role in self.roles for entry in role.schedule(budget, now)]
+        return batch, self._collect()
+
+    def compute(self, batch: list[tuple[Role, ScheduledSeq]]) -> list[tuple[SampledToken, ...] | ServeError]:
+        """Run the batch; an error of the whole is narrowed down to the entries that cause it."""
+        entries = [entry for _, entry in batch]
+        try:
+            return list(self.engine.execute(entries))
+        except Exception:
+            log.exception("a step of %d sequences failed; running them one by one", len(entries))
+        return [self._compute_alone(entry) for entry in entries]
+
+    def _compute_alone(self, entry: ScheduledSeq) -> tuple[SampledToken, ...] | ServeError:
+        try:
+            return self.engine.execute([entry])[0]
+        except ServeError as error:
+            return error
+        except Exception:
+            log.exception("request %s failed in its step", entry.seq.key)
+            return InternalError("the step of this request failed; the worker's log has the cause")
+
+    def end_step(
+        self, batch: list[tuple[Role, ScheduledSeq]], results: list[tuple[SampledToken, ...] | ServeError]
+    ) -> list[CoreEffect]:
+        now = self._clock.now()
+        self._steps += 1
+        for role in self.roles:
+            computed: list[Computed] = []
+            for (owner, entry), result in zip(batch, results, strict=True):
+                if owner is not role:
+                    continue
+                if isinstance(result, ServeError):
+                    role.fail_entry(entry, result, now)
+                else:
+                    computed.append((entry, result))
+            role.commit(computed, now)
+        return self._collect()
+
+    def has_work(self) -> bool:
+        return any(role.has_work() for role in self.roles)
+
+    # ---- views --------------------------------------------------------------------------------------------------------------
+
+    @property
+    def is_idle(self) -> bool:
+        return not any(role.active() for role in self.roles)
+
+    @property
+    def is_draining(self) -> bool:
+        return self._is_draining
+
+    def snapshot(self) -> Snapshot:
+        active = dict.fromkeys(key for role in self.roles for key in role.active())
+        return Snapshot(self._router_epoch, self._handled, "draining" if self._is_draining else "ready", self._load(), tuple(active))
+
+    def _load(self) -> WorkerLoad:
+        total = _sum_loads(role.load() for role in self.roles)
+        return msgspec.structs.replace(
+            total,
+            total_blocks=self.pool.num_blocks,
+            free_blocks=self.pool.num_free_blocks,
+            cached_blocks=self.pool.num_cached_blocks,
+            steps=self._steps,
+        )
+
+    def check_invariants(self) -> None:
+        """I4: every block is free, retained, or owned by exactly those who hold a reference."""
+        self.pool.check_invariants([blocks for role in self.roles for blocks in role.owners()])
+
+
+def _sum_loads(loads: Iterable[WorkerLoad]) -> WorkerLoad:
+    sums: dict[str, int] = dict.fromkeys(WorkerLoad.__struct_fields__, 0)
+    for load in loads:
+        for name in sums:
+            sums[name] += getattr(load, name)
+    return WorkerLoad(**sums)

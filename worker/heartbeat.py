@@ -1,0 +1,43 @@
+"""What a heartbeat says. Commands that have arrived but were not handled yet count as received and active, so a long step
+never looks like a lost command."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from ..core.ids import AttemptKey, WorkerKey
+from ..protocol.messages import FromRouter, Heartbeat, StartDecode, StartPrefill, WorkerLoad
+from .core import Snapshot
+
+
+class HeartbeatBuilder:
+    """Fed by the thread that receives commands; reads the loop's latest snapshot, which is replaced as a whole."""
+
+    def __init__(self) -> None:
+        self._router_epoch: str | None = None
+        self._received = 0
+        self._pending: deque[tuple[int, AttemptKey]] = deque()
+
+    def on_frame(self, frame: FromRouter) -> None:
+        """A command has arrived and goes to the loop."""
+        if frame.router_epoch != self._router_epoch:
+            self._router_epoch, self._received = frame.router_epoch, 0
+            self._pending.clear()
+        self._received = max(self._received, frame.number)
+        if isinstance(frame.body, StartPrefill | StartDecode):
+            self._pending.append((frame.number, AttemptKey(frame.body.request_id, frame.body.attempt)))
+
+    def build(self, snapshot: Snapshot | None, linked: list[tuple[WorkerKey, str]]) -> Heartbeat:
+        """The heartbeat to send now."""
+        active: tuple[AttemptKey, ...] = ()
+        if snapshot is not None:
+            active = snapshot.active
+            if snapshot.router_epoch == self._router_epoch:
+                self._pending = deque(p for p in self._pending if p[0] > snapshot.handled)
+        return Heartbeat(
+            received=self._received,
+            state=snapshot.state if snapshot else "starting",
+            load=snapshot.load if snapshot else WorkerLoad(),
+            active=[(k.request_id, k.attempt) for k in dict.fromkeys((*active, *(p[1] for p in self._pending)))],
+            linked=[(peer.worker_id, peer.epoch, transport) for peer, transport in linked],
+        )

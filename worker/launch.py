@@ -1,0 +1,80 @@
+"""From a topology file to a running worker: load the model, size the pool, open the links, run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from ..core.clock import Clock
+from ..core.config import Topology, WorkerSpec
+from ..core.ids import SecureIds, WorkerKey, new_epoch
+from ..engine.block_pool import BlockPool
+from ..engine.interface import Engine, EngineSpec
+from ..kvtransfer.effects import LinkEvent
+from ..kvtransfer.link import Mesh
+from ..kvtransfer.mesh import SocketMesh
+from .core import WorkerCore
+from .process import Incarnation, run_worker
+from .role import Role
+
+log = logging.getLogger(__name__)
+
+DEFAULT_KV_BYTES = 1 << 30  # touched only as it fills
+
+MakeRoles = Callable[[EngineSpec, BlockPool, Topology], list[Role]]
+
+
+def launch(topology: Topology, name: str, make_roles: MakeRoles) -> int:
+    """Run worker `name` of `topology` until SIGTERM; the exit status."""
+    spec = topology.worker(name)
+    key = WorkerKey(name, new_epoch(SecureIds()))
+    who = Incarnation(key, spec.role, topology.router_address, drain_s=topology.gateway.drain_s)
+    engine = load_engine(topology, spec)
+    make_core = partial(_make_core, topology, spec, key, make_roles)
+    return run_worker(who, engine, make_core, partial(_make_mesh, topology, spec, key))
+
+
+def load_engine(topology: Topology, spec: WorkerSpec) -> Engine:
+    """The torch engine for one worker. Imports torch, so only a worker process calls it."""
+    from ..engine.torch_engine import TorchEngine
+
+    pool = spec.config
+    return TorchEngine.load(
+        Path(topology.model.source),
+        model_name=topology.model.served_name,
+        dtype=topology.model.dtype,
+        num_blocks=pool.num_blocks,
+        kv_bytes=pool.kv_cache_bytes or DEFAULT_KV_BYTES,
+        block_size=topology.block_size,
+        max_model_len=topology.model.max_model_len,
+        num_threads=pool.threads,
+    )
+
+
+def _make_core(topology: Topology, spec: WorkerSpec, key: WorkerKey, make_roles: MakeRoles, engine: Engine, clock: Clock) -> WorkerCore:
+    pool = BlockPool(engine.spec.num_blocks, engine.spec.block_size)
+    return WorkerCore(
+        key,
+        spec.role,
+        engine,
+        pool,
+        make_roles(engine.spec, pool, topology),
+        clock,
+        max_batch_tokens=spec.config.max_num_batched_tokens,
+        max_batch_seqs=spec.config.max_num_seqs,
+    )
+
+
+def _make_mesh(topology: Topology, spec: WorkerSpec, key: WorkerKey, engine: Engine, on_event: Callable[[LinkEvent], None]) -> Mesh:
+    chosen = topology.transfer.transport
+    return SocketMesh(
+        key,
+        spec.role,
+        engine.spec.fingerprint,
+        engine.memory,
+        on_event,
+        runtime_dir=Path(topology.runtime_dir),
+        transports=["shm", "tcp"] if chosen == "auto" else [chosen],
+    )
