@@ -21,6 +21,7 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 DTypeName = Literal["auto", "float32", "bfloat16"]
 TransportName = Literal["auto", "shm", "tcp"]
 PolicyName = Literal["prefix-affinity", "least-loaded", "round-robin"]
+Disaggregate = Literal["auto", "always", "never"]
 LevelName = Literal["debug", "info", "warning", "error"]
 WorkerRole = Literal["prefill", "decode", "both"]
 
@@ -51,14 +52,16 @@ class GatewayConfig:
 @dataclass(frozen=True, slots=True)
 class RouterConfig:
     policy: PolicyName = "prefix-affinity"
-    disaggregate: bool = True  # False: decode workers prefill for themselves
+    disaggregate: Disaggregate = (
+        "auto"  # always: wait for a prefill worker; never: decode workers prefill for themselves
+    )
     local_prefill_max_tokens: int = setting(
         0, 0, 1 << 24
     )  # uncached prompts up to this long are prefilled where they decode
-    max_active_requests: int = setting(512, 1, 1 << 20)
-    max_queued_requests: int = setting(1024, 0, 1 << 20)
+    max_active_requests: int = setting(4096, 1, 1 << 20)
+    max_queued_requests: int = setting(1024, 1, 1 << 20)
     max_attempts: int = setting(4, 1, 100)
-    heartbeat_timeout_s: float = setting(1.5, 0.3, 600)
+    worker_timeout_s: float = setting(1.5, 0.5, 600)  # silence after which a worker counts as lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,8 +178,8 @@ def check_topology(topology: Topology) -> Topology:
     for section, pool in (("prefill", topology.prefill), ("decode", topology.decode)):
         if pool.kv_cache_bytes is not None and pool.num_blocks is not None:
             raise ConfigError(f"{section}: kv_cache_bytes and num_blocks both say how large the KV cache is; keep one")
-    if not topology.colocated and topology.router.disaggregate and topology.prefill.replicas == 0:
-        raise ConfigError("prefill.replicas: 0 leaves nobody to prefill; use 1 or more, or colocated: true")
+    if topology.router.disaggregate == "always" and (topology.colocated or topology.prefill.replicas == 0):
+        raise ConfigError("router.disaggregate: always needs a prefill worker, and this topology has none; use auto")
     return topology
 
 

@@ -103,15 +103,21 @@ class DecodeRole:
             group = build_group(message, self._spec, salted, now)
             if group.source is not None and group.source not in self._peers:
                 raise NodeLost(f"no link to prefill worker {group.source}")
+            expected = self._expect(group, now)
         except ServeError as error:
             self._tell_failed(key, error.code, str(error), error.retriable or isinstance(error, Overloaded))
             return
         self._groups[key] = group
-        if group.ticket is not None and group.source is not None:
+        if group.ticket is not None:
             self._by_ticket[group.ticket] = group
-            self._take(self._destination.expect(group.ticket, group.source, now), now)
+            self._take(expected, now)
         else:
             self._scheduler.add_waiting([group.lead] if group.lead.sample_choices else list(group.seqs.values()))
+
+    def _expect(self, group: Group, now: float) -> list[DestinationEffect]:
+        if group.ticket is None or group.source is None:
+            return []
+        return self._destination.expect(group.ticket, group.source, now)
 
     def _tell_failed(self, key: AttemptKey, code: str, message: str, retriable: bool) -> None:
         self._effects.append(Tell(AttemptFailed(*key, code=code, message=message[:1000], retriable=retriable)))

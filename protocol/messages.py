@@ -314,6 +314,7 @@ class KvHello(Message):
     transports: Annotated[list[Code], msgspec.Meta(max_length=16)]
     host_id: Text
     num_blocks: Count
+    token: Annotated[bytes, msgspec.Meta(max_length=32)] = b""  # pairs a second, data connection with this link
 
 
 class KvRefuse(Message):

@@ -9,8 +9,9 @@ without any cache.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+from ..core.errors import InternalError
 from ..core.random_bits import choice_seed, uniform
 from ..engine.interface import EngineSpec, ScheduledSeq
 from ..engine.kv_memory import KVMemory
@@ -60,9 +61,10 @@ class FakeEngine:
         step_s: float = 0.002,
         token_s: float = 0.0002,
         max_model_len: int = 1 << 16,
+        fails: Callable[[ScheduledSeq], bool] | None = None,
     ) -> None:
         fingerprint = Fingerprint(model, "fake", "u64", num_layers, 1, 1, block_size, "block-major")
-        self._step_s, self._token_s = step_s, token_s
+        self._step_s, self._token_s, self._fails = step_s, token_s, fails
         self.memory = KVMemory(num_blocks, num_layers, block_size * _SLOT_BYTES)
         self.spec = EngineSpec(
             fingerprint=fingerprint,
@@ -82,6 +84,8 @@ class FakeEngine:
 
     def _run(self, entry: ScheduledSeq) -> tuple[SampledToken, ...]:
         seq = entry.seq
+        if self._fails is not None and self._fails(entry):
+            raise InternalError(f"the fake engine refuses {seq.key}")
         start, stop = seq.num_computed_tokens, seq.num_computed_tokens + entry.num_new_tokens
         for layer in range(self.memory.num_layers):
             value = self._read(seq, layer, start - 1) if start else 0

@@ -1,0 +1,56 @@
+"""From the name of a model to its files on this disk, with a progress bar while they come."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..core.config import Topology
+    from ..models.store import ModelPath
+
+
+def local_model(source: str) -> ModelPath:
+    """The model's files, fetched first when they are not here. Raises ConfigError or ModelFileError."""
+    from ..models.store import resolve
+
+    with progress_bar(f"fetching {source}") as report:
+        return resolve(source, progress=report)
+
+
+def with_local_model(topology: Topology) -> Topology:
+    """`topology` with the path of its model on this disk, and the name that clients call it."""
+    model = local_model(topology.model.source)
+    name = topology.model.name or model.name
+    return replace(topology, model=replace(topology.model, source=str(model.path), name=name))
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Takes (bytes done, bytes in total). Draws on stderr from the first call on: a bar on a terminal, else one line."""
+    if not sys.stderr.isatty():
+        yield _Announcement(title)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bars:
+        task = bars.add_task(title, total=None, visible=False)
+        yield lambda done, total: bars.update(task, completed=done, total=total, visible=True)
+
+
+class _Announcement:
+    """Says once that something is on its way."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._title:
+            print(f"{self._title} ({total / 1e6:.0f} MB)", file=sys.stderr)
+            self._title = ""

@@ -1,0 +1,174 @@
+"""One HTTP call while it runs: a router request for each prompt, n choices for each request, ended in every case.
+
+Leaving `run` by any way (answer, error, cancellation since the client left) cancels what still runs behind it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from ..core.errors import Cancelled, DeadlineExceeded, InternalError, ServeError
+from ..core.random_bits import choice_seed
+from ..protocol.sampling import MAX_CHOICES, SamplingParams
+from ..router.interface import EndEvent, GenerateRequest, GenerateStream, TokensEvent
+from .call import current_call
+from .choice import Choice, ChoiceDelta
+from .context import Gateway
+from .requests import GenerationJob
+from .timing import RequestTiming
+
+LATE_S = 5.0  # the router keeps the deadline; this much later the gateway stops waiting for its word
+
+Sink = Callable[[ChoiceDelta], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+    def body(self) -> dict[str, object]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+class Generation:
+    """Runs a job and feeds each piece of its answer to a sink, in order for each choice."""
+
+    def __init__(self, gateway: Gateway, job: GenerationJob, answer_id: str, received_s: float) -> None:
+        n = job.params.n
+        self.answer_id = answer_id
+        self.job = job
+        self.choices = [Choice(i, gateway.tokenizer, job.params, job.options) for i in range(len(job.prompts) * n)]
+        self._gateway = gateway
+        self._timings = [RequestTiming(gateway.clock, received_s) for _ in job.prompts]
+        self._streams: list[GenerateStream] = []
+        self._abort_error: ServeError | None = None
+        self._num_prompt_tokens = sum(len(ids) for ids in job.prompts)
+
+    async def run(self, sink: Sink) -> None:
+        """Until every choice is finished; raises what ended it otherwise."""
+        gateway = self._gateway
+        with gateway.running.hold(self):
+            gateway.metrics.started(self._num_prompt_tokens)
+            try:
+                self._submit()
+                async with asyncio.timeout(gateway.config.timeout_s + LATE_S):
+                    await self._consume_all(sink)
+            except TimeoutError:
+                raise DeadlineExceeded(f"no end within {gateway.config.timeout_s:g} s") from None
+            except asyncio.CancelledError:
+                gateway.metrics.disconnected()
+                raise
+            except ServeError as err:
+                gateway.metrics.failed(err.code)
+                raise
+            finally:
+                for stream in self._streams:
+                    stream.cancel()
+                gateway.metrics.stopped()
+
+    def abort(self, error: ServeError) -> None:
+        """End with `error` as soon as the router has let go."""
+        self._abort_error = error
+        for stream in self._streams:
+            stream.cancel()
+
+    def usage(self) -> Usage:
+        """So far. Tokens after a stop string do not count."""
+        return Usage(
+            self._num_prompt_tokens,
+            sum(choice.num_tokens for choice in self.choices),
+            sum(timing.phases.cached_tokens for timing in self._timings),
+        )
+
+    def report(self) -> dict[str, object]:
+        """The vendor part of the answer: the phases, for each prompt when there are several."""
+        reports = [timing.report() for timing in self._timings]
+        return dict(reports[0]) if len(reports) == 1 else {"prompts": reports}
+
+    def _submit(self) -> None:
+        job, timeout_s = self.job, self._gateway.config.timeout_s
+        for i, prompt_ids in enumerate(job.prompts):
+            params = job.params if job.has_own_seed or i == 0 else self._reseeded(i)
+            request = GenerateRequest(f"{self.answer_id}-{i}", prompt_ids, params, timeout_s, job.cache_salt)
+            self._timings[i].mark_submitted()
+            self._streams.append(self._gateway.router.submit(request))
+
+    async def _consume_all(self, sink: Sink) -> None:
+        if len(self._streams) == 1:
+            await self._consume(0, sink)
+            return
+        try:
+            async with asyncio.TaskGroup() as group:
+                for i in range(len(self._streams)):
+                    group.create_task(self._consume(i, sink))
+        except BaseExceptionGroup as errors:
+            raise _first_leaf(errors) from None
+
+    async def _consume(self, prompt: int, sink: Sink) -> None:
+        async for event in self._streams[prompt]:
+            if isinstance(event, EndEvent):
+                self._end(prompt, event)
+                return
+            delta = self._take(prompt, event)
+            if delta is not None:
+                await sink(delta)
+        raise InternalError("the router's stream broke off without an end")
+
+    def _take(self, prompt: int, event: TokensEvent) -> ChoiceDelta | None:
+        n = self.job.params.n
+        if event.choice >= n:
+            raise InternalError(f"tokens for choice {event.choice} of {n}")
+        if event.tokens:
+            current_call().is_spent = True
+            gap_s = self._timings[prompt].mark_tokens(len(event.tokens), event.phases)
+            self._gateway.metrics.tokens(len(event.tokens), gap_s)
+        choice = self.choices[prompt * n + event.choice]
+        was_finished = choice.is_finished
+        delta = choice.take(event)
+        if choice.was_stopped_here and not was_finished:
+            self._stop_early(prompt, event.choice)
+        return delta
+
+    def _stop_early(self, prompt: int, choice: int) -> None:
+        """A stop string came: the engine need not go on with this choice, or with the whole request."""
+        stream = self._streams[prompt]
+        if self._is_complete(prompt):
+            stream.cancel()
+        else:
+            stream.cancel(choice)
+
+    def _end(self, prompt: int, event: EndEvent) -> None:
+        timing = self._timings[prompt]
+        timing.mark_end(event.attempts, event.route_s)
+        self._gateway.metrics.ended(timing)
+        if self._is_complete(prompt):
+            return
+        if self._abort_error is not None:
+            raise self._abort_error
+        raise event.error or Cancelled("the request was cancelled before it was complete")
+
+    def _is_complete(self, prompt: int) -> bool:
+        n = self.job.params.n
+        return all(choice.is_finished for choice in self.choices[prompt * n : (prompt + 1) * n])
+
+    def _reseeded(self, prompt: int) -> SamplingParams:
+        """Draws of its own for a further prompt, apart from those of every choice of the first."""
+        params = self.job.params
+        return msgspec.structs.replace(params, seed=choice_seed(params.seed, MAX_CHOICES + prompt))
+
+
+def _first_leaf(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error that the others followed from."""
+    first = errors.exceptions[0]
+    return _first_leaf(first) if isinstance(first, BaseExceptionGroup) else first

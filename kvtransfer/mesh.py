@@ -1,0 +1,233 @@
+"""All hand-off links of one worker over real sockets.
+
+    accept thread ── a thread for each connection: handshake, then reader of the link
+    a dial thread for each peer that is ours to dial: connect, handshake, then reader of the link; again after a pause
+
+Decode dials prefill; of two workers with both roles the one with the smaller id dials. A refused incarnation is not dialed again.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from ..core.errors import ConfigError, ProtocolError, TransferFailed
+from ..core.ids import WorkerKey
+from ..engine.kv_memory import KVMemory
+from ..protocol.messages import Fingerprint, Peer, Role
+from .effects import LinkEffect, PeerLost, PeerUp
+from .handshake import DESTINATION_ROLES, SOURCE_ROLES, Established, Identity, Refused, answer, boot_id, dial
+from .link import OnEvent
+from .listener import Listener
+from .socket_link import SocketLink, shut
+from .transports.tcp import Rendezvous
+
+logger = logging.getLogger(__name__)
+
+TRANSPORTS = ("shm", "tcp")
+_HANDSHAKE_S = 3.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
+_MAX_KNOCKING = 64  # connections that have not said who they are
+
+
+def dials(role: Role, worker_id: str, peer: Peer) -> bool:
+    """Whether a worker opens the link to `peer`, rather than waiting for it."""
+    if role not in DESTINATION_ROLES or peer.role not in SOURCE_ROLES or worker_id == peer.worker_id:
+        return False
+    both_could = role in SOURCE_ROLES and peer.role in DESTINATION_ROLES
+    return not both_could or worker_id < peer.worker_id
+
+
+class SocketMesh:
+    """A `Mesh` over Unix and TCP sockets. `on_event` is called from the links' threads and from `perform`: it must only queue.
+
+    `transports`: those allowed, ("shm", "tcp") or one alone to force it. `liveness_s`: silence that ends a link.
+    `memory` must outlive `close`.
+    """
+
+    def __init__(
+        self,
+        key: WorkerKey,
+        role: Role,
+        fingerprint: Fingerprint,
+        memory: KVMemory,
+        on_event: OnEvent,
+        *,
+        runtime_dir: Path,
+        transports: tuple[str, ...] = TRANSPORTS,
+        host: str = "127.0.0.1",
+        liveness_s: float = 1.5,
+        ping_s: float = 0.3,
+    ) -> None:
+        if not transports or not set(transports) <= set(TRANSPORTS):
+            raise ConfigError(f"transports {list(transports)}: choose from {list(TRANSPORTS)}")
+        self._me = Identity(key, role, fingerprint, tuple(transports), boot_id(), memory)
+        self._on_event, self._liveness_s, self._ping_s = on_event, liveness_s, ping_s
+        self._lock = threading.Lock()
+        self._links: dict[WorkerKey, SocketLink] = {}
+        self._knocking: set[socket.socket] = set()  # accepted, not yet a link
+        self._dialing: dict[WorkerKey, threading.Event] = {}  # peer → set to stop its dial thread
+        self._listed: set[WorkerKey] = set()
+        self._threads: set[threading.Thread] = set()
+        self._closed = False
+        self._rendezvous = Rendezvous()
+        self._listener = Listener(runtime_dir, key.worker_id, host, self._accepted)
+
+    # ---- Mesh ----
+
+    @property
+    def address(self) -> str:
+        return str(self._listener.address)
+
+    @property
+    def transports(self) -> list[str]:
+        return list(self._me.transports)
+
+    def set_peers(self, peers: list[Peer]) -> None:
+        """Dial the new ones that are ours to dial; end what belongs to workers listed before and gone now."""
+        listed = {WorkerKey(peer.worker_id, peer.epoch): peer for peer in peers}
+        with self._lock:
+            gone = self._listed - listed.keys()
+            self._listed = set(listed)
+            stopped = [self._dialing.pop(key) for key in sorted(gone & self._dialing.keys())]
+            links = [self._links[key] for key in sorted(gone & self._links.keys())]
+            mine = (item for item in listed.items() if dials(self._me.role, self._me.key.worker_id, item[1]))
+            new = {key: (peer, threading.Event()) for key, peer in mine if key not in self._dialing}
+            self._dialing.update({key: stop for key, (_, stop) in new.items()})
+        for event in stopped:
+            event.set()
+        for link in links:
+            link.stop("no longer listed by the router")
+        for key, (peer, stop) in new.items():
+            self._spawn(f"kv-dial-{key}", partial(self._dial, key, peer, stop))
+
+    def perform(self, effect: LinkEffect) -> None:
+        link = self._links.get(effect.peer)
+        if link is not None:
+            link.perform(effect)
+
+    def linked(self) -> list[tuple[WorkerKey, str]]:
+        with self._lock:
+            return sorted((key, link.transport) for key, link in self._links.items())
+
+    def close(self) -> None:
+        """End all links and threads and remove the socket file. Idempotent; not from an `on_event` call."""
+        with self._lock:
+            self._closed = True
+            dialing, self._dialing = self._dialing, {}
+            links = list(self._links.values())
+            knocking = list(self._knocking)
+        self._listener.close()
+        for sock in knocking:
+            shut(sock)
+        for event in dialing.values():
+            event.set()
+        for link in links:
+            link.stop("this worker ends")
+        self._join()
+
+    @property
+    def refused_pushes(self) -> int:
+        """Pushes on the live links that fit no accepted ticket, generation or ordinal."""
+        with self._lock:
+            return sum(link.refused_pushes for link in self._links.values())
+
+    # ---- links ----
+
+    def _run_link(self, established: Established, dialed: bool) -> None:
+        """Hold the link until it is over. PeerLost of an older link to the same worker comes before PeerUp of this one."""
+        peer = established.peer
+        link = SocketLink(established, self._me.memory, self._on_event, self._liveness_s, self._ping_s)
+        if not self._install(link, dialed):
+            established.close()
+            return
+        logger.info("hand-off link to %s uses %s: %s", peer, link.transport, established.reason)
+        self._on_event(PeerUp(peer, link.transport))
+        link.run()
+        with self._lock:
+            del self._links[peer]
+        logger.info("hand-off link to %s is over: %s", peer, link.why)
+        self._on_event(PeerLost(peer, link.why))
+        link.over.set()
+
+    def _install(self, link: SocketLink, dialed: bool) -> bool:
+        """Make this the link to its peer; False when the mesh closes, or the peer is not wanted any more."""
+        while True:
+            with self._lock:
+                if self._closed or (dialed and link.peer not in self._dialing):
+                    return False
+                old = self._links.setdefault(link.peer, link)
+            if old is link:
+                return True
+            old.stop("the peer has opened a newer link")
+            old.over.wait(self._liveness_s)
+
+    # ---- dialing ----
+
+    def _dial(self, key: WorkerKey, peer: Peer, stop: threading.Event) -> None:
+        """Keep a link to `peer` until it refuses or is not listed any more."""
+        pause_s = _FIRST_PAUSE_S
+        while not stop.is_set():
+            started = time.monotonic()
+            try:
+                self._run_link(dial(self._me, peer, _HANDSHAKE_S), dialed=True)
+            except Refused as err:
+                logger.warning("no hand-off link to %s, and no more tries: %s", key, err)
+                return
+            except (OSError, ProtocolError, TransferFailed) as err:
+                logger.info("no hand-off link to %s yet: %s", key, err)
+            lasted = time.monotonic() - started
+            pause_s = _FIRST_PAUSE_S if lasted > _LONGEST_PAUSE_S else min(2 * pause_s, _LONGEST_PAUSE_S)
+            stop.wait(pause_s)
+
+    # ---- being dialed ----
+
+    def _accepted(self, sock: socket.socket) -> None:
+        with self._lock:
+            welcome = not self._closed and len(self._knocking) < _MAX_KNOCKING
+            if welcome:
+                self._knocking.add(sock)
+        if welcome:
+            self._spawn("kv-answer", partial(self._answer, sock))
+        else:
+            sock.close()
+
+    def _answer(self, sock: socket.socket) -> None:
+        try:
+            established = answer(sock, self._me, self._rendezvous, _HANDSHAKE_S)
+        except (OSError, ProtocolError, TransferFailed) as err:
+            logger.warning("a hand-off connection was turned away: %s", err)
+            return
+        finally:
+            with self._lock:
+                self._knocking.discard(sock)
+        if established is not None:
+            self._run_link(established, dialed=False)
+
+    # ---- threads ----
+
+    def _spawn(self, name: str, work: Callable[[], None]) -> None:
+        thread = threading.Thread(target=self._run_thread, args=(work,), name=name)
+        with self._lock:
+            if self._closed:
+                return
+            self._threads.add(thread)
+            thread.start()
+
+    def _run_thread(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        finally:
+            with self._lock:
+                self._threads.discard(threading.current_thread())
+
+    def _join(self) -> None:
+        with self._lock:
+            threads = list(self._threads)
+        for thread in threads:
+            thread.join()

@@ -1,0 +1,81 @@
+"""Settings of the router, and what it counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import get_args
+
+from ..core.config import Disaggregate, PolicyName, Topology
+from ..core.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """Times in seconds.
+
+    disaggregate: "auto" hands prompts to a linked prefill worker when there is one, "always" waits for one, "never"
+    prefills on the decode worker. In "auto", prompts with at most `local_prefill_max_tokens` tokens that the decode
+    worker does not hold are prefilled there. `expected_workers` must have been ready once before the cluster calls
+    itself ready.
+    """
+
+    policy: PolicyName = "least-loaded"
+    disaggregate: Disaggregate = "auto"
+    local_prefill_max_tokens: int = 0
+    max_queued_requests: int = 1024  # accepted, waiting for a worker
+    max_active_requests: int = 4096  # accepted, not ended
+    worker_timeout_s: float = 1.5  # silence after which a worker counts as lost; heartbeats come every 0.25 s
+    unacknowledged_s: float = 2.0  # a command that no heartbeat covers by then is lost
+    max_attempts: int = 4  # in a row without a new token
+    unavailable_s: float = 30.0  # wait for a worker that could take the request at all
+    retry_backoff_s: float = 0.05  # before the third attempt; doubles, at most 1 s
+    max_imbalance_tokens: int = 8192  # prefix-affinity gives way when its pick carries this much more than the idlest
+    max_prefix_blocks: int = 65536  # of the prefix index
+    expected_workers: int = 0
+
+    @classmethod
+    def of(cls, topology: Topology) -> RouterConfig:
+        """The settings that a topology file holds; the rest are defaults."""
+        given = topology.router
+        return cls(
+            policy=given.policy,
+            disaggregate=given.disaggregate,
+            local_prefill_max_tokens=given.local_prefill_max_tokens,
+            max_queued_requests=given.max_queued_requests,
+            max_active_requests=given.max_active_requests,
+            worker_timeout_s=given.worker_timeout_s,
+            max_attempts=given.max_attempts,
+            expected_workers=len(topology.workers()),
+        )
+
+    def __post_init__(self) -> None:
+        if self.policy not in get_args(PolicyName):
+            raise ConfigError(f"policy {self.policy!r}: choose one of {', '.join(get_args(PolicyName))}")
+        if self.disaggregate not in get_args(Disaggregate):
+            raise ConfigError(f"disaggregate {self.disaggregate!r}: choose one of {', '.join(get_args(Disaggregate))}")
+        zero_allowed = ("local_prefill_max_tokens", "max_imbalance_tokens", "expected_workers", "retry_backoff_s")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, str):
+                continue
+            if value < 0 or (value == 0 and field.name not in zero_allowed):
+                raise ConfigError(
+                    f"{field.name} {value}: must be {'at least' if field.name in zero_allowed else 'above'} 0"
+                )
+
+
+@dataclass(slots=True)
+class RouterCounters:
+    """Sums since the start; they only grow."""
+
+    accepted: int = 0
+    ended: int = 0
+    attempts: int = 0
+    retries: int = 0
+    workers_lost: int = 0
+    stale_messages: int = 0  # from an attempt or incarnation that is not the current one
+    duplicate_tokens: int = 0  # messages that repeat what was delivered
+    broken_streams: int = 0  # attempts given up because of a gap or an impossible message
+    orphans_aborted: int = 0
+    local_prefills: int = 0
+    remote_prefills: int = 0

@@ -1,0 +1,357 @@
+"""What happens to requests: placed, dispatched, delivered, retried, ended. Effects collect here until the core hands
+them out.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from ..core.clock import Clock
+from ..core.errors import DeadlineExceeded, NodeLost, ProtocolError, ServeError, Unavailable
+from ..core.ids import AttemptKey, IdSource, WorkerKey, new_ticket
+from ..protocol.messages import Abort, FromRouter, StartDecode, StartPrefill, Tokens, pack_ids
+from .config import RouterConfig, RouterCounters
+from .effects import Deliver, Effect, End, Send
+from .interface import EndEvent, TokensEvent
+from .placement import Placement, Placer, Refusal
+from .registry import Registry, WorkerRecord
+from .request_table import RequestTable
+from .requests import Attempt, Choice, RequestRecord, State, Verdict
+from .timers import Timers
+
+MAX_BACKOFF_S = 1.0
+MIN_TIMEOUT_S = 0.001
+
+log = logging.getLogger(__name__)
+
+
+class Lifecycle:
+    """The one place where a request changes state. `now` is the time of the event being handled."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        clock: Clock,
+        ids: IdSource,
+        router_epoch: str,
+        registry: Registry,
+        timers: Timers[str | WorkerKey],
+    ) -> None:
+        self._config = config
+        self._clock = clock
+        self._ids = ids
+        self._router_epoch = router_epoch
+        self._registry = registry
+        self._timers = timers
+        self.table = RequestTable()
+        self.placer = Placer(config, registry, index_secret=ids.token(16).hex())
+        self.counters = RouterCounters()
+        self.effects: list[Effect] = []
+        self.has_news = False  # something happened that may let a waiting request go
+
+    # ---- placing
+
+    def place_waiting(self) -> None:
+        """Dispatch waiting requests, oldest first, until one finds no room."""
+        if not self.has_news:
+            return
+        self.has_news = False
+        now = self._clock.now()
+        for record in list(self.table.waiting):
+            if record.not_before > now or record.deadline <= now:
+                continue
+            placement = self.placer.place(record)
+            if placement is Refusal.NO_ROOM:
+                return
+            if isinstance(placement, Placement):
+                self.table.waiting.remove(record)
+                self._dispatch(record, placement, now)
+
+    def _dispatch(self, record: RequestRecord, placement: Placement, now: float) -> None:
+        decode, prefill = placement.decode, placement.prefill
+        attempt = Attempt(
+            key=AttemptKey(record.request_id, record.attempt_number + 1),
+            decode=decode.key,
+            prefill=prefill.key if prefill else None,
+            ticket=new_ticket(self._ids) if prefill else None,
+            sent_at=now,
+            blocks=record.blocks(decode.block_size),
+            queued_tokens=placement.uncached_tokens,
+        )
+        record.to_dispatched(attempt, now)
+        for worker in (decode, prefill):
+            if worker is not None:
+                worker.attempts[attempt.key] = None
+        decode.used_blocks += attempt.blocks
+        (prefill or decode).queued_tokens += attempt.queued_tokens
+        attempt.decode_number = self._send(decode, self._start_decode(record, attempt, now))
+        if prefill is not None:
+            attempt.prefill_number = self._send(prefill, self._start_prefill(record, attempt, now))
+        self.placer.note_dispatch(record, placement)
+        self.counters.attempts += 1
+        self.counters.remote_prefills += prefill is not None
+        self.counters.local_prefills += prefill is None
+        self.arm(record)
+        log.debug("request %s: decode %s, prefill %s", attempt.key, decode.key, attempt.prefill or "local")
+
+    def _start_decode(self, record: RequestRecord, attempt: Attempt, now: float) -> StartDecode:
+        return StartDecode(
+            record.request_id,
+            attempt.key.attempt,
+            record.prompt_bytes,
+            record.request.params,
+            record.choice_states(),
+            max(MIN_TIMEOUT_S, record.deadline - now),
+            attempt.ticket,
+            attempt.prefill.worker_id if attempt.prefill else None,
+            attempt.prefill.epoch if attempt.prefill else None,
+            record.request.cache_salt,
+        )
+
+    def _start_prefill(self, record: RequestRecord, attempt: Attempt, now: float) -> StartPrefill:
+        assert attempt.ticket is not None
+        assert not record.needs_local_prefill
+        return StartPrefill(
+            record.request_id,
+            attempt.key.attempt,
+            attempt.ticket,
+            record.prompt_bytes,
+            record.request.params,
+            attempt.decode.worker_id,
+            attempt.decode.epoch,
+            max(MIN_TIMEOUT_S, record.deadline - now),
+            pack_ids(record.choices[0].output_ids) if record.request.params.n == 1 else b"",
+            record.request.cache_salt,
+        )
+
+    # ---- tokens
+
+    def on_tokens(self, record: RequestRecord, item: Tokens) -> None:
+        """A Tokens message from the decode worker of the current attempt."""
+        choice = record.choice(item.choice)
+        if choice is None:
+            n = record.request.params.n
+            self._break(record, f"tokens for choice {item.choice} of a request with n={n}")
+            return
+        if choice.is_finished:
+            self._after_finish(record, choice)
+            return
+        verdict, skip = choice.judge(item, record.request.params.max_tokens)
+        if verdict is Verdict.BROKEN:
+            have, got = len(choice.output_ids), len(item.tokens)
+            self._break(record, f"choice {item.choice}: expected token {have}, got {got} from {item.index} on")
+        elif verdict is Verdict.DUPLICATE:
+            self.counters.duplicate_tokens += 1
+        else:
+            self.counters.duplicate_tokens += skip > 0
+            self._accept(record, choice, item, skip)
+
+    def _accept(self, record: RequestRecord, choice: Choice, item: Tokens, skip: int) -> None:
+        attempt = record.attempt
+        assert attempt is not None
+        if record.state is State.DISPATCHED:
+            record.to_running()
+            self._prompt_computed(attempt)
+            self.arm(record)
+        attempt.has_progress = True
+        tokens = item.tokens[skip:]
+        phases = None if record.has_phases else item.phases
+        record.has_phases = record.has_phases or phases is not None
+        event = TokensEvent(choice.number, len(choice.output_ids), tokens, item.finish_reason, item.stop_token, phases)
+        choice.output_ids.extend(token.token_id for token in tokens)
+        choice.is_finished = item.finish_reason is not None
+        self.effects.append(Deliver(record.request_id, event))
+        self._reweigh(record, attempt)
+        if choice.is_finished and not record.open_choices:
+            attempt.is_decode_over = attempt.is_prefill_over = True
+            self.end(record, None)
+
+    def _after_finish(self, record: RequestRecord, choice: Choice) -> None:
+        """Tokens of a finished choice. One the caller cancelled goes on until its Abort has arrived: say it again if
+        need be.
+        """
+        assert record.attempt is not None
+        if choice.is_cancelled:
+            self.counters.stale_messages += 1
+            self.abort(record.attempt.decode, record.attempt.key, choice.number)
+        else:
+            self.counters.duplicate_tokens += 1
+
+    def _break(self, record: RequestRecord, what: str) -> None:
+        assert record.attempt is not None
+        decode = record.attempt.decode
+        self.counters.broken_streams += 1
+        log.warning("request %s: worker %s: %s", record.attempt.key, decode, what)
+        self.fail_attempt(record, ProtocolError(f"worker {decode.worker_id}: {what}"), (decode,))
+
+    # ---- ends of attempts and requests
+
+    def fail_attempt(self, record: RequestRecord, error: ServeError, blamed: tuple[WorkerKey, ...]) -> None:
+        """Give the attempt up and try again, or end the request with `error` when that has failed too often."""
+        now = self._clock.now()
+        self._release(record)
+        record.to_waiting(error, blamed, now + self._config.unavailable_s)
+        self.table.enqueue(record)
+        self._finish_full(record)
+        if record.open_choices and record.fruitless < self._config.max_attempts:
+            record.not_before = now + self._backoff(record.fruitless)
+            self.counters.retries += 1
+            self.has_news = True
+            self.arm(record)
+            log.debug("request %s: attempt %d failed: %s", record.request_id, record.attempt_number, error)
+        else:
+            self.end(record, error if record.open_choices else None)
+
+    def end(self, record: RequestRecord, error: ServeError | None) -> None:
+        """The one terminal event of a request."""
+        if record.state is State.WAITING:
+            self.table.waiting.remove(record)
+        self._release(record)
+        record.to_ended()
+        self.table.end(record, self._clock.now())
+        self._timers.disarm(record.request_id)
+        self.effects.append(End(record.request_id, EndEvent(error, record.num_attempts, record.route_s)))
+        self.counters.ended += 1
+        self.has_news = True
+        log.debug("request %s: ended: %s", record.request_id, error or "ok")
+
+    def cancel_choice(self, record: RequestRecord, choice: Choice) -> None:
+        """The caller has enough of this choice."""
+        if choice.is_finished:
+            return
+        choice.is_finished = choice.is_cancelled = True
+        if not record.open_choices:
+            self.end(record, None)
+        elif record.attempt is not None:
+            self._reweigh(record, record.attempt)
+            self.abort(record.attempt.decode, record.attempt.key, choice.number)
+
+    def prefill_over(self, record: RequestRecord, attempt: Attempt) -> None:
+        """The prefill side has nothing left to do for this attempt."""
+        attempt.is_prefill_over = True
+        self._prompt_computed(attempt)
+
+    def _finish_full(self, record: RequestRecord) -> None:
+        """Finish choices that have all their tokens and lost only the word that they ended."""
+        for choice in record.open_choices:
+            if len(choice.output_ids) >= record.request.params.max_tokens:
+                choice.is_finished = True
+                event = TokensEvent(choice.number, len(choice.output_ids), (), "length")
+                self.effects.append(Deliver(record.request_id, event))
+
+    def _backoff(self, fruitless: int) -> float:
+        """Nothing before the first retry: most failures are one lost worker."""
+        if fruitless < 2:
+            return 0.0
+        return min(MAX_BACKOFF_S, self._config.retry_backoff_s * float(2 ** (fruitless - 2)))
+
+    # ---- what an attempt holds
+
+    def _release(self, record: RequestRecord) -> None:
+        """Take the attempt off its workers' accounts and stop the sides that still work on it."""
+        attempt = record.attempt
+        if attempt is None:
+            return
+        self._prompt_computed(attempt)
+        decode = self._registry.find(attempt.decode)
+        if decode is not None:
+            decode.used_blocks -= attempt.blocks
+        attempt.blocks = 0
+        for key in attempt.workers:
+            worker = self._registry.find(key)
+            if worker is not None:
+                worker.attempts.pop(attempt.key, None)
+            is_over = attempt.is_decode_over if key == attempt.decode else attempt.is_prefill_over
+            if worker is not None and worker.is_live and not is_over:
+                self.abort(key, attempt.key)
+
+    def _prompt_computed(self, attempt: Attempt) -> None:
+        worker = self._registry.find(attempt.queue)
+        if worker is not None:
+            worker.queued_tokens -= attempt.queued_tokens
+        attempt.queued_tokens = 0
+
+    def _reweigh(self, record: RequestRecord, attempt: Attempt) -> None:
+        worker = self._registry.find(attempt.decode)
+        if worker is not None:
+            blocks = record.blocks(worker.block_size)
+            worker.used_blocks += blocks - attempt.blocks
+            attempt.blocks = blocks
+
+    def abort(self, key: WorkerKey, attempt: AttemptKey, choice: int | None = None) -> None:
+        """Send an Abort unless the same one is on its way."""
+        body = Abort(attempt.request_id, attempt.attempt, choice)
+        worker = self._registry.find(key)
+        if worker is None:
+            # Number 0: an incarnation the router does not know has no numbered commands.
+            self.effects.append(Send(key, FromRouter(self._router_epoch, 0, body)))
+        elif worker.note_abort(attempt, choice, self._clock.now(), self._config.unacknowledged_s):
+            self._send(worker, body)
+
+    def _send(self, worker: WorkerRecord, body: Abort | StartDecode | StartPrefill) -> int:
+        self.effects.append(worker.command(self._router_epoch, body))
+        return worker.last_number
+
+    # ---- time
+
+    def arm(self, record: RequestRecord) -> None:
+        """Set the one timer of a request to whatever can happen to it next."""
+        now, when = self._clock.now(), record.deadline
+        if record.state is State.WAITING:
+            when = min(when, record.unavailable_at)
+            if record.not_before > now:
+                when = min(when, record.not_before)
+        elif record.state is State.DISPATCHED and record.attempt and self.unacknowledged(record.attempt):
+            when = min(when, record.attempt.sent_at + self._config.unacknowledged_s)
+        self._timers.arm(record.request_id, when)
+
+    def unacknowledged(self, attempt: Attempt) -> WorkerKey | None:
+        """A worker of this attempt whose heartbeats do not cover its command yet."""
+        pairs = [(attempt.decode, attempt.decode_number)]
+        if attempt.prefill is not None and not attempt.is_prefill_over:
+            pairs.append((attempt.prefill, attempt.prefill_number))
+        for key, number in pairs:
+            worker = self._registry.find(key)
+            if worker is None or worker.received < number:
+                return key
+        return None
+
+    def on_timer(self, record: RequestRecord) -> None:
+        """The request's timer went off: find out why."""
+        now = self._clock.now()
+        if now >= record.deadline:
+            self.end(record, self._deadline_error(record))
+            return
+        if record.state is State.WAITING:
+            self._on_waiting_timer(record, now)
+        elif record.state is State.DISPATCHED and record.attempt is not None:
+            late = self.unacknowledged(record.attempt)
+            if late is not None and now >= record.attempt.sent_at + self._config.unacknowledged_s:
+                waited = self._config.unacknowledged_s
+                error = NodeLost(f"worker {late.worker_id} did not acknowledge a command within {waited:g} s")
+                self.fail_attempt(record, error, (late,))
+                return
+        if record.state is not State.ENDED:
+            self.arm(record)
+
+    def _on_waiting_timer(self, record: RequestRecord, now: float) -> None:
+        self.has_news = True
+        if now < record.unavailable_at:
+            return
+        if self.placer.is_possible(record):
+            # It waits for room, not for a worker: only its own deadline ends that.
+            record.unavailable_at = now + self._config.unavailable_s
+            return
+        self.end(record, self._unavailable_error(record))
+
+    def _deadline_error(self, record: RequestRecord) -> ServeError:
+        timeout, tokens = record.request.timeout_s, record.num_output_tokens
+        return DeadlineExceeded(
+            f"timeout_s {timeout:g} passed while {record.state.value}, after {tokens} output tokens"
+        )
+
+    def _unavailable_error(self, record: RequestRecord) -> ServeError:
+        longest = self._registry.max_sequence_tokens()
+        why = f"{record.max_sequence_tokens} tokens needed, the longest a live worker holds is {longest}"
+        after = f"; the last attempt failed: {record.last_error}" if record.last_error else ""
+        return Unavailable(f"no worker could take the request within {self._config.unavailable_s:g} s: {why}{after}")

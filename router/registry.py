@@ -1,0 +1,220 @@
+"""Which incarnation of which worker is there.
+
+A worker id has one incarnation at a time. A Hello with a new epoch replaces the old one at once. An incarnation that
+fell silent may speak again and is taken back; one whose process ended, or that was replaced, never is. Workers whose
+fingerprint differs from that of the live ones are refused until those are gone.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from enum import Enum
+
+from ..core.ids import AttemptKey, WorkerKey
+from ..protocol.messages import FromRouter, Heartbeat, Hello, Peer, ToWorker, WorkerLoad, WorkerState
+from .effects import Send
+from .interface import WorkerStatus
+
+MAX_WORKERS = 4096
+MAX_PAST_EPOCHS = 16
+MAX_REMEMBERED_ABORTS = 8192
+
+
+class Standing(Enum):
+    LIVE = "live"
+    REFUSED = "refused"
+    LOST = "lost"
+
+
+class Greeting(Enum):
+    """What a Hello turned out to be."""
+
+    STALE = "stale"
+    AGAIN = "again"
+    JOINED = "joined"
+    REFUSED = "refused"
+
+
+@dataclass(slots=True, eq=False)
+class WorkerRecord:
+    """One incarnation: what it said last, and what the router has given it."""
+
+    key: WorkerKey
+    hello: Hello
+    last_seen: float
+    standing: Standing = Standing.LIVE
+    refusal: str = ""
+    is_final: bool = False  # lost and never taken back
+    is_welcomed: bool = False
+    restarts: int = 0
+    state: WorkerState = "starting"
+    load: WorkerLoad = field(default_factory=WorkerLoad)
+    linked: dict[WorkerKey, str] = field(default_factory=dict)
+    received: int = 0
+    last_number: int = 0
+    peers_sent_at: float = 0.0
+    attempts: dict[AttemptKey, None] = field(default_factory=dict)  # in order of dispatch
+    used_blocks: int = 0  # of the attempts it decodes
+    queued_tokens: int = 0  # prompt tokens sent here whose first token has not come
+    _aborts: dict[tuple[AttemptKey, int | None], float] = field(default_factory=dict)
+
+    @property
+    def is_live(self) -> bool:
+        return self.standing is Standing.LIVE
+
+    @property
+    def is_ready(self) -> bool:
+        return self.is_live and self.state == "ready"
+
+    @property
+    def can_decode(self) -> bool:
+        return self.hello.role in ("decode", "both")
+
+    @property
+    def can_prefill(self) -> bool:
+        return self.hello.role in ("prefill", "both")
+
+    @property
+    def block_size(self) -> int:
+        return max(1, self.hello.fingerprint.block_size)
+
+    def command(self, router_epoch: str, body: ToWorker) -> Send:
+        """The next numbered command to this incarnation."""
+        self.last_number += 1
+        return Send(self.key, FromRouter(router_epoch, self.last_number, body))
+
+    def note_heartbeat(self, beat: Heartbeat, now: float) -> None:
+        self.last_seen = now
+        # A beat that was overtaken by a younger one says nothing new about the load.
+        if beat.received < self.received:
+            return
+        self.received, self.state, self.load = beat.received, beat.state, beat.load
+        self.linked = {WorkerKey(worker_id, epoch): transport for worker_id, epoch, transport in beat.linked}
+
+    def note_abort(self, attempt: AttemptKey, choice: int | None, now: float, repeat_s: float) -> bool:
+        """Whether an Abort is due: the same one goes out again only when `repeat_s` have passed."""
+        while self._aborts:
+            oldest = next(iter(self._aborts))
+            if now - self._aborts[oldest] < repeat_s and len(self._aborts) < MAX_REMEMBERED_ABORTS:
+                break
+            del self._aborts[oldest]
+        if (attempt, choice) in self._aborts or (attempt, None) in self._aborts:
+            return False
+        self._aborts[(attempt, choice)] = now
+        return True
+
+    def status(self) -> WorkerStatus:
+        state = self.state if self.is_live else self.standing.value
+        has_load = self.load.total_blocks > 0
+        return WorkerStatus(
+            worker_id=self.key.worker_id,
+            epoch=self.key.epoch,
+            role=self.hello.role,
+            pid=self.hello.pid,
+            state=f"{state}: {self.refusal}" if self.standing is Standing.REFUSED else state,
+            load=self.load,
+            running=self.load.running,
+            waiting=self.load.waiting,
+            free_blocks=self.load.free_blocks if has_load else self.hello.total_blocks,
+            total_blocks=self.load.total_blocks if has_load else self.hello.total_blocks,
+            transports={peer.worker_id: transport for peer, transport in sorted(self.linked.items())},
+            restarts=self.restarts,
+        )
+
+
+class Registry:
+    """All workers by id. At most MAX_WORKERS; lost ones make room."""
+
+    def __init__(self) -> None:
+        self._records: dict[str, WorkerRecord] = {}
+        self._past: dict[str, deque[str]] = {}
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def find(self, key: WorkerKey) -> WorkerRecord | None:
+        """The record of exactly this incarnation, whatever its standing."""
+        record = self._records.get(key.worker_id)
+        return record if record is not None and record.key == key else None
+
+    def current(self, worker_id: str) -> WorkerRecord | None:
+        return self._records.get(worker_id)
+
+    def all(self) -> list[WorkerRecord]:
+        return [self._records[worker_id] for worker_id in sorted(self._records)]
+
+    def live(self) -> list[WorkerRecord]:
+        return [record for record in self.all() if record.is_live]
+
+    def peers_of(self, record: WorkerRecord) -> list[Peer]:
+        """Everyone else who is live."""
+        return [
+            Peer(other.key.worker_id, other.key.epoch, other.hello.role, other.hello.kv_address)
+            for other in self.live()
+            if other is not record
+        ]
+
+    def max_sequence_tokens(self) -> int:
+        """Longest prompt + output that some live worker can decode; 0 without one."""
+        return max((record.hello.max_sequence_tokens for record in self.live() if record.can_decode), default=0)
+
+    def greet(self, key: WorkerKey, hello: Hello, now: float) -> tuple[Greeting, WorkerRecord | None]:
+        """Take a Hello in. The caller has retired the incarnation that it replaces, see `replaced_by`."""
+        record = self._records.get(key.worker_id)
+        if key.epoch in self._past.get(key.worker_id, ()) or (record and record.key == key and record.is_final):
+            return Greeting.STALE, record
+        if record is None or record.key != key:
+            if not self._make_room(key.worker_id):
+                return Greeting.STALE, None
+            record = self._replace(record, key, hello, now)
+        elif record.is_live:
+            record.last_seen = now
+            return Greeting.AGAIN, record
+        return self._admit(record, now), record
+
+    def replaced_by(self, key: WorkerKey) -> WorkerRecord | None:
+        """The live incarnation that a Hello from `key` would end."""
+        record = self._records.get(key.worker_id)
+        if record is None or record.key == key or not record.is_live or key.epoch in self._past.get(key.worker_id, ()):
+            return None
+        return record
+
+    def take_back(self, record: WorkerRecord, now: float) -> bool:
+        """A silent incarnation speaks again. False when it has to stay out."""
+        if record.is_final or not record.is_welcomed:
+            return False
+        return self._admit(record, now) is Greeting.JOINED
+
+    def retire(self, record: WorkerRecord, reason: str, is_final: bool) -> None:
+        """Take an incarnation out; nothing it holds counts any more."""
+        record.standing, record.refusal, record.is_final = Standing.LOST, reason, record.is_final or is_final
+        record.linked = {}
+
+    def _admit(self, record: WorkerRecord, now: float) -> Greeting:
+        record.last_seen = now
+        reference = next((other for other in self.live() if other is not record), None)
+        difference = reference and record.hello.fingerprint.difference(reference.hello.fingerprint)
+        if reference and difference:
+            record.standing, record.refusal = Standing.REFUSED, f"{difference}, at worker {reference.key}"
+            return Greeting.REFUSED
+        record.standing, record.refusal, record.is_welcomed = Standing.LIVE, "", True
+        return Greeting.JOINED
+
+    def _replace(self, old: WorkerRecord | None, key: WorkerKey, hello: Hello, now: float) -> WorkerRecord:
+        record = WorkerRecord(key, hello, now, Standing.LOST)
+        if old is not None:
+            self._past.setdefault(key.worker_id, deque(maxlen=MAX_PAST_EPOCHS)).append(old.key.epoch)
+            record.restarts = old.restarts + 1
+        self._records[key.worker_id] = record
+        return record
+
+    def _make_room(self, worker_id: str) -> bool:
+        if worker_id in self._records or len(self._records) < MAX_WORKERS:
+            return True
+        gone = min((r for r in self._records.values() if not r.is_live), key=lambda r: r.last_seen, default=None)
+        if gone is None:
+            return False
+        del self._records[gone.key.worker_id]
+        self._past.pop(gone.key.worker_id, None)
+        return True

@@ -1,0 +1,259 @@
+"""A whole cluster on virtual time: the real router core, the real worker cores, simulated wires, faults from a seed.
+
+    clients ─submit→ RouterCore ─frames over Wire→ SimWorker(WorkerCore, FakeEngine) ─SimMesh→ SimWorker
+After every event the invariants of the worker or router that handled it are checked.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ..core.errors import ServeError
+from ..core.ids import BlockId, SeededIds, WorkerKey, new_epoch
+from ..engine.interface import ScheduledSeq
+from ..kvtransfer.effects import AcceptBlocks, SendBlocks
+from ..protocol import codec
+from ..protocol.messages import FromWorker, Role
+from ..router.config import RouterConfig
+from ..router.core import RouterCore
+from ..router.effects import Deliver, Effect, End, Send
+from ..router.interface import GenerateRequest
+from .chaos import ChaosProfile, Wire
+from .clock import FakeClock
+from .events import EventQueue
+from .fake_engine import FakeEngine
+from .journal import InvariantBroken, Journal
+from .sim_mesh import SimMesh, SimNetwork
+from .sim_worker import SimWorker
+
+ROUTER_TICK_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterShape:
+    """Sizes of a simulated cluster. Pools are tiny on purpose: that is where block bugs live."""
+
+    num_prefill: int = 1
+    num_decode: int = 1
+    num_both: int = 0
+    num_blocks: int = 24
+    block_size: int = 4
+    max_batch_tokens: int = 16
+    max_running: int = 4
+    lease_s: float = 2.0
+    restart_s: float = 0.5
+    router: RouterConfig = field(default_factory=RouterConfig)
+
+
+class SimCluster:
+    """One run. Everything random comes from `rng`; `trace` hears of every message."""
+
+    def __init__(
+        self, shape: ClusterShape, profile: ChaosProfile, seed: int, trace: Callable[[str], None] | None = None
+    ) -> None:
+        self.shape, self.profile = shape, profile
+        self._seed = seed
+        self.rng, self._ids = random.Random(seed), SeededIds(seed)
+        self.clock = FakeClock()
+        self.events = EventQueue(self.clock)
+        self.faults: Counter[str] = Counter()
+        self.journal = Journal()
+        self.network = SimNetwork(self.events, profile, self.rng, self.faults)
+        self.network.check_write, self.network.check_read = self._check_write, self._check_read
+        self._trace = trace
+        self.router = RouterCore(shape.router, self.clock, self._ids)
+        self.workers: dict[str, SimWorker] = {}
+        self._wires: dict[WorkerKey, tuple[Wire, Wire]] = {}
+        self.is_calm = False
+        roles: list[tuple[str, Role, int]] = [
+            ("prefill", "prefill", shape.num_prefill),
+            ("decode", "decode", shape.num_decode),
+            ("both", "both", shape.num_both),
+        ]
+        for name, role, number in roles:
+            for i in range(number):
+                self.start_worker(f"{name}-{i}", role)
+        self.events.after(ROUTER_TICK_S, self._tick_router)
+
+    # ---- workers ----------------------------------------------------------------------------------------------------------------
+
+    def start_worker(self, worker_id: str, role: Role) -> None:
+        key = WorkerKey(worker_id, new_epoch(self._ids))
+        shape = self.shape
+        down, up = (Wire(self.events, self.profile, self.rng, self.faults) for _ in range(2))
+        down.is_calm = up.is_calm = self.is_calm
+        self._wires[key] = (down, up)
+        self.workers[worker_id] = SimWorker(
+            key,
+            role,
+            FakeEngine(shape.num_blocks, shape.block_size, fails=self._fails if role == "prefill" else None),
+            self.events,
+            self.network,
+            lambda frame: self._to_router(key, frame),
+            self._check_worker,
+            lease_s=shape.lease_s,
+            max_batch_tokens=shape.max_batch_tokens,
+            max_running=shape.max_running,
+        )
+        self.say(f"{key} starts")
+
+    def _fails(self, entry: ScheduledSeq) -> bool:
+        """A prefill engine refuses some first attempts at their last chunk."""
+        key = entry.seq.key
+        if self.is_calm or key.attempt > 1 or not entry.sample:
+            return False
+        return random.Random(f"{key} {self._seed}").random() < self.profile.engine_fail
+
+    def kill_worker(self, worker_id: str, *, tell_router: bool) -> None:
+        """SIGKILL, then a new incarnation after `restart_s`. The supervisor tells the router at once, or not at all."""
+        worker = self.workers[worker_id]
+        if not worker.is_alive:
+            return
+        self.faults["kill"] += 1
+        self.say(f"{worker.key} is killed")
+        worker.kill()
+        if tell_router:
+            self._perform(self.router.worker_lost(worker_id, "killed"))
+        self.events.after(self.shape.restart_s, lambda: self.start_worker(worker_id, worker.role))
+
+    def freeze_worker(self, worker_id: str, seconds: float) -> None:
+        self.faults["freeze"] += 1
+        self.say(f"{worker_id} is frozen for {seconds:.2f} s")
+        worker = self.workers[worker_id]
+        worker.freeze(seconds)
+        if seconds > 1.0:
+            for peer in list(worker.mesh.peers):
+                self.events.after(1.0, lambda p=peer: self.network.cut(worker.key, p, "silent"))  # type: ignore[misc]
+                self.events.after(seconds + 0.1, lambda p=peer: self.network.connect(worker.key, p))  # type: ignore[misc]
+
+    def calm(self) -> None:
+        """No more faults: what was lost must now be made good."""
+        self.is_calm = True
+        self.network.calm()
+        for wires in self._wires.values():
+            for wire in wires:
+                wire.is_calm = True
+
+    # ---- clients ----------------------------------------------------------------------------------------------------------------
+
+    def submit(self, request: GenerateRequest) -> None:
+        try:
+            effects = self.router.submit(request)
+        except ServeError as error:
+            self.faults[f"refused {error.code}"] += 1
+            return
+        self.journal.accept(request)
+        self._perform(effects)
+
+    def cancel(self, request_id: str, choice: int | None = None) -> None:
+        record = self.journal.records.get(request_id)
+        if record is None or record.end is not None:
+            return
+        if choice is None:
+            record.is_cancelled = True
+        else:
+            record.cancelled_choices.add(choice)
+        self._perform(self.router.cancel(request_id, choice))
+
+    # ---- wires ------------------------------------------------------------------------------------------------------------------
+
+    def _perform(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case Send():
+                    self._send(effect)
+                case Deliver(request_id=request_id, event=event):
+                    self.journal.on_tokens(request_id, event)
+                case End(request_id=request_id, event=event):
+                    self.say(f"{request_id} ends: {event}")
+                    self.journal.on_end(request_id, event)
+        self._check_router()
+
+    def _send(self, effect: Send) -> None:
+        wires = self._wires.get(effect.worker)
+        if wires is None:
+            return
+        data = codec.from_router.encode(effect.message)
+        kind = type(effect.message.body).__name__
+        self.say(f"router → {effect.worker}: {effect.message.body}")
+
+        def deliver() -> None:
+            worker = self.workers.get(effect.worker.worker_id)
+            if worker is not None and worker.key == effect.worker:
+                worker.on_frame(codec.from_router.decode(data))
+
+        wires[0].carry(kind, deliver)
+
+    def _to_router(self, key: WorkerKey, frame: FromWorker) -> None:
+        data = codec.from_worker.encode(frame)
+        kind = type(frame.body).__name__
+        if kind != "Heartbeat":
+            self.say(f"{key} → router: {frame.body}")
+        self._wires[key][1].carry(
+            kind, lambda: self._perform(self.router.on_message(codec.from_worker.decode(data)))
+        )
+
+    def _tick_router(self) -> None:
+        self._perform(self.router.tick())
+        self.events.after(ROUTER_TICK_S, self._tick_router)
+
+    # ---- invariants ---------------------------------------------------------------------------------------------------------------
+
+    def say(self, line: str) -> None:
+        if self._trace is not None:
+            self._trace(f"{self.clock.now() - 1000.0:9.4f}  {line}")
+
+    def _check_worker(self, worker: SimWorker) -> None:
+        """I4 block conservation, and the tables' own rules."""
+        try:
+            worker.core.check_invariants()
+            worker.source.check_invariants()
+            worker.destination.check_invariants()
+        except InvariantBroken:
+            raise
+        except AssertionError as error:
+            raise InvariantBroken(f"I4 {worker.key}: {error}") from error
+        silent = self.network.silent_ends(worker.key, worker.source.active())
+        if silent:
+            raise InvariantBroken(f"I8 {worker.key}: gave up hand-off {silent[0].hex()[:8]} and told nobody")
+
+    def _check_router(self) -> None:
+        """I11 bounded queues, and the router's own rules."""
+        self.router.check_invariants()
+        status = self.router.status()
+        config = self.shape.router
+        if status.queued_requests > config.max_queued_requests or status.active_requests > config.max_active_requests:
+            raise InvariantBroken(f"I11 router holds {status.active_requests} requests, {status.queued_requests} queued")
+
+    def _owner_of(self, mesh: SimMesh) -> SimWorker | None:
+        worker = self.workers.get(mesh.key.worker_id)
+        return worker if worker is not None and worker.key == mesh.key else None
+
+    def _check_write(self, to: SimMesh, grant: AcceptBlocks, target: BlockId) -> None:
+        """I5: a write goes only to a block that a live hand-off owns."""
+        worker = self._owner_of(to)
+        if worker is None:
+            return
+        if worker.pool.ref_count(target) != 1 or grant.ticket not in worker.destination.active():
+            raise InvariantBroken(f"I5 {worker.key}: write into block {target} that its hand-off does not own")
+
+    def _check_read(self, sender: SimMesh, push: SendBlocks, source: BlockId, ordinal: int) -> None:
+        """I5: while a hand-off lives, its source keeps the blocks."""
+        worker = self._owner_of(sender)
+        if worker is None or push.ticket not in worker.source.active():
+            return
+        if worker.pool.ref_count(source) < 1:
+            raise InvariantBroken(f"I5 {worker.key}: block {source} (ordinal {ordinal}) was freed before its hand-off ended")
+
+    def check_at_rest(self) -> None:
+        """After the last request: every request ended (I1), every block is back (I4, I8), nothing is in the tables."""
+        self.journal.check_finished()
+        for worker in self.workers.values():
+            load = worker.core.snapshot().load
+            if load.free_blocks != load.total_blocks:
+                raise InvariantBroken(f"I8 {worker.key}: {load.total_blocks - load.free_blocks} blocks are still held at rest")
+            if worker.source.active() or worker.destination.active():
+                raise InvariantBroken(f"I8 {worker.key}: hand-offs are still open at rest")

@@ -1,0 +1,162 @@
+"""One simulated worker process: the real `WorkerCore` with both roles' real code, a FakeEngine, heartbeats and a busy loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..core.ids import WorkerKey
+from ..decode_node.role import DecodeRole
+from ..engine.block_pool import BlockPool
+from ..kvtransfer.destination import DestinationTable
+from ..kvtransfer.effects import LinkEvent
+from ..kvtransfer.source import SourceTable
+from ..prefill_node.role import PrefillRole
+from ..protocol.messages import FromRouter, FromWorker, Hello, Role, ToRouter
+from ..worker.core import CoreEffect, SetPeers, WorkerCore
+from ..worker.heartbeat import HeartbeatBuilder
+from ..worker.role import Role as RoleCode
+from ..worker.role import Tell
+from .events import EventQueue
+from .fake_engine import FakeEngine
+from .sim_mesh import SimMesh, SimNetwork
+
+HEARTBEAT_S = 0.25
+TICK_S = 0.1
+
+
+class SimWorker:
+    """An incarnation. `to_router` carries its frames; `after_event` runs when the core has handled something."""
+
+    def __init__(
+        self,
+        key: WorkerKey,
+        role: Role,
+        engine: FakeEngine,
+        events: EventQueue,
+        network: SimNetwork,
+        to_router: Callable[[FromWorker], None],
+        after_event: Callable[[SimWorker], None],
+        *,
+        lease_s: float,
+        max_batch_tokens: int,
+        max_running: int,
+    ) -> None:
+        self.key, self.role, self.engine = key, role, engine
+        self._events, self._to_router, self._after_event = events, to_router, after_event
+        self.pool = BlockPool(engine.spec.num_blocks, engine.spec.block_size)
+        self.source, self.destination = SourceTable(lease_s, lease_s), DestinationTable(lease_s)
+        roles: list[RoleCode] = []
+        if role != "prefill":
+            roles.append(DecodeRole(engine.spec, self.pool, self.destination, max_running))
+        if role != "decode":
+            roles.append(PrefillRole(engine.spec, self.pool, self.source))
+        self.core = WorkerCore(key, role, engine, self.pool, roles, events.clock, max_batch_tokens=max_batch_tokens)
+        self.mesh = SimMesh(network, key, role, engine.memory, self._on_link)
+        self._heartbeat = HeartbeatBuilder()
+        self._inbox: list[FromRouter | LinkEvent] = []
+        self._router_epoch: str | None = None
+        self._is_busy = False
+        self._frozen_until = 0.0
+        self.is_alive = True
+        events.after(0.0, self._beat)
+        events.after(TICK_S, self._tick)
+
+    # ---- the process's threads ------------------------------------------------------------------------------------------------
+
+    def on_frame(self, frame: FromRouter) -> None:
+        """A command reaches the I/O thread."""
+        if not self.is_alive:
+            return
+        if frame.router_epoch != self._router_epoch:
+            self._router_epoch = frame.router_epoch
+            self._say(self._hello())
+        self._heartbeat.on_frame(frame)
+        self._inbox.append(frame)
+        self._turn()
+
+    def _on_link(self, event: LinkEvent) -> None:
+        self._inbox.append(event)
+        self._events.after(0.0, self._turn)
+
+    def _beat(self) -> None:
+        if not self.is_alive:
+            return
+        if not self._is_frozen:
+            has_router = self._router_epoch is not None
+            snapshot = self.core.snapshot() if has_router else None
+            self._say(self._heartbeat.build(snapshot, self.mesh.linked()) if has_router else self._hello())
+        self._events.after(HEARTBEAT_S, self._beat)
+
+    def _tick(self) -> None:
+        if not self.is_alive:
+            return
+        self._turn()
+        self._events.after(TICK_S, self._tick)
+
+    def freeze(self, seconds: float) -> None:
+        """SIGSTOP for a while: nothing is handled, nothing is said."""
+        self._frozen_until = self._events.clock.now() + seconds
+        self._events.after(seconds, self._turn)
+
+    @property
+    def _is_frozen(self) -> bool:
+        return self._events.clock.now() < self._frozen_until
+
+    def kill(self) -> None:
+        """SIGKILL: the process is gone between two events; its sockets close."""
+        self.is_alive = False
+        self.mesh.close()
+        self.engine.memory.close()
+
+    # ---- the loop -------------------------------------------------------------------------------------------------------------
+
+    def _turn(self) -> None:
+        if self._is_busy or not self.is_alive or self._is_frozen:
+            return
+        while self._inbox:
+            item = self._inbox.pop(0)
+            self._perform(self.core.on_frame(item) if isinstance(item, FromRouter) else self.core.on_link(item))
+        self._perform(self.core.tick())
+        batch, effects = self.core.begin_step()
+        self._perform(effects)
+        self._after_event(self)
+        if batch:
+            self._is_busy = True
+            self._events.after(self.engine.cost_s([e for _, e in batch]), lambda: self._finish(batch))
+
+    def _finish(self, batch: list[tuple[RoleCode, object]]) -> None:
+        if not self.is_alive:
+            return
+        if self._is_frozen:
+            self._events.after(TICK_S, lambda: self._finish(batch))
+            return
+        self._is_busy = False
+        self._perform(self.core.end_step(batch, self.core.compute(batch)))  # type: ignore[arg-type]
+        self._after_event(self)
+        self._turn()
+
+    def _perform(self, effects: list[CoreEffect]) -> None:
+        for effect in effects:
+            match effect:
+                case Tell(message=message):
+                    self._say(message)
+                case SetPeers(peers=peers):
+                    self.mesh.set_peers(list(peers))
+                case _:
+                    self.mesh.perform(effect)
+
+    def _say(self, message: ToRouter) -> None:
+        self._to_router(FromWorker(*self.key, message))
+
+    def _hello(self) -> Hello:
+        spec = self.engine.spec
+        return Hello(
+            role=self.role,
+            pid=1,
+            fingerprint=spec.fingerprint,
+            total_blocks=spec.num_blocks,
+            max_sequence_tokens=spec.max_sequence_tokens,
+            bytes_per_token=spec.bytes_per_token,
+            kv_address=self.mesh.address,
+            transports=self.mesh.transports,
+        )
