@@ -16,7 +16,7 @@ Commands = Any  # argparse keeps the type of `add_subparsers` private
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors as `penstock: error:` with a hint, and no abbreviated options: a script must not break when one is added."""
+    """Errors as `penstock: error:` with a hint. No abbreviated options: a new option must not break a script."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)

@@ -122,7 +122,7 @@ def _answer(conversation: Conversation, text: str) -> None:
 
 
 def _questions(stdin: TextIO) -> Iterator[str]:
-    """Non-empty lines: with a prompt and line editing on a terminal, plain otherwise. Ctrl-C at the prompt clears the line."""
+    """Non-empty lines, with a prompt and line editing on a terminal. Ctrl-C at the prompt clears the line."""
     if not stdin.isatty():
         yield from (line.strip() for line in stdin if line.strip())
         return

@@ -15,7 +15,6 @@ from .terminal import printable
 
 if TYPE_CHECKING:
     from ..models.tokenizer import Tokenizer
-    from ..protocol.sampling import SamplingParams
 
 _DETAILS = """\
 The prompt is one user message for the model's chat template; with --raw it is continued as it stands. PROMPT - reads

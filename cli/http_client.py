@@ -35,7 +35,7 @@ class Server:
 
     @contextmanager
     def stream(self, path: str, body: object, timeout_s: float = 600.0) -> Iterator[Iterator[Any]]:
-        """POST `body` and give the events of the answer as they arrive. Leaving early closes the connection, which cancels."""
+        """POST `body`; the events of the answer as they arrive. Leaving early closes the connection, which cancels."""
         with self._open(path, body, timeout_s) as response:
             yield (_document(data, self.url + path) for data in _event_data(_lines(response)))
 

@@ -1,6 +1,7 @@
 """`penstock`: finds the command, runs it, and turns what goes wrong into one line and an exit code.
 
-Exit codes: 0 done, 1 failed, 2 wrong command line or configuration, 130 interrupted. Data goes to stdout, all else to stderr.
+Exit codes: 0 done, 1 failed, 2 wrong command line or configuration, 130 interrupted. Data goes to stdout, the rest to
+stderr.
 Nothing heavy is imported before the command line is parsed; each command imports what it needs when it runs.
 """
 
@@ -22,7 +23,7 @@ INTERRUPTED = 130
 def build_parser() -> Parser:
     parser = Parser(
         prog="penstock",
-        description="Serve a large language model with prefill and decode apart, and an OpenAI-compatible API in front.",
+        description="Serve a large language model, prefill and decode apart, behind an OpenAI-compatible API.",
         epilog="examples:\n  penstock serve                 start a cluster on this machine\n"
         "  penstock chat                  talk to it\n  penstock doctor                check this machine",
     )

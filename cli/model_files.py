@@ -30,7 +30,7 @@ def with_local_model(topology: Topology) -> Topology:
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Takes (bytes done, bytes in total). Draws on stderr from the first call on: a bar on a terminal, else one line."""
+    """Takes (bytes done, bytes in total); draws on stderr from the first call on: a bar on a terminal, else a line."""
     if not sys.stderr.isatty():
         yield _Announcement(title)
         return

@@ -1,4 +1,4 @@
-"""What `penstock serve` says to people: one line for each process as it becomes ready, then the URL and a request to paste."""
+"""What `penstock serve` says to people: a line for each process as it becomes ready, then a request to paste."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..core.clock import Clock
 from ..core.config import Topology
 from ..deploy.cluster import ChildExited, News, Stopping
 from ..deploy.reports import ClusterReady, Listening, WorkerChanged
-from .terminal import has_colour, style
+from .terminal import has_colour, printable, style
 
 
 class Progress:
@@ -24,6 +24,7 @@ class Progress:
         self._announced: set[tuple[str, str]] = set()  # (worker, epoch), and (worker, "peer transport")
         self._is_ready = self._is_stopping = False
         self._is_coloured = has_colour(out)
+        self._is_heard = True
 
     def starting(self) -> None:
         workers = self._topology.workers()
@@ -57,14 +58,16 @@ class Progress:
             self._say(f"  {'router':<12}listening on {news.url}")
 
     def _worker(self, news: WorkerChanged) -> None:
+        if ":" in news.state and self._is_new(news.worker_id, news.state):  # refused: why
+            self._say(f"  {news.worker_id:<12}{style(printable(news.state), 'red', self._is_coloured)}")
         if news.state != "ready":
             return
         if self._is_new(news.worker_id, news.epoch):
             tokens = news.total_blocks * self._topology.block_size
             word = style("ready", "green", self._is_coloured)
-            took = f"{self._clock.now() - self._born:.1f} s"
+            took = "" if ("", "first ready") in self._announced else f", after {self._clock.now() - self._born:.1f} s"
             facts = f"{_ROLE_WORDS[news.role]}, pid {news.pid}, {news.total_blocks} blocks ({tokens:,} tokens)"
-            self._say(f"  {news.worker_id:<12}{word}: {facts}, {news.dtype}, after {took}")
+            self._say(f"  {news.worker_id:<12}{word}: {facts}, {news.dtype}{took}")
         for peer, transport in sorted(news.links.items()):
             source, destination = sorted((news.worker_id, peer), reverse=True)  # prefill-… → decode-…
             if self._is_new(source, f"{destination} {transport}"):
@@ -100,7 +103,11 @@ class Progress:
         return True
 
     def _say(self, line: str) -> None:
-        print(line, file=self._out, flush=True)
+        if self._is_heard:
+            try:
+                print(line, file=self._out, flush=True)
+            except BrokenPipeError:  # whoever read our stdout has gone; the cluster goes on
+                self._is_heard = False
 
 
 _ROLE_WORDS = {"prefill": "prefill", "decode": "decode", "both": "colocated"}

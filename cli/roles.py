@@ -1,4 +1,4 @@
-"""`penstock router`, `penstock prefill`, `penstock decode`: one process of a cluster, joined to the others by the topology file."""
+"""`penstock router`, `prefill` and `decode`: one process of a cluster, joined to the others by the topology file."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .arguments import Commands, add_command, add_model_options, whole_number
-from .errors import USAGE, CliError
+from .errors import CliError
 
 if TYPE_CHECKING:
     from ..core.config import Topology
@@ -79,7 +79,7 @@ def _add_worker_options(parser: argparse.ArgumentParser) -> None:
         "--kv-cache-mib",
         type=whole_number(1, 1 << 30),
         metavar="MIB",
-        help="KV cache of each worker, in MiB (default: by free memory)",
+        help="KV cache of each worker, in MiB (default: 1024)",
     )
     group.add_argument(
         "--max-model-len",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -51,13 +51,14 @@ class GatewayConfig:
 
 @dataclass(frozen=True, slots=True)
 class RouterConfig:
+    """disaggregate: auto uses a prefill worker when there is one, always waits for one, never does without.
+
+    With auto, prompts of at most `local_prefill_max_tokens` uncached tokens are prefilled where they decode.
+    """
+
     policy: PolicyName = "prefix-affinity"
-    disaggregate: Disaggregate = (
-        "auto"  # always: wait for a prefill worker; never: decode workers prefill for themselves
-    )
-    local_prefill_max_tokens: int = setting(
-        0, 0, 1 << 24
-    )  # uncached prompts up to this long are prefilled where they decode
+    disaggregate: Disaggregate = "auto"
+    local_prefill_max_tokens: int = setting(0, 0, 1 << 24)
     max_active_requests: int = setting(4096, 1, 1 << 20)
     max_queued_requests: int = setting(1024, 1, 1 << 20)
     max_attempts: int = setting(4, 1, 100)
@@ -68,7 +69,7 @@ class RouterConfig:
 class PrefillConfig:
     replicas: int = setting(1, 0, 64)
     threads: int | None = setting(None, 1, 4096)  # None: every core of the machine
-    kv_cache_bytes: int | None = setting(None, 1 << 16, 1 << 50)  # None with no num_blocks: by free memory
+    kv_cache_bytes: int | None = setting(None, 1 << 16, 1 << 50)  # None, without num_blocks: 1 GiB
     num_blocks: int | None = setting(None, 2, 1 << 20)
     max_num_batched_tokens: int = setting(1024, 16, 1 << 20)
     max_num_seqs: int = setting(64, 1, 1 << 16)
@@ -131,16 +132,9 @@ class Topology:
     @property
     def router_address(self) -> str:
         """Where workers reach the router: a Unix socket in the runtime folder."""
-        return f"ipc://{self._runtime_path('router.sock')}"
-
-    def kv_socket(self, name: str) -> str:
-        """Path of the Unix socket on which worker `name` listens for hand-offs."""
-        return self._runtime_path(f"kv-{name}.sock")
-
-    def _runtime_path(self, leaf: str) -> str:
         if not self.runtime_dir:
             raise ConfigError("runtime_dir: not set; start through the `penstock` command, or name a private folder")
-        return os.path.join(self.runtime_dir, leaf)
+        return f"ipc://{os.path.join(self.runtime_dir, 'router.sock')}"
 
 
 def is_loopback(host: str) -> bool:
@@ -223,12 +217,6 @@ def read_api_keys(gateway: GatewayConfig) -> tuple[str, ...]:
     if not keys:
         raise ConfigError(f"gateway.api_key_file: {gateway.api_key_file} holds no key; write one key a line")
     return (*gateway.api_keys, *keys)
-
-
-def with_model_path(topology: Topology, path: str) -> Topology:
-    """`topology` with the model's files at `path`, under the name it was asked for by."""
-    model = topology.model
-    return replace(topology, model=replace(model, source=path, name=model.served_name))
 
 
 def _strict_loader() -> Any:

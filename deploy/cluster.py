@@ -1,4 +1,4 @@
-"""One cluster on this machine, from its topology to its end: the supervisor, its signals, and what people hear about it."""
+"""One cluster on this machine, from its topology to its end: supervisor, signals, and what people hear about it."""
 
 from __future__ import annotations
 
@@ -79,6 +79,7 @@ class Cluster:
         self._audience.tell(report)
 
     def exited(self, name: str, pid: int, cause: str, restart_in_s: float) -> None:
+        _log.warning("%s (pid %s) ended: %s; starts again in %g s", name, pid, cause, restart_in_s)
         self._audience.tell(ChildExited(name, pid, cause, restart_in_s))
 
     def _keep_port(self, port: int) -> None:

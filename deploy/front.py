@@ -3,8 +3,8 @@
     HTTP ─▶ gateway ─▶ RouterService ─zmq─▶ workers            stdout ─▶ supervisor: what is ready (deploy/reports.py)
                                                                stdin ◀─ supervisor: which worker's process has ended
 
-Start: read the tokenizer, bind the router's socket, bind the port. End: SIGTERM refuses what is new, lets running requests finish
-(`gateway.drain_s`), then closes both.
+Start: read the tokenizer, bind the router's socket, bind the port. End: SIGTERM refuses what is new, lets running
+requests finish (`gateway.drain_s`), then closes both.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import asyncio
 import json
 import logging
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -40,12 +41,18 @@ _log = logging.getLogger(__name__)
 
 def main(topology: Topology) -> int:
     """Serve until SIGTERM or SIGINT; the exit status."""
-    try:
-        from uvloop import run
-    except ImportError:  # not made for this system
-        from asyncio import run
-    run(run_front(topology, sys.stdout))
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(run_front(topology, sys.stdout))
     return 0
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's loop where uvloop is installed, else asyncio's own."""
+    try:
+        import uvloop
+    except ImportError:  # not made for this system
+        return None
+    return uvloop.new_event_loop
 
 
 async def run_front(topology: Topology, reports: TextIO) -> None:
@@ -54,12 +61,15 @@ async def run_front(topology: Topology, reports: TextIO) -> None:
     tokenizer = load_tokenizer(Path(topology.model.source))
     gateway = topology.gateway
     options = ServeOptions(gateway.host, gateway.port, grace_s=gateway.drain_s)
-    service = RouterService(router_config(topology), topology.router_address, clock, ids)
+    service = RouterService(router_config(topology), topology.router_address, clock=clock, ids=ids)
     await service.start()
     try:
         app = create_app(gateway_config(topology), service, tokenizer, clock, ids)
         async with asyncio.TaskGroup() as group:
-            side_tasks = [group.create_task(_report_changes(service, topology, reports))]
+            side_tasks = [
+                group.create_task(service.wait()),
+                group.create_task(_report_changes(service, topology, reports)),
+            ]
             if is_supervised():
                 side_tasks.append(group.create_task(_hear_supervisor(service)))
             await serve(app, options, on_bound=partial(_report_port, gateway.host, reports))
@@ -69,6 +79,12 @@ async def run_front(topology: Topology, reports: TextIO) -> None:
         raise ConfigError(f"cannot listen on {gateway.host}:{gateway.port}: {failures.exceptions[0]}") from failures
     finally:
         await service.stop()
+        _remove_socket(topology)
+
+
+def _remove_socket(topology: Topology) -> None:
+    """ZeroMQ may leave the file of its Unix socket when the process ends at once."""
+    Path(topology.router_address.removeprefix("ipc://")).unlink(missing_ok=True)
 
 
 def router_config(topology: Topology) -> RouterConfig:
@@ -157,7 +173,8 @@ def _report_port(host: str, reports: TextIO, port: int) -> None:
 
 
 def _report(report: Report, reports: TextIO) -> None:
-    print(encode_report(report), file=reports, flush=True)  # noqa: T201  # stdout is this process's report channel
+    reports.write(encode_report(report) + "\n")
+    reports.flush()
 
 
 async def _hear_supervisor(service: RouterService) -> None:
@@ -170,4 +187,4 @@ async def _hear_supervisor(service: RouterService) -> None:
             _log.warning("the supervisor sent a line that is not `exited NAME PID`: %r", line[:200])
         else:
             worker_id, pid = exited
-            service.worker_exited(worker_id, pid)
+            service.worker_exited(worker_id, pid=pid)

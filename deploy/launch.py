@@ -1,4 +1,4 @@
-"""Topology → the processes of one machine: their command lines and environments, and what the front tells the supervisor."""
+"""Topology → the processes of one machine: their command lines, environments and threads."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _worker_spec(worker: WorkerSpec, topology_file: str, environment: Mapping[st
 
 
 def _command(role: str, topology_file: str, *rest: str) -> tuple[str, ...]:
-    """-P keeps the working folder off the module path: our folders' names there would shadow packages that torch probes for."""
+    """-P keeps the working folder off the module path, where a folder's name could shadow a package."""
     return (sys.executable, "-P", "-m", "penstock", role, "--topology", topology_file, *rest)
 
 

@@ -26,8 +26,8 @@ _MAX_SOCKET_PATH = 107 if sys.platform == "linux" else 103
 class RuntimeDir:
     """A folder with mode 0700, locked while this process lives: `path`, or a new one that goes at the end.
 
-    A context manager; `close` removes what a cluster leaves there and is idempotent. Raises ConfigError for a folder that
-    others can enter, that another cluster uses, or whose path is too long.
+    A context manager; `close` removes what a cluster leaves there and is idempotent. Raises ConfigError for a folder
+    that others can enter, that another cluster uses, or whose path is too long.
     """
 
     def __init__(self, path: Path | None = None) -> None:

@@ -39,9 +39,8 @@ async def _answer_whole(generation: Generation, shape: Shape) -> web.Response:
 async def _answer_stream(
     request: web.Request, gateway: Gateway, generation: Generation, shape: Shape
 ) -> web.StreamResponse:
-    config = gateway.config
     headers = {REQUEST_ID_HEADER: current_call().request_id}
-    writer = SseWriter(request, headers, config.ping_interval_s, config.limits.write_timeout_s, gateway.metrics)
+    writer = SseWriter(request, headers, gateway.config.ping_interval_s)
     async with writer.pinging():
         try:
             await _stream_choices(writer, generation, shape)

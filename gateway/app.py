@@ -20,7 +20,7 @@ from .completions import completions
 from .config import GatewayConfig
 from .context import GATEWAY, Gateway
 from .cors import add_cors_headers, cors_middleware
-from .errors import error_middleware
+from .errors import SERVER_NAME, error_middleware
 from .limits import Admission
 from .metrics import GatewayMetrics
 from .prompts import PromptReader
@@ -45,7 +45,7 @@ def create_app(
         clock=clock,
         ids=ids,
         metrics=GatewayMetrics(router),
-        reader=PromptReader(tokenizer, config.limits),
+        reader=PromptReader(tokenizer, config.limits, config.max_model_len),
         admission=Admission(config.limits.max_concurrent_requests),
         wall_clock=wall_clock,
         started_at=int(wall_clock()),
@@ -60,6 +60,7 @@ def create_app(
     ]
     app = web.Application(middlewares=middlewares, client_max_size=config.limits.max_body_bytes)
     app[GATEWAY] = gateway
+    app.on_response_prepare.append(_name_server)
     if config.cors_origins:
         app.on_response_prepare.append(add_cors_headers(config.cors_origins))
     app.on_cleanup.append(_close)
@@ -107,6 +108,10 @@ def _add_routes(app: web.Application) -> None:
             web.post("/reset_prefix_cache", operations.reset_prefix_cache),
         ]
     )
+
+
+async def _name_server(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers["Server"] = SERVER_NAME
 
 
 async def _close(app: web.Application) -> None:

@@ -17,6 +17,7 @@ from .errors import Unsupported
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 512
+MAX_PARTS = 1024
 
 TokenCount = Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)]
 Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
@@ -114,7 +115,7 @@ class ContentPart(msgspec.Struct, frozen=True):
 
 class ChatMessage(msgspec.Struct, frozen=True):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
+    content: str | Annotated[list[ContentPart], msgspec.Meta(max_length=MAX_PARTS)] | None = None
     name: Label | None = None
     tool_calls: Any = None
     function_call: Any = None
@@ -151,7 +152,6 @@ class DetokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
 
 T = TypeVar("T")
 
-_PATH = re.compile(r"^(?P<what>.*?)(?: - at `(?P<at>key in )?\$?(?P<path>.*)`)?$", re.DOTALL)
 _STEP = re.compile(r"\.([^.\[\]]+)|\[(\d+)\]|\[\.\.\.\]")
 _MISSING = re.compile(r"missing required field `(\w+)`")
 
@@ -190,19 +190,21 @@ def shorten(value: object) -> str:
 
 
 def _explain(data: bytes, message: str) -> BadRequest:
-    match = _PATH.match(message)
-    assert match is not None  # the pattern matches every text
-    path = (match["path"] or "").lstrip(".")
+    what, _, at = message.rpartition(" - at `")
+    if not what:
+        what, at = message, ""
+    at = at.removesuffix("`")
+    path = at.removeprefix("key in ").removeprefix("$").lstrip(".")
     missing = _MISSING.search(message)
     if missing:
         name = f"{path}.{missing[1]}" if path else missing[1]
         return BadRequest(f"{name} is missing; it is required", name)
     if not path:
-        return BadRequest(f"the body: {match['what']}")
-    if match["at"]:
-        return BadRequest(f"{path}: a key is wrong: {match['what']}", path)
-    found, value = _look_up(data, match["path"])
-    return BadRequest(f"{path}: {match['what']}" + (f", got the value {shorten(value)}" if found else ""), path)
+        return BadRequest(f"the body: {what}")
+    if at.startswith("key in "):
+        return BadRequest(f"{path}: a key is wrong: {what}", path)
+    found, value = _look_up(data, at.removeprefix("$"))
+    return BadRequest(f"{path}: {what}" + (f", got the value {shorten(value)}" if found else ""), path)
 
 
 def _look_up(data: bytes, path: str) -> tuple[bool, object]:

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 MAX_MESSAGE_CHARS = 600
 RETRY_AFTER_S = 1
+SERVER_NAME = "penstock"  # instead of the library's name and version
 
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 _UNSAFE = (
@@ -126,7 +127,7 @@ def error_response(error: ServeError, was_spent: bool) -> web.Response:
 def from_http_exception(request: web.Request, error: web.HTTPException) -> ServeError:
     """The library's own refusals in our words."""
     if error.status == 404:
-        return RouteNotFound(f"no route for this URL with {request.method}; the API's routes begin with /v1/")
+        return RouteNotFound(f"no route for this URL with {request.method}; see the API's list of routes")
     if isinstance(error, web.HTTPMethodNotAllowed):
         allowed = ", ".join(sorted(error.allowed_methods))
         return MethodNotAllowed(f"method {request.method} is not allowed here; allowed: {allowed}")

@@ -23,6 +23,8 @@ from .timing import RequestTiming
 
 LATE_S = 5.0  # the router keeps the deadline; this much later the gateway stops waiting for its word
 
+EVENTS_PER_TURN = 32
+
 Sink = Callable[[ChoiceDelta], Awaitable[None]]
 
 
@@ -116,7 +118,11 @@ class Generation:
             raise _first_leaf(errors) from None
 
     async def _consume(self, prompt: int, sink: Sink) -> None:
+        num_events = 0
         async for event in self._streams[prompt]:
+            num_events += 1
+            if num_events % EVENTS_PER_TURN == 0:
+                await asyncio.sleep(0)  # neither a full queue nor a free socket suspends this task; others need a turn
             if isinstance(event, EndEvent):
                 self._end(prompt, event)
                 return

@@ -14,7 +14,7 @@ from .errors import Unsupported
 from .tokens import GatewayTokenizer
 
 OFF_LOOP_CHARS = 4096  # tokenizing this much takes about a millisecond
-MAX_TOKEN_ID = 2**31 - 1
+MOST_CHARS_PER_TOKEN = 128  # longer text cannot fit the window: no vocabulary has words like that all along
 
 T = TypeVar("T")
 
@@ -22,10 +22,12 @@ T = TypeVar("T")
 class PromptReader:
     """Owns the one executor of the gateway. `close` ends it."""
 
-    def __init__(self, tokenizer: GatewayTokenizer, limits: Limits) -> None:
+    def __init__(self, tokenizer: GatewayTokenizer, limits: Limits, max_model_len: int) -> None:
         self._tokenizer = tokenizer
-        self._limits = limits
-        self._num_off_loop = 0
+        self._max_choices = limits.max_choices
+        self._max_chars = min(limits.max_prompt_chars, max_model_len * MOST_CHARS_PER_TOKEN)
+        self._max_tokens = max_model_len
+        self._working: list[Future[Any]] = []
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="penstock-tokenize")
 
     def close(self) -> None:
@@ -34,9 +36,9 @@ class PromptReader:
     async def from_prompt(self, prompt: str | list[Any], n: int, add_special_tokens: bool) -> list[list[int]]:
         """One list of ids for each prompt in the `prompt` field of a completion."""
         prompts = self._split(prompt)
-        if len(prompts) * n > self._limits.max_choices:
+        if len(prompts) * n > self._max_choices:
             raise BadRequest(
-                f"prompt: {len(prompts)} prompts x n={n} is more choices than the bound of {self._limits.max_choices}",
+                f"prompt: {len(prompts)} prompts x n={n} is more choices than the bound of {self._max_choices}",
                 "prompt",
             )
         self._check_chars(sum(len(p) for p in prompts if isinstance(p, str)), "prompt")
@@ -67,6 +69,8 @@ class PromptReader:
         """Ids from a client, each in the vocabulary."""
         bound = self._tokenizer.vocab_size
         checked = list(ids)
+        if checked and set(map(type, checked)) == {int} and min(checked) >= 0 and max(checked) < bound:
+            return checked
         for position, token_id in enumerate(checked):
             if type(token_id) is not int or not 0 <= token_id < bound:
                 name = f"{param}[{position}]"
@@ -83,6 +87,7 @@ class PromptReader:
                 "prompt: the list is empty; give a string, strings, token ids or lists of token ids", "prompt"
             )
         kind = type(prompt[0])
+        self._check_length(len(prompt), self._max_tokens if kind is int else self._max_choices)
         if kind not in (str, int, list) or any(type(item) is not kind for item in prompt):
             raise BadRequest(
                 f"prompt: {shorten(prompt)} is not a string, a list of strings, of token ids, or of lists of token ids",
@@ -92,28 +97,32 @@ class PromptReader:
             return [self.check_ids(prompt, "prompt")]
         if kind is str:
             return list(prompt)
+        for ids in prompt:
+            self._check_length(len(ids), self._max_tokens)
         return [self.check_ids(ids, f"prompt[{i}]") for i, ids in enumerate(prompt)]
+
+    def _check_length(self, length: int, bound: int) -> None:
+        """Before any look at the items: a list may hold millions."""
+        if length > bound:
+            raise BadRequest(f"prompt: a list of {length} items, the bound is {bound}; shorten it", "prompt")
 
     async def _ids_of(self, prompt: str | list[int], add_special_tokens: bool) -> list[int]:
         ids = await self.from_text(prompt, add_special_tokens) if isinstance(prompt, str) else prompt
         return _not_empty(ids, "prompt")
 
     def _check_chars(self, num_chars: int, param: str) -> None:
-        bound = self._limits.max_prompt_chars
+        bound = self._max_chars
         if num_chars > bound:
             raise BadRequest(f"{param}: {num_chars} characters, the bound is {bound}; shorten it", param)
 
     async def _off_loop(self, num_chars: int, work: Callable[[], T]) -> T:
         """Short work at once, long work in the executor, behind long work everything: the tokenizer has one lock."""
-        if num_chars < OFF_LOOP_CHARS and self._num_off_loop == 0:
+        self._working = [future for future in self._working if not future.done()]
+        if num_chars < OFF_LOOP_CHARS and not self._working:
             return work()
-        self._num_off_loop += 1
         future = self._executor.submit(work)
-        future.add_done_callback(self._one_less)
+        self._working.append(future)
         return await asyncio.wrap_future(future)
-
-    def _one_less(self, _: Future[T]) -> None:
-        self._num_off_loop -= 1
 
 
 def _not_empty(ids: list[int], param: str) -> list[int]:

@@ -11,18 +11,19 @@ import ipaddress
 import logging
 import signal
 import ssl
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from aiohttp import web
 
 from ..core.errors import ConfigError, Unavailable
+from .connection import connection_factory
 from .context import GATEWAY, Gateway
 
 logger = logging.getLogger(__name__)
 
 ABORT_S = 2.0  # for error events to leave after the grace
-KEEPALIVE_S = 75.0
 BACKLOG = 1024
 
 
@@ -61,39 +62,40 @@ async def serve(
     stop: asyncio.Event | None = None,
     on_bound: Callable[[int], None] | None = None,
 ) -> None:
-    """Serve until `stop` is set (without one: until SIGTERM or SIGINT), then drain. `on_bound` hears the port."""
+    """Serve until `stop` is set (without one: until SIGTERM or SIGINT), then drain. `on_bound` hears the port.
+
+    Raises OSError when the address cannot be bound, ConfigError when it must not be.
+    """
     gateway = app[GATEWAY]
     check_bind(options, bool(gateway.config.api_keys))
     stop = stop or _stop_on_signals()
-    runner = make_runner(app)
-    await runner.setup()
-    try:
-        site = web.TCPSite(runner, options.host, options.port, ssl_context=options.ssl_context, backlog=BACKLOG)
-        await site.start()
-        port = int(runner.addresses[0][1])
+    async with listening(app, options) as port:
         logger.info("gateway listens on %s port %s", options.host, port)
         if on_bound is not None:
             on_bound(port)
         await stop.wait()
         await drain(gateway, options.grace_s)
+
+
+@asynccontextmanager
+async def listening(app: web.Application, options: ServeOptions) -> AsyncIterator[int]:
+    """The application behind an open port, which is the value. Handlers end when their client leaves."""
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=ABORT_S)
+    await runner.setup()
+    try:
+        assert runner.server is not None  # set by setup
+        loop = asyncio.get_running_loop()
+        gateway = app[GATEWAY]
+        factory = connection_factory(runner.server, gateway.config.limits, gateway.metrics.cut_slow_client, loop)
+        listener = await loop.create_server(
+            factory, options.host, options.port, ssl=options.ssl_context, backlog=BACKLOG
+        )
+        try:
+            yield int(listener.sockets[0].getsockname()[1])
+        finally:
+            listener.close()
     finally:
         await runner.cleanup()
-
-
-def make_runner(app: web.Application) -> web.AppRunner:
-    """aiohttp's runner with our bounds. Handlers end when their client leaves; bodies are never decompressed."""
-    limits = app[GATEWAY].config.limits
-    return web.AppRunner(
-        app,
-        handler_cancellation=True,
-        access_log=None,
-        keepalive_timeout=KEEPALIVE_S,
-        max_line_size=limits.max_header_bytes,
-        max_field_size=limits.max_header_bytes,
-        auto_decompress=False,
-        lingering_time=0.0,
-        shutdown_timeout=ABORT_S,
-    )
 
 
 async def drain(gateway: Gateway, grace_s: float) -> None:

@@ -1,8 +1,7 @@
-"""Server-sent events to one client, written without ever waiting long for it.
+"""Server-sent events to one client.
 
 The response starts with the first event (or the first ping), so a failure before any token still has its own HTTP
-status. A client that takes nothing for `write_timeout_s` while its buffer is full is cut; what is buffered for it is
-bounded by the transport.
+status. A write waits only while the client's buffer is full, and connection.py ends that.
 """
 
 from __future__ import annotations
@@ -13,11 +12,8 @@ from contextlib import asynccontextmanager
 
 from aiohttp import web
 
-from .metrics import GatewayMetrics
-
 PING = b": ping\n\n"
 DONE = b"data: [DONE]\n\n"
-FREE_WRITE_BYTES = 16 << 10  # with less than this buffered a write cannot block: the transport pauses at 64 KiB
 
 HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -27,21 +23,12 @@ HEADERS = {
 
 
 class SseWriter:
-    """One event stream. Raises ConnectionError when the client is gone or was cut."""
+    """One event stream. Raises ConnectionError when the client is gone."""
 
-    def __init__(
-        self,
-        request: web.Request,
-        headers: dict[str, str],
-        ping_interval_s: float,
-        write_timeout_s: float,
-        metrics: GatewayMetrics,
-    ) -> None:
+    def __init__(self, request: web.Request, headers: dict[str, str], ping_interval_s: float) -> None:
         self.response = web.StreamResponse(headers=HEADERS | headers)
         self._request = request
         self._ping_interval_s = ping_interval_s
-        self._write_timeout_s = write_timeout_s
-        self._metrics = metrics
         self._starting = asyncio.Lock()
         self._written_at = asyncio.get_running_loop().time()
 
@@ -57,19 +44,7 @@ class SseWriter:
         if not self.response.prepared:
             await self._start()
         self._written_at = asyncio.get_running_loop().time()
-        transport = self._request.transport
-        if transport is None:
-            raise ConnectionResetError("the client is gone")
-        if len(frame) < FREE_WRITE_BYTES and transport.get_write_buffer_size() < FREE_WRITE_BYTES:
-            await self.response.write(frame)
-            return
-        try:
-            async with asyncio.timeout(self._write_timeout_s):
-                await self.response.write(frame)
-        except TimeoutError:
-            self._metrics.cut_slow_client()
-            transport.abort()
-            raise ConnectionResetError("the client reads too slowly") from None
+        await self.response.write(frame)
 
     async def close(self, keep_alive: bool = True) -> None:
         """End of the stream; without keep_alive the connection ends too."""

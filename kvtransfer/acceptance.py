@@ -1,7 +1,7 @@
-"""Where a link may write: the blocks the destination has granted, and what of them is still to come. Shared by all transports.
+"""Where a link may write: the blocks granted, and what of them is still to come. Shared by all transports.
 
-The worker's thread accepts and revokes, the thread that writes blocks claims and finishes. A ticket whose last ordinal has
-arrived is forgotten, so nothing can be written for it afterwards; a generation that is not the accepted one is refused.
+The worker's thread accepts and revokes, the thread that writes blocks claims and finishes. A ticket whose last ordinal
+has arrived is forgotten, so nothing is written for it afterwards; a generation that is not the accepted one is refused.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Outcome:
 
 
 class Acceptances:
-    """The accepted tickets of one link. `refused` counts pushes for tickets, generations or ordinals that are not open."""
+    """The accepted tickets of one link. `refused` counts pushes that fit no open ticket, generation or ordinal."""
 
     def __init__(self, num_layers: int) -> None:
         self._all_layers = (1 << num_layers) - 1

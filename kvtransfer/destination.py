@@ -53,6 +53,8 @@ class _Incoming:
     generation: int = 0
     blocks: dict[int, BlockId] = field(default_factory=dict)
     missing: set[int] = field(default_factory=set)
+    unheard: Grant | None = None  # no block and no Done shows yet that the source has the grant
+    granted_at: float = 0.0
     done: Done | None = None
     failure: tuple[str, str] = ("", "")
 
@@ -117,10 +119,10 @@ class DestinationTable:
         incoming.missing = set(incoming.blocks)
         incoming.deadline = now + self._lease_s
         self._owner.update(dict.fromkeys(blocks, ticket))
-        return [
-            AcceptBlocks(incoming.peer, ticket, self._generation, dict(incoming.blocks)),
-            SendMessage(incoming.peer, Grant(ticket=ticket, generation=self._generation, held=held)),
-        ]
+        grant = Grant(ticket=ticket, generation=self._generation, held=held)
+        incoming.unheard, incoming.granted_at = grant, now
+        accept = AcceptBlocks(incoming.peer, ticket, self._generation, dict(incoming.blocks))
+        return [accept, SendMessage(incoming.peer, grant)]
 
     def cancel(self, ticket: Ticket, code: str, message: str, now: float) -> list[DestinationEffect]:
         """The role does not want it any more. Nothing happens for a ticket that is unknown or has ended."""
@@ -150,7 +152,7 @@ class DestinationTable:
         if incoming is None or incoming.state is not _State.GRANTED or incoming.generation != event.generation:
             self.stale += 1
             return []
-        incoming.deadline = now + self._lease_s
+        incoming.deadline, incoming.unheard = now + self._lease_s, None
         if event.corrupt:
             message = f"{len(event.corrupt)} blocks differ from their digest, the first is ordinal {event.corrupt[0]}"
             return self._fail(event.ticket, incoming, ChecksumMismatch.code, message, now)
@@ -190,7 +192,8 @@ class DestinationTable:
             effects += self._fail(ticket, incoming, code, message, now)
         alive = (_State.OFFERED, _State.GRANTED)
         live = [(item.peer, ticket) for ticket, item in self._incoming.items() if item.state in alive]
-        return [*effects, *self._renewals.run(live, now)]
+        renews = self._renewals.run(live, now)
+        return [*effects, *renews, *self._unheard({renew.peer for renew in renews}, now)]
 
     # ---- looking in ----
 
@@ -265,7 +268,7 @@ class DestinationTable:
         if incoming.state is not _State.GRANTED or incoming.generation != done.generation or incoming.done is not None:
             self.stale += 1
             return []
-        incoming.deadline = now + self._lease_s
+        incoming.deadline, incoming.unheard = now + self._lease_s, None
         counts, wanted = (done.num_blocks, done.num_tokens), (len(incoming.blocks), incoming.num_tokens)
         if counts != wanted:
             message = f"Done says (blocks, tokens) = {counts}, granted {wanted}"
@@ -291,7 +294,8 @@ class DestinationTable:
         for ticket in map(Ticket, renew.tickets):
             incoming, ended = self._mine(peer, ticket), self._ended.get(ticket)
             if incoming is not None and incoming.state in (_State.OFFERED, _State.GRANTED):
-                incoming.deadline = now + self._lease_s
+                # After Done only blocks count: the source has nothing left to do but to send them.
+                incoming.deadline = now + self._lease_s if incoming.done is None else incoming.deadline
             elif ended is not None and ended.peer == peer and now - ended.ended_at > self._lease_s / 10:
                 # It should have heard by now: the word was lost, and its blocks wait for it.
                 effects.append(SendMessage(peer, ended.last_word))
@@ -303,6 +307,12 @@ class DestinationTable:
         ack = Ack(ticket=ticket, generation=incoming.generation)
         self._end(ticket, incoming, ack, now)
         return [SendMessage(incoming.peer, ack), Received(ticket, incoming.done)]
+
+    def _unheard(self, peers: set[WorkerKey], now: float) -> list[DestinationEffect]:
+        """Grant again, where nothing has come for a while: without it both sides would wait for ever."""
+        late = now - self._lease_s / 3
+        items = [item for item in self._incoming.values() if item.peer in peers and item.state is _State.GRANTED]
+        return [SendMessage(item.peer, item.unheard) for item in items if item.unheard and item.granted_at <= late]
 
     def _fail(
         self, ticket: Ticket, incoming: _Incoming, code: str, message: str, now: float, tell_peer: bool = True

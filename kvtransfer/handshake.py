@@ -2,13 +2,13 @@
 
     dialer (decode)                                       listener (prefill)
     KvHello: who I am, whom I expect, fingerprint,   →
-             transports I allow  [+ pool descriptor]      objection? KvRefuse, else
-                                                     ←    KvHello: the one transport chosen, token  [+ pool descriptor]
+             transports I allow, descriptor               objection? KvRefuse, else
+                                                     ←    KvHello: the one transport, descriptor or token
     tcp: data connection with KvHello(token)         →
     KvPing: I am ready                               →    link is up
     link is up
 
-A side that can be a source passes its pool's descriptor when shm is possible. A KvRefuse ends the attempt for this epoch.
+A side that can be a source passes its pool's descriptor when shm is possible. KvRefuse ends all tries for this epoch.
 """
 
 from __future__ import annotations
@@ -23,14 +23,12 @@ from ..core.errors import ProtocolError, TransferFailed
 from ..core.ids import WorkerKey
 from ..engine.kv_memory import KVMemory
 from ..protocol.messages import Fingerprint, HandoffMessage, KvHello, KvPing, KvRefuse, Peer, Role
+from .linking import SOURCE_ROLES
 from .transports.address import KvAddress
 from .transports.shm import MappedPool
 from .transports.tcp import Rendezvous, tune
 from .transports.wire import MAX_HELLO_BYTES, Deadline, read_body, read_frame, read_header_and_fd, send_frame
 from .wording import safe_text
-
-SOURCE_ROLES: frozenset[Role] = frozenset({"prefill", "both"})
-DESTINATION_ROLES: frozenset[Role] = frozenset({"decode", "both"})
 
 
 class Refused(TransferFailed):

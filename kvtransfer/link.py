@@ -13,10 +13,11 @@ OnEvent = Callable[[LinkEvent], None]
 
 
 class Mesh(Protocol):
-    """All hand-off links of one worker. Calls never block; everything that happens is reported through `OnEvent`, in order per peer.
+    """All hand-off links of one worker. Calls never block; everything that happens is reported through `OnEvent`.
 
-    After PeerLost for an incarnation no further event for it follows. An effect for a peer without a link is dropped: its PeerLost
-    has been or is about to be reported.
+    Events come in order for each peer, on any thread, also from within `perform`: `OnEvent` must only queue. After
+    PeerLost no event of that link follows; when the two meet again, PeerUp begins anew and nothing of the old link is
+    kept. An effect for a peer without a link is dropped: its PeerLost has been or is about to be reported.
     """
 
     @property
@@ -28,7 +29,7 @@ class Mesh(Protocol):
     def transports(self) -> list[str]: ...
 
     def set_peers(self, peers: list[Peer]) -> None:
-        """The workers now known. Links to prefill peers are opened by the decode side; links to workers no longer listed end."""
+        """The workers now known. Decode opens the links to prefill; links to workers no longer listed end."""
         ...
 
     def perform(self, effect: LinkEffect) -> None: ...

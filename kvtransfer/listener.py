@@ -1,10 +1,11 @@
-"""Where other workers knock: a Unix socket in a private directory and a loopback TCP port, with one accept thread for both."""
+"""Where other workers knock: a Unix socket in a private directory and a loopback TCP port, one thread for both."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
+import select
 import selectors
 import socket
 import threading
@@ -16,11 +17,12 @@ from .transports.address import KvAddress, require_loopback, socket_path
 
 logger = logging.getLogger(__name__)
 
-_BACKLOG = 128
+_BACKLOG = 1024
+_PAUSE_S = 0.1  # after a failed accept, which may fail again at once
 
 
 class Listener:
-    """Calls `accepted` with each new connection, on its own thread. Closing is idempotent and removes the socket file."""
+    """Calls `accepted` with each connection, on its own thread. Closing is idempotent and removes the socket file."""
 
     def __init__(self, runtime_dir: Path, worker_id: str, host: str, accepted: Callable[[socket.socket], None]) -> None:
         require_loopback(host)
@@ -64,6 +66,7 @@ class Listener:
         except OSError as err:
             # The caller gave up in between, or this process is out of descriptors: neither ends the listener.
             logger.warning("accepting a hand-off connection failed: %s", err)
+            select.select([self._woken], [], [], _PAUSE_S)
             return
         self._accepted(connection)
 

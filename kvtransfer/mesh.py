@@ -3,7 +3,8 @@
     accept thread ── a thread for each connection: handshake, then reader of the link
     a dial thread for each peer that is ours to dial: connect, handshake, then reader of the link; again after a pause
 
-Decode dials prefill; of two workers with both roles the one with the smaller id dials. A refused incarnation is not dialed again.
+Decode dials prefill; of two workers with both roles the one with the smaller id dials. A refused incarnation is not
+dialed again.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from ..core.ids import WorkerKey
 from ..engine.kv_memory import KVMemory
 from ..protocol.messages import Fingerprint, Peer, Role
 from .effects import LinkEffect, PeerLost, PeerUp
-from .handshake import DESTINATION_ROLES, SOURCE_ROLES, Established, Identity, Refused, answer, boot_id, dial
-from .link import OnEvent
+from .handshake import Established, Identity, Refused, answer, boot_id, dial
+from .link import Mesh, OnEvent
+from .linking import dials
 from .listener import Listener
 from .socket_link import SocketLink, shut
 from .transports.tcp import Rendezvous
@@ -35,16 +37,8 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
 _MAX_KNOCKING = 64  # connections that have not said who they are
 
 
-def dials(role: Role, worker_id: str, peer: Peer) -> bool:
-    """Whether a worker opens the link to `peer`, rather than waiting for it."""
-    if role not in DESTINATION_ROLES or peer.role not in SOURCE_ROLES or worker_id == peer.worker_id:
-        return False
-    both_could = role in SOURCE_ROLES and peer.role in DESTINATION_ROLES
-    return not both_could or worker_id < peer.worker_id
-
-
-class SocketMesh:
-    """A `Mesh` over Unix and TCP sockets. `on_event` is called from the links' threads and from `perform`: it must only queue.
+class SocketMesh(Mesh):
+    """A `Mesh` over sockets. `on_event` is called from the links' threads and from `perform`: it must only queue.
 
     `transports`: those allowed, ("shm", "tcp") or one alone to force it. `liveness_s`: silence that ends a link.
     `memory` must outlive `close`.
@@ -140,7 +134,7 @@ class SocketMesh:
     # ---- links ----
 
     def _run_link(self, established: Established, dialed: bool) -> None:
-        """Hold the link until it is over. PeerLost of an older link to the same worker comes before PeerUp of this one."""
+        """Hold the link until it is over. PeerLost of an older link to the same worker comes before its PeerUp."""
         peer = established.peer
         link = SocketLink(established, self._me.memory, self._on_event, self._liveness_s, self._ping_s)
         if not self._install(link, dialed):
@@ -148,12 +142,14 @@ class SocketMesh:
             return
         logger.info("hand-off link to %s uses %s: %s", peer, link.transport, established.reason)
         self._on_event(PeerUp(peer, link.transport))
-        link.run()
-        with self._lock:
-            del self._links[peer]
-        logger.info("hand-off link to %s is over: %s", peer, link.why)
-        self._on_event(PeerLost(peer, link.why))
-        link.over.set()
+        try:
+            link.run()
+        finally:
+            with self._lock:
+                del self._links[peer]
+            logger.info("hand-off link to %s is over: %s", peer, link.why)
+            self._on_event(PeerLost(peer, link.why))
+            link.over.set()
 
     def _install(self, link: SocketLink, dialed: bool) -> bool:
         """Make this the link to its peer; False when the mesh closes, or the peer is not wanted any more."""
@@ -192,9 +188,7 @@ class SocketMesh:
             welcome = not self._closed and len(self._knocking) < _MAX_KNOCKING
             if welcome:
                 self._knocking.add(sock)
-        if welcome:
-            self._spawn("kv-answer", partial(self._answer, sock))
-        else:
+        if not welcome or not self._spawn("kv-answer", partial(self._answer, sock)):
             sock.close()
 
     def _answer(self, sock: socket.socket) -> None:
@@ -211,13 +205,15 @@ class SocketMesh:
 
     # ---- threads ----
 
-    def _spawn(self, name: str, work: Callable[[], None]) -> None:
+    def _spawn(self, name: str, work: Callable[[], None]) -> bool:
+        """Run `work` on a thread that `close` joins; False when the mesh has closed."""
         thread = threading.Thread(target=self._run_thread, args=(work,), name=name)
         with self._lock:
             if self._closed:
-                return
+                return False
             self._threads.add(thread)
             thread.start()
+            return True
 
     def _run_thread(self, work: Callable[[], None]) -> None:
         try:

@@ -1,4 +1,4 @@
-"""One live link over sockets: a reader (the caller's thread), a writer thread, and with tcp a reader of the data connection.
+"""One live link over sockets: a reader (the caller's thread), a writer, and with tcp a reader of the data connection.
 
 `run` returns when the link is over and no thread of it can touch a block any more.
 """
@@ -11,7 +11,7 @@ import threading
 import time
 
 from ..core.errors import ProtocolError
-from ..core.ids import Ticket
+from ..core.ids import BlockId, Ticket
 from ..engine.kv_memory import KVMemory
 from ..protocol.messages import (
     Ack,
@@ -130,8 +130,8 @@ class SocketLink:
         check_source_slots(push, pool.num_blocks)
         blocks = self._acceptances.claim(push)
         if blocks is not None:
-            pull(pool, self._memory, push, list(blocks), self._acceptances)
-            self._finish(push, list(blocks))
+            pull(pool, self._memory, push, blocks, self._acceptances)
+            self._finish(push, blocks)
 
     # ---- the reader of the data connection (tcp) ----
 
@@ -144,15 +144,15 @@ class SocketLink:
                     raise ProtocolError(f"{type(push).__name__} on a data connection")
                 check_push(push, self._memory.num_blocks, self._memory.num_layers)
                 blocks = self._acceptances.claim(push)
-                receive_push(data, self._memory, push, blocks and list(blocks), self._acceptances, arrivals)
+                receive_push(data, self._memory, push, blocks, self._acceptances, arrivals)
                 if blocks is not None:
-                    self._finish(push, list(blocks))
+                    self._finish(push, blocks)
         except (OSError, ProtocolError) as err:
             self.stop(f"data connection: {err}")
         finally:
             self.stop("the data reader ended")
 
-    def _finish(self, push: Push, blocks: list[int]) -> None:
+    def _finish(self, push: Push, blocks: list[BlockId]) -> None:
         """Check the copies that are now in our own blocks, and report."""
         corrupt = tuple(
             ordinal for ordinal, good in zip(push.ordinals, self._verify(push, blocks), strict=True) if not good
@@ -164,7 +164,7 @@ class SocketLink:
             arrived = tuple(ordinal for ordinal in outcome.arrived if ordinal not in corrupt)
             self._on_event(BlocksArrived(self.peer, ticket, push.generation, arrived, corrupt))
 
-    def _verify(self, push: Push, blocks: list[int]) -> list[bool]:
+    def _verify(self, push: Push, blocks: list[BlockId]) -> list[bool]:
         layers = (push.first_layer, push.num_layers)
         digests = [block_digest(self._memory.block(block, *layers)) for block in blocks]
         return [mine == theirs for mine, theirs in zip(digests, push.digests, strict=True)]

@@ -33,7 +33,8 @@ class _Outgoing:
     ready: tuple[BlockId, ...] = ()
     num_pushed: int = 0
     sealed: tuple[tuple[SampledToken, ...], Phases] | None = None
-    done_sent: bool = False
+    done: Done | None = None  # set once it has been sent
+    done_at: float = 0.0
 
 
 class SourceTable:
@@ -67,7 +68,7 @@ class SourceTable:
         if out is None:
             return []
         _take_table(out, ticket, block_ids)
-        return self._progress(ticket, out)
+        return self._progress(ticket, out, now)
 
     def seal(
         self,
@@ -87,7 +88,7 @@ class SourceTable:
             raise InternalError(f"seal {ticket.hex()}: {found}; offered {out.num_blocks} and {out.num_tokens}, once")
         _take_table(out, ticket, block_ids)
         out.sealed = (first_tokens, phases)
-        return self._progress(ticket, out)
+        return self._progress(ticket, out, now)
 
     def fail(self, ticket: Ticket, code: str, message: str, now: float) -> list[SourceEffect]:
         """Give this hand-off up and tell the destination. Nothing happens for a ticket that has ended."""
@@ -128,7 +129,8 @@ class SourceTable:
             elif out.answer_until is not None and now >= out.answer_until:
                 message = f"{out.peer} has not answered the offer in {self._offer_timeout_s:g} s"
                 effects += self._give_up(ticket, TransferFailed.code, message)
-        return [*effects, *self._renewals.run([(out.peer, ticket) for ticket, out in self._outgoing.items()], now)]
+        renews = self._renewals.run([(out.peer, ticket) for ticket, out in self._outgoing.items()], now)
+        return [*effects, *renews, *self._unanswered({renew.peer for renew in renews}, now)]
 
     # ---- looking in ----
 
@@ -150,8 +152,8 @@ class SourceTable:
             assert len(out.ready) <= out.num_blocks, ticket.hex()
             assert 0 <= held <= out.num_blocks, ticket.hex()
             assert out.num_pushed <= max(len(out.ready), held), ticket.hex()
-            assert out.grant is not None or (out.num_pushed == 0 and not out.done_sent), ticket.hex()
-            assert not out.done_sent or out.num_pushed == out.num_blocks, ticket.hex()
+            assert out.grant is not None or (out.num_pushed == 0 and out.done is None), ticket.hex()
+            assert out.done is None or out.num_pushed == out.num_blocks, ticket.hex()
             assert out.grant is None or out.answer_until is None, ticket.hex()
 
     # ---- inside ----
@@ -174,14 +176,14 @@ class SourceTable:
             return []
         out.lease_until, out.answer_until = now + self._lease_s, None
         out.grant = grant
-        return self._progress(ticket, out)
+        return self._progress(ticket, out, now)
 
     def _on_ack(self, peer: WorkerKey, ack: Ack) -> list[SourceEffect]:
         ticket = Ticket(ack.ticket)
         out = self._mine(peer, ticket)
         if out is None:
             return []
-        if not out.done_sent or out.grant is None or out.grant.generation != ack.generation:
+        if out.done is None or out.done.generation != ack.generation:
             self.stale += 1
             return []
         return [self._end(ticket)]
@@ -198,7 +200,7 @@ class SourceTable:
             if out is not None and out.peer == peer:
                 out.lease_until, out.answer_until = now + self._lease_s, None
 
-    def _progress(self, ticket: Ticket, out: _Outgoing) -> list[SourceEffect]:
+    def _progress(self, ticket: Ticket, out: _Outgoing, now: float) -> list[SourceEffect]:
         """Push all that is ready and allowed; Done behind the last push."""
         if out.grant is None:
             return []
@@ -209,10 +211,16 @@ class SourceTable:
             block_ids = tuple(out.ready[ordinal] for ordinal in ordinals)
             effects.append(SendBlocks(out.peer, ticket, out.grant.generation, tuple(ordinals), block_ids))
         out.num_pushed = max(first, stop)
-        if out.sealed is not None and not out.done_sent:
-            out.done_sent = True
-            effects.append(SendMessage(out.peer, _done(ticket, out, out.grant, *out.sealed)))
+        if out.sealed is not None and out.done is None:
+            out.done, out.done_at = _done(ticket, out, out.grant, *out.sealed), now
+            effects.append(SendMessage(out.peer, out.done))
         return effects
+
+    def _unanswered(self, peers: set[WorkerKey], now: float) -> list[SourceEffect]:
+        """Done again, where neither Ack nor Cancel has come for a while: without it both sides would wait for ever."""
+        late = now - self._lease_s / 3
+        outs = [out for out in self._outgoing.values() if out.peer in peers and out.done_at <= late]
+        return [SendMessage(out.peer, out.done) for out in outs if out.done is not None]
 
     def _give_up(self, ticket: Ticket, code: str, message: str) -> list[SourceEffect]:
         peer = self._outgoing[ticket].peer

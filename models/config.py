@@ -364,5 +364,10 @@ def _gguf_end_tokens(general: Fields, vocab_size: int) -> tuple[int, ...]:
     tokens, types = general.get("tokenizer.ggml.tokens"), general.get("tokenizer.ggml.token_type")
     if isinstance(tokens, list) and isinstance(types, list):
         pairs = enumerate(zip(tokens, types, strict=False))
-        ids += [i for i, (token, kind) in pairs if kind == _CONTROL_TOKEN and token in _END_TOKENS and i < vocab_size]
+        ends = [
+            i
+            for i, (token, kind) in pairs
+            if kind == _CONTROL_TOKEN and isinstance(token, str) and token in _END_TOKENS
+        ]
+        ids += [i for i in ends if i < vocab_size]
     return tuple(dict.fromkeys(ids))

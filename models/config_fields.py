@@ -21,6 +21,11 @@ def shown(value: object) -> str:
     return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "..."
 
 
+def printable(name: str) -> str:
+    """A name from the file for an error message: as it is where that is safe to print, else escaped and cut."""
+    return name if len(name) <= _SHOWN_CHARACTERS and name.isprintable() else shown(name)
+
+
 class Fields:
     """One mapping and where it came from. A default of None means that the field is required; null counts as absent."""
 

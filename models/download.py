@@ -177,7 +177,11 @@ def _folder_bytes(folder: Path) -> int:
 
 def _pip_failure(source: WheelFile, output: str) -> str:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    reason = next((line for line in reversed(lines) if "error" in line.lower()), lines[-1] if lines else "no output")
+    cause = [line for line in lines if "connection broken" in line]  # pip's last line then only says "no match"
+    errors = [line for line in lines if "error" in line.lower()]
+    reason = (cause or errors or lines or ["no output"])[-1]
+    if cause:
+        reason = "the index cannot be reached: " + reason.rpartition(" after ")[2]
     if "No module named pip" in output:
         reason = "this Python has no pip; run: python -m ensurepip"
     return (

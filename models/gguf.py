@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import ModelFileError
+from .config_fields import printable
 from .dequantize import FORMATS, BlockFormat, Bytes
 from .gguf_values import HeaderReader
 
@@ -96,7 +97,7 @@ def _read_metadata(reader: HeaderReader, count: int) -> dict[str, Any]:
         key = reader.string(f"metadata key {index}")
         if key in metadata:
             reader.fail(f"metadata key {index}", key, "which appears twice")
-        metadata[key] = reader.value(key[:80])
+        metadata[key] = reader.value(printable(key))
     if metadata.get("split.count", 0) not in (0, 1):
         reader.fail("split.count", metadata["split.count"], "merge the parts first (llama-gguf-split --merge)")
     return metadata
@@ -112,7 +113,7 @@ def _alignment(reader: HeaderReader, metadata: dict[str, Any]) -> int:
 def _read_tensor(reader: HeaderReader) -> TensorInfo:
     """One entry; its offset still counts from the start of the tensor data."""
     name = reader.string("tensor name")
-    label = f"tensor {name[:80]}"
+    label = f"tensor {printable(name)}"
     num_dimensions = reader.u32(f"{label}: dimension count")
     if not 1 <= num_dimensions <= _MAX_DIMENSIONS:
         reader.fail(f"{label}: dimension count", num_dimensions, f"expected 1 to {_MAX_DIMENSIONS}")
@@ -145,7 +146,7 @@ def _place(reader: HeaderReader, entries: list[TensorInfo], start: int, alignmen
     """Tensors by name in file order of their entries, with absolute offsets, none of them overlapping."""
     tensors: dict[str, TensorInfo] = {}
     for info in entries:
-        label = f"tensor {info.name[:80]}"
+        label = f"tensor {printable(info.name)}"
         if info.name in tensors:
             reader.fail("tensor name", info.name, "which appears twice")
         if info.offset % alignment:
@@ -164,5 +165,7 @@ def _check_overlap(reader: HeaderReader, tensors: dict[str, TensorInfo]) -> None
     end, previous = 0, ""
     for info in sorted(tensors.values(), key=lambda info: info.offset):
         if info.offset < end:
-            reader.fail(f"tensor {info.name[:80]}: offset", info.offset, f"which lies inside tensor {previous[:80]}")
+            reader.fail(
+                f"tensor {printable(info.name)}: offset", info.offset, f"which lies inside tensor {printable(previous)}"
+            )
         end, previous = info.offset + info.num_bytes, info.name

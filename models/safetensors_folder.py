@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..core.errors import ModelFileError
 from .config import ModelConfig, config_from_hf
-from .config_fields import Fields, shown
+from .config_fields import Fields, printable, shown
 from .weight_identity import WeightFile, weight_identity
 from .weight_shapes import Shape, check_shapes, weight_shapes
 
@@ -124,7 +124,7 @@ def _read_shard(path: Path) -> _Shard:
     shapes: dict[str, Shape] = {}
     offsets: list[int] = []
     for name, entry in header.items():
-        shapes[name], offset = _read_entry(entry, f"{path.name}: tensor {name[:80]}", size - start)
+        shapes[name], offset = _read_entry(entry, f"{path.name}: tensor {printable(name)}", size - start)
         offsets.append(start + offset)
     return _Shard(path, start, shapes, offsets)
 
@@ -134,7 +134,7 @@ def _read_entry(entry: object, source: str, data_bytes: int) -> tuple[Shape, int
     if not isinstance(entry, Mapping):
         raise ModelFileError(f"{source} is {shown(entry)}, expected an object")
     dtype, shape, span = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if dtype not in _DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in _DTYPE_BYTES:
         raise ModelFileError(f"{source}: dtype is {shown(dtype)}, supported: {', '.join(_DTYPE_BYTES)}")
     if not _whole_numbers(shape) or len(shape) > 4:
         raise ModelFileError(f"{source}: shape is {shown(shape)}, expected at most 4 whole numbers")
@@ -155,7 +155,7 @@ def _used_shapes(shards: list[_Shard], config: ModelConfig, folder: Path) -> dic
     for shard in shards:
         for name, shape in shard.shapes.items():
             if name in shapes:
-                raise ModelFileError(f"{folder.name}: tensor {name[:80]} is in more than one file")
+                raise ModelFileError(f"{folder.name}: tensor {printable(name)} is in more than one file")
             shapes[name] = shape
     is_idle = {name for name in shapes if name.endswith(".rotary_emb.inv_freq")}
     if config.tie_word_embeddings:

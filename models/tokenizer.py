@@ -35,7 +35,7 @@ class Tokenizer:
         self.special_ids = frozenset(self._special)
         self._bytes = TokenBytes(backend, self.vocab_size)
         self.strips_leading_space = self._bytes.strips_leading_space
-        self._lock = threading.Lock()  # guards the backend's switch for special tokens
+        self._lock = threading.Lock()  # the switch for special tokens belongs to one call at a time
         self._backend = backend
         self._stand_ins = _stand_ins(self._special)
         self._real_ids = self._add_stand_ins()

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from ..core.errors import ModelFileError
 from .config import ModelConfig
+from .config_fields import printable
 
 Shape = tuple[int, ...]
 
@@ -57,7 +58,7 @@ def check_shapes(expected: Mapping[str, Shape], found: Mapping[str, Shape], sour
             raise ModelFileError(f"{source}: {problem}")
     unknown = [name for name in found if name not in expected]
     if unknown:
-        problem = f"tensor {unknown[0][:80]} is not part of this architecture{_others(unknown)}"
+        problem = f"tensor {printable(unknown[0])} is not part of this architecture{_others(unknown)}"
         raise ModelFileError(f"{source}: {problem}")
 
 

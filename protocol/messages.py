@@ -65,7 +65,7 @@ def unpack_ids(data: bytes) -> list[int]:
 # ---- pieces -------------------------------------------------------------------------------------------------------------------
 
 
-class Fingerprint(Part):
+class Fingerprint(Part, frozen=True):
     """What two workers must agree on before a block may move. Compared field by field; a difference is named."""
 
     model: Text
@@ -87,26 +87,26 @@ class Fingerprint(Part):
         return None
 
 
-class TokenLogprob(Part):
+class TokenLogprob(Part, frozen=True):
     """logprob of the chosen token, and the most likely alternatives as (token id, logprob), best first."""
 
     logprob: float
     top: Annotated[tuple[tuple[TokenId, float], ...], msgspec.Meta(max_length=MAX_LOGPROBS)] = ()
 
 
-class SampledToken(Part):
+class SampledToken(Part, frozen=True):
     token_id: TokenId
     logprob: TokenLogprob | None = None
 
 
-class ChoiceState(Part):
+class ChoiceState(Part, frozen=True):
     """One of the n choices of a request, with the tokens it has already produced."""
 
     choice: Annotated[int, msgspec.Meta(ge=0, lt=MAX_CHOICES)]
     output_ids: IdBytes = b""
 
 
-class Phases(Part):
+class Phases(Part, frozen=True):
     """Where the time to the first token went, in seconds. They add up to the worker's share of TTFT."""
 
     queue_s: Seconds = 0.0  # in prefill's queue
@@ -117,7 +117,7 @@ class Phases(Part):
     transferred_bytes: Sequence64 = 0
 
 
-class WorkerLoad(Part):
+class WorkerLoad(Part, frozen=True):
     """What a worker says about itself with each heartbeat."""
 
     total_blocks: Count = 0
@@ -138,7 +138,7 @@ class WorkerLoad(Part):
     stale_messages: Sequence64 = 0
 
 
-class Peer(Part):
+class Peer(Part, frozen=True):
     """A worker as the router introduces it to another."""
 
     worker_id: WorkerId
@@ -150,17 +150,17 @@ class Peer(Part):
 # ---- router → worker ----------------------------------------------------------------------------------------------------------
 
 
-class Welcome(Message):
+class Welcome(Message, frozen=True):
     """The router knows this worker; commands may follow."""
 
 
-class Peers(Message):
+class Peers(Message, frozen=True):
     """All workers now known. A decode worker opens a link to each prefill worker, and drops links to those gone."""
 
     peers: Annotated[list[Peer], msgspec.Meta(max_length=4096)]
 
 
-class StartPrefill(Message):
+class StartPrefill(Message, frozen=True):
     """Compute the KV of the prompt, hand it to `decode` under `ticket`, sample the first token of each choice."""
 
     request_id: RequestId
@@ -175,7 +175,7 @@ class StartPrefill(Message):
     cache_salt: Text = ""
 
 
-class StartDecode(Message):
+class StartDecode(Message, frozen=True):
     """Produce tokens. With a ticket the prompt's KV comes from `prefill_worker`; without one this worker prefills itself."""
 
     request_id: RequestId
@@ -190,7 +190,7 @@ class StartDecode(Message):
     cache_salt: Text = ""
 
 
-class Abort(Message):
+class Abort(Message, frozen=True):
     """Stop this attempt (or one choice of it) and free what it holds. Unknown attempts are ignored and counted."""
 
     request_id: RequestId
@@ -198,11 +198,11 @@ class Abort(Message):
     choice: Count | None = None
 
 
-class Drain(Message):
+class Drain(Message, frozen=True):
     """Take nothing new, finish what runs, report state `draining`."""
 
 
-class ResetPrefixCache(Message):
+class ResetPrefixCache(Message, frozen=True):
     """Forget all retained prefix blocks."""
 
 
@@ -220,7 +220,7 @@ class FromRouter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 # ---- worker → router ----------------------------------------------------------------------------------------------------------
 
 
-class Hello(Message):
+class Hello(Message, frozen=True):
     """First message of a worker, repeated until it is welcomed."""
 
     role: Role
@@ -233,7 +233,7 @@ class Hello(Message):
     transports: Annotated[list[Code], msgspec.Meta(max_length=16)]
 
 
-class Heartbeat(Message):
+class Heartbeat(Message, frozen=True):
     """Sent from a thread that no forward pass can starve.
 
     `received` is the highest command number handled, `active` the attempts that live here: an attempt whose command is covered by
@@ -247,7 +247,7 @@ class Heartbeat(Message):
     linked: Annotated[list[tuple[WorkerId, Epoch, Code]], msgspec.Meta(max_length=4096)]  # peers, and the transport to each
 
 
-class Tokens(Part):
+class Tokens(Part, frozen=True):
     """Tokens of one choice, in order, the first with index `index`. With a finish_reason this is the choice's last message."""
 
     request_id: RequestId
@@ -260,13 +260,13 @@ class Tokens(Part):
     phases: Phases | None = None  # with index of the attempt's first token
 
 
-class Output(Message):
+class Output(Message, frozen=True):
     """All tokens of one engine step."""
 
     items: Annotated[list[Tokens], msgspec.Meta(max_length=4096)]
 
 
-class PrefillEnded(Message):
+class PrefillEnded(Message, frozen=True):
     """The prefill side of an attempt is over: handed over, or failed. Frees the router's accounting, never ends a request."""
 
     request_id: RequestId
@@ -276,7 +276,7 @@ class PrefillEnded(Message):
     message: Text = ""
 
 
-class AttemptFailed(Message):
+class AttemptFailed(Message, frozen=True):
     """The decode side of an attempt is over without an answer. With retriable the router tries elsewhere."""
 
     request_id: RequestId
@@ -286,7 +286,7 @@ class AttemptFailed(Message):
     retriable: bool = False
 
 
-class Goodbye(Message):
+class Goodbye(Message, frozen=True):
     """Clean end of a worker after a drain."""
 
 
@@ -304,7 +304,7 @@ class FromWorker(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 # ---- worker ↔ worker: the hand-off --------------------------------------------------------------------------------------------
 
 
-class KvHello(Message):
+class KvHello(Message, frozen=True):
     """First message on a link, both ways. Any mismatch is answered by KvRefuse before a byte moves."""
 
     worker_id: WorkerId
@@ -317,11 +317,11 @@ class KvHello(Message):
     token: Annotated[bytes, msgspec.Meta(max_length=32)] = b""  # pairs a second, data connection with this link
 
 
-class KvRefuse(Message):
+class KvRefuse(Message, frozen=True):
     reason: Text
 
 
-class Offer(Message):
+class Offer(Message, frozen=True):
     """prefill → decode: the KV of this ticket is about to arrive; `num_blocks` cover `num_tokens`."""
 
     ticket: TicketId
@@ -329,7 +329,7 @@ class Offer(Message):
     num_blocks: Count
 
 
-class Grant(Message):
+class Grant(Message, frozen=True):
     """decode → prefill: you may write. The first `held` blocks are here already and must not travel."""
 
     ticket: TicketId
@@ -337,7 +337,7 @@ class Grant(Message):
     held: Count
 
 
-class Push(Message):
+class Push(Message, frozen=True):
     """prefill → decode: these blocks, layers [first_layer, first_layer + num_layers), with a digest for each block.
 
     `source_slots` index the pusher's registered pool, one for each ordinal; only transports that pull use them.
@@ -352,7 +352,7 @@ class Push(Message):
     source_slots: Ordinals = []
 
 
-class Done(Message):
+class Done(Message, frozen=True):
     """prefill → decode: all is computed and pushed. `num_blocks` counts the blocks after the held ones."""
 
     ticket: TicketId
@@ -363,7 +363,7 @@ class Done(Message):
     phases: Phases
 
 
-class Failed(Message):
+class Failed(Message, frozen=True):
     """prefill → decode: this hand-off will not complete."""
 
     ticket: TicketId
@@ -371,14 +371,14 @@ class Failed(Message):
     message: Text
 
 
-class Ack(Message):
+class Ack(Message, frozen=True):
     """decode → prefill: every block is here and verified; the source may free its blocks."""
 
     ticket: TicketId
     generation: Count
 
 
-class Cancel(Message):
+class Cancel(Message, frozen=True):
     """decode → prefill: this hand-off is not wanted any more (abort, refusal, failure, lease end)."""
 
     ticket: TicketId
@@ -386,13 +386,13 @@ class Cancel(Message):
     message: Text
 
 
-class Renew(Message):
+class Renew(Message, frozen=True):
     """Both ways: these tickets are alive on my side."""
 
     tickets: Annotated[list[TicketId], msgspec.Meta(max_length=65536)]
 
 
-class KvPing(Message):
+class KvPing(Message, frozen=True):
     """Both ways, from the link's own thread: the process lives."""
 
 

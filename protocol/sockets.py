@@ -7,7 +7,9 @@ so two incarnations never share a route.
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
+import math
 import os
 import stat
 from dataclasses import dataclass
@@ -64,7 +66,7 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _limit(socket: zmq.Socket[bytes], high_water_mark: int) -> None:
+def _limit(socket: zmq.Socket[bytes] | zmq.asyncio.Socket, high_water_mark: int) -> None:
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, high_water_mark)
     socket.setsockopt(zmq.RCVHWM, high_water_mark)
@@ -105,7 +107,7 @@ class RouterSocket:
         """Queue `frame` for a peer without waiting; False when it was dropped."""
         sending = self._socket.send_multipart((identity, frame), flags=zmq.NOBLOCK)
         # A send that does not wait is over when the call returns; its future only carries the outcome.
-        error = sending.exception() if sending.done() else None
+        error = sending.exception() if isinstance(sending, asyncio.Future) else None
         if error is None:
             self.counters.sent += 1
             return True
@@ -149,7 +151,7 @@ class WorkerSocket:
 
     def poll(self, timeout_s: float) -> bool:
         """Wait for a frame, a `wake` or the time; whether a frame is there."""
-        events = dict(self._poller.poll(max(0, round(timeout_s * 1000))))
+        events = dict(self._poller.poll(max(0, math.ceil(timeout_s * 1000))))
         if self._wake_reader in events:
             os.read(self._wake_reader, 65536)
         return self._socket in events

@@ -72,6 +72,7 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     total_blocks: int
     transports: dict[str, str] = {}  # peer worker → transport of the live link
     restarts: int = 0
+    dtype: str = ""  # of weights and KV cache
 
 
 class ClusterStatus(msgspec.Struct, frozen=True):

@@ -120,6 +120,7 @@ class WorkerRecord:
             total_blocks=self.load.total_blocks if has_load else self.hello.total_blocks,
             transports={peer.worker_id: transport for peer, transport in sorted(self.linked.items())},
             restarts=self.restarts,
+            dtype=self.hello.fingerprint.dtype,
         )
 
 

@@ -11,7 +11,6 @@ it delays nobody else.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable
@@ -94,6 +93,8 @@ class RouterService:
         self._routes: OrderedDict[WorkerKey, bytes] = OrderedDict()
         self._socket: RouterSocket | None = None
         self._receiver: asyncio.Task[None] | None = None
+        self._over = asyncio.Event()  # stopped, or broken
+        self._failure: BaseException | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = 0.0
         self._pending: deque[Effect] = deque()
@@ -108,28 +109,30 @@ class RouterService:
         self._socket = RouterSocket(self._given_address)
         self._receiver = asyncio.create_task(self._receive(self._socket), name="router-receive")
         self._receiver.add_done_callback(self._on_receiver_done)
+        self._failure = None
+        self._over = asyncio.Event()
 
     async def stop(self) -> None:
         """End every request, then close the socket. Safe twice."""
         receiver, self._receiver = self._receiver, None
-        self._perform(self._core.end_all(Unavailable("the router is stopping")))
+        if self._failure is None:
+            self._perform(self._core.end_all(Unavailable("the router is stopping")))
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         if receiver is not None:
             receiver.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await receiver
+            await asyncio.wait([receiver])
         if self._socket is not None:
             self._socket.close()
             self._socket = None
+        self._over.set()
 
     async def wait(self) -> None:
         """Until `stop`; raises what broke the router, if something did. The caller then ends the process."""
-        if self._receiver is not None:
-            await asyncio.wait([self._receiver])
-            if not self._receiver.cancelled():
-                self._receiver.result()
+        await self._over.wait()
+        if self._failure is not None:
+            raise self._failure
 
     @property
     def address(self) -> str:
@@ -140,7 +143,7 @@ class RouterService:
 
     def submit(self, request: GenerateRequest) -> RequestStream:
         """Accept a request; raises BadRequest, Overloaded or Unavailable when it is refused at the door."""
-        if self._receiver is None:
+        if self._receiver is None or self._failure is not None:
             raise Unavailable("the router is not running")
         stream = RequestStream(request.request_id, self._max_stream_events, self._cancel)
         effects = self._core.submit(request)
@@ -204,14 +207,18 @@ class RouterService:
             self._routes.popitem(last=False)
 
     def _on_receiver_done(self, task: asyncio.Task[None]) -> None:
-        """The receive task ends by `stop` or by our own bug; the bug must not leave callers waiting."""
-        if task.cancelled() or task.exception() is None:
-            return
-        log.critical("the router failed", exc_info=task.exception())
-        error = InternalError("the router failed; see its log")
-        for stream in self._streams.values():
-            stream.put(EndEvent(error))
-        self._streams.clear()
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self._break(error)
+
+    def _break(self, failure: BaseException) -> None:
+        """Our own bug: the books can no longer be trusted, and no caller may be left waiting."""
+        log.critical("the router failed", exc_info=failure)
+        self._failure = failure
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.put(EndEvent(InternalError("the router failed; its log says why")))
+        self._over.set()
 
     # ---- effects
 
@@ -255,7 +262,7 @@ class RouterService:
     def _arm_timer(self) -> None:
         """Wake at the core's next deadline."""
         due = self._core.next_deadline
-        if due is None or self._receiver is None:
+        if due is None or self._receiver is None or self._failure is not None:
             return
         if self._timer is not None:
             if self._timer_due <= due:
@@ -275,4 +282,9 @@ class RouterService:
             # This process itself slept: what its workers said meanwhile waits in the socket and comes first.
             self._set_timer(now + CATCH_UP_S)
             return
-        self._perform(self._core.tick())
+        try:
+            self._perform(self._core.tick())
+        except Exception as error:
+            # Raised in a timer of the loop it would only be logged, and time would stand still.
+            log.exception("a deadline could not be handled")
+            self._break(error)

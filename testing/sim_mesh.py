@@ -184,7 +184,8 @@ class SimNetwork:
         if grant is None or grant.generation != push.generation:
             return
         missing = to.missing[sender.key, push.ticket]
-        done, corrupt = [], []
+        done: list[int] = []
+        corrupt: list[int] = []
         for ordinal, source, digest in zip(push.ordinals, push.block_ids, digests, strict=True):
             if ordinal not in missing:
                 continue

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from ..core.ids import WorkerKey
 from ..decode_node.role import DecodeRole
 from ..engine.block_pool import BlockPool
+from ..engine.interface import ScheduledSeq
 from ..kvtransfer.destination import DestinationTable
 from ..kvtransfer.effects import LinkEvent
 from ..kvtransfer.source import SourceTable
@@ -124,14 +125,14 @@ class SimWorker:
             self._is_busy = True
             self._events.after(self.engine.cost_s([e for _, e in batch]), lambda: self._finish(batch))
 
-    def _finish(self, batch: list[tuple[RoleCode, object]]) -> None:
+    def _finish(self, batch: list[tuple[RoleCode, ScheduledSeq]]) -> None:
         if not self.is_alive:
             return
         if self._is_frozen:
             self._events.after(TICK_S, lambda: self._finish(batch))
             return
         self._is_busy = False
-        self._perform(self.core.end_step(batch, self.core.compute(batch)))  # type: ignore[arg-type]
+        self._perform(self.core.end_step(batch, self.core.compute(batch)))
         self._after_event(self)
         self._turn()
 

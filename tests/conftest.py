@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from penstock.core.errors import ConfigError
+from penstock.models import store
+
 ROOT = Path(__file__).resolve().parent.parent
 NOT_PRODUCT = {"tests", "benchmarks", "docs", "build", "dist"}
 REQUIRE_DATA = os.environ.get("PENSTOCK_REQUIRE_DATA") == "1"
@@ -54,6 +57,16 @@ def product_sources(all_sources: dict[str, str]) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
+def model_path() -> Path:
+    """The file of the default model, a real one; skips where it has not been pulled."""
+    try:
+        return store.resolve(store.DEFAULT_MODEL, download=False).path
+    except ConfigError as err:
+        absent(str(err))
+        raise
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Callable[[str], Path]:
     """`shared_data("gsm8k")` is the path of a public data set kept beside the repository; skips where there is none."""
     base = Path(os.environ.get("PENSTOCK_DATA", ROOT.parent / "shared" / "data"))
@@ -94,9 +107,11 @@ def _children() -> set[str]:
 def _command(pid: str) -> str:
     """The command line of a living process; empty for one that is gone, or dead and not yet reaped."""
     try:
-        return Path("/proc", pid, "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        name, state = Path("/proc", pid, "stat").read_text().split("(", 1)[1].rsplit(")", 1)
+        command = Path("/proc", pid, "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
     except OSError:
         return ""
+    return "" if state.split()[0] == "Z" else command or name
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -20,7 +20,7 @@ UNSAFE_MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "marsha
 UNSAFE_NAMES = {"eval", "exec", "__import__"}
 UNSAFE_CALLS = {
     "torch.load": "use safetensors",
-    "yaml.load": "use yaml.safe_load, or a loader derived from yaml.SafeLoader in the same file",
+    "yaml.load": "use yaml.safe_load, or name a safe loader",
     "yaml.unsafe_load": "use yaml.safe_load",
     "yaml.full_load": "use yaml.safe_load",
     "os.system": "use subprocess with a list",
@@ -43,21 +43,23 @@ def no_unsafe_imports(tree: ast.Module, _: str) -> Found:
         yield from ((node.lineno, f"{name} runs what it reads") for name in unsafe)
 
 
-def derives_safe_loader(tree: ast.Module) -> bool:
-    return any(
-        isinstance(node, ast.ClassDef) and "yaml.SafeLoader" in map(ast.unparse, node.bases) for node in ast.walk(tree)
-    )
+def names_safe_loader(call: ast.Call, tree: ast.Module) -> bool:
+    """The loader is YAML's safe one, or the file derives its own from that."""
+    loaders = [ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg == "Loader"]
+    if loaders in (["yaml.SafeLoader"], ["yaml.CSafeLoader"]):
+        return True
+    bases = {ast.unparse(base) for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for base in node.bases}
+    return any("yaml.SafeLoader" in base for base in bases) and bool(loaders) and not loaders[0].startswith("yaml.")
 
 
 def no_unsafe_calls(tree: ast.Module, _: str) -> Found:
-    allowed = {"yaml.load"} if derives_safe_loader(tree) else set()
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue
         called = ast.unparse(node.func)
         if called in UNSAFE_NAMES:
             yield node.lineno, f"{called}() runs data as code"
-        if called in UNSAFE_CALLS.keys() - allowed:
+        if called in UNSAFE_CALLS and not (called == "yaml.load" and names_safe_loader(node, tree)):
             yield node.lineno, f"{called}: {UNSAFE_CALLS[called]}"
         if called.split(".")[-1] in UNSAFE_METHODS:
             yield node.lineno, f"{called} pickles"
@@ -194,7 +196,9 @@ def test_product_uses_the_words_of_the_glossary(repo_root: Path, product_sources
         (no_unsafe_calls, "eval(text)"),
         (no_unsafe_calls, "exec(text)"),
         (no_unsafe_calls, "torch.load(path)"),
-        (no_unsafe_calls, "yaml.load(text, Loader=yaml.SafeLoader)"),
+        (no_unsafe_calls, "yaml.load(text)"),
+        (no_unsafe_calls, "yaml.load(text, Loader=yaml.Loader)"),
+        (no_unsafe_calls, "class Strict(yaml.SafeLoader): ...\nyaml.load(text, Loader=yaml.UnsafeLoader)"),
         (no_unsafe_calls, "socket.recv_pyobj()"),
         (no_unsafe_calls, "subprocess.run(line, shell=True)"),
         (no_unsafe_calls, "np.load(path, allow_pickle=flag)"),
@@ -217,6 +221,7 @@ def test_planted_violation_is_found(rule: Rule, planted: str) -> None:
         "model.eval()",
         "yaml.safe_load(text)",
         "class Strict(yaml.SafeLoader): ...\nyaml.load(text, Loader=Strict)",
+        "yaml.load(text, Loader=yaml.CSafeLoader)",
         "re.compile(pattern)",
         "subprocess.run(words, shell=False)",
         "np.load(path, allow_pickle=False)",

@@ -30,7 +30,9 @@ def pyproject(repo_root: Path) -> dict[str, Any]:
 
 
 def folders_with_code(sources: dict[str, str]) -> set[str]:
-    return {".".join(["penstock", *Path(path).parent.parts]) for path in sources}
+    """As package names, with the folders above them."""
+    folders = {folder for path in sources for folder in Path(path).parents}
+    return {".".join(["penstock", *folder.parts]) for folder in folders}
 
 
 def test_package_list_equals_folders_with_code(pyproject: dict[str, Any], product_sources: dict[str, str]) -> None:

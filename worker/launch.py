@@ -76,5 +76,5 @@ def _make_mesh(topology: Topology, spec: WorkerSpec, key: WorkerKey, engine: Eng
         engine.memory,
         on_event,
         runtime_dir=Path(topology.runtime_dir),
-        transports=["shm", "tcp"] if chosen == "auto" else [chosen],
+        transports=("shm", "tcp") if chosen == "auto" else (chosen,),
     )

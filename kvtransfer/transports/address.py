@@ -48,7 +48,7 @@ def require_loopback(host: str) -> None:
 
 
 def socket_path(runtime_dir: Path, worker_id: str) -> Path:
-    """Path of this worker's socket in a directory that only this user can enter; raises ConfigError when it is unsafe or long."""
+    """This worker's socket, in a directory only this user can enter; raises ConfigError when unsafe or too long."""
     runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     info = runtime_dir.stat()
     if info.st_uid != os.getuid() or stat.S_IMODE(info.st_mode) & 0o077:

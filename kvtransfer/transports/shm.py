@@ -1,10 +1,11 @@
-"""Same host: the decode side maps the prefill side's pool read-only and copies out of it. Push means "ready, copy now"."""
+"""Same host: decode maps the pool of prefill read-only and copies out of it. Push means "ready, copy now"."""
 
 from __future__ import annotations
 
 import fcntl
 import mmap
 import os
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -45,7 +46,7 @@ class MappedPool:
         self._map.close()
 
 
-def pull(pool: MappedPool, memory: KVMemory, push: Push, blocks: list[int], acceptances: Acceptances) -> None:
+def pull(pool: MappedPool, memory: KVMemory, push: Push, blocks: Sequence[int], acceptances: Acceptances) -> None:
     """Copy the pushed blocks into `blocks`; stops when the ticket is revoked. The slots of `push` have been checked."""
     offset, nbytes = push.first_layer * memory.layer_bytes, push.num_layers * memory.layer_bytes
     for start, length in runs(push.source_slots, blocks, max_length=run_length(push, memory, _COPY_BYTES)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ...core.ids import IdSource, SecureIds
 from ...engine.kv_memory import KVMemory
@@ -29,7 +29,7 @@ def tune(sock: socket.socket, bulk: bool = False) -> None:
 
 
 def send_push(
-    sock: socket.socket, memory: KVMemory, push: Push, block_ids: tuple[int, ...], between: Callable[[], None]
+    sock: socket.socket, memory: KVMemory, push: Push, block_ids: Sequence[int], between: Callable[[], None]
 ) -> None:
     """Send the frame and the bytes; `between` runs after each system call, to keep pings going on a slow network."""
     max_length = run_length(push, memory, _CHUNK_BYTES)
@@ -41,7 +41,7 @@ def receive_push(
     sock: socket.socket,
     memory: KVMemory,
     push: Push,
-    blocks: list[int] | None,
+    blocks: Sequence[int] | None,
     acceptances: Acceptances,
     patience: Patience,
 ) -> None:

@@ -1,4 +1,4 @@
-"""Frames on a stream socket: 4 bytes of length, then one hand-off message. The bound is checked before anything is allocated."""
+"""Frames on a stream socket: 4 bytes of length, then one message. The bound is checked before anything is allocated."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Liveness:
 
 
 class Arrivals:
-    """For a data connection: it may be idle, and its bytes are signs of life. Shut down by whoever watches the control one."""
+    """For a data connection: it may be idle, its bytes are signs of life, and the control connection ends it."""
 
     def __init__(self, liveness: Liveness) -> None:
         self._liveness = liveness
@@ -86,7 +86,7 @@ def read_body(sock: socket.socket, header: bytes, patience: Patience, limit: int
         raise ProtocolError(f"hand-off frame of {length} bytes; the bound is {limit}")
     body = bytearray(length)
     read_exact(sock, memoryview(body), patience)
-    return handoff.decode(body)
+    return handoff.decode(memoryview(body))
 
 
 def read_exact(sock: socket.socket, view: memoryview, patience: Patience) -> None:
@@ -101,7 +101,7 @@ def read_exact(sock: socket.socket, view: memoryview, patience: Patience) -> Non
 
 
 def read_header_and_fd(sock: socket.socket, patience: Patience) -> tuple[bytes, int | None]:
-    """The length of the first frame on a Unix socket, and the descriptor that came with it. The caller owns the descriptor."""
+    """The first frame's length on a Unix socket, and the descriptor that came with it, which the caller owns."""
     patience.wait(sock)
     header, fds, _, _ = socket.recv_fds(sock, _LENGTH.size, 1, socket.MSG_CMSG_CLOEXEC)
     for extra in fds[1:]:

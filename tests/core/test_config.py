@@ -16,7 +16,6 @@ from penstock.core.config import (
     load_topology,
     parse_topology,
     read_api_keys,
-    with_model_path,
 )
 from penstock.core.errors import ConfigError
 
@@ -153,10 +152,9 @@ def test_unknown_worker_name_is_refused_with_the_known_ones() -> None:
         Topology().worker("x")
 
 
-def test_addresses_lie_in_the_runtime_folder() -> None:
+def test_router_address_lies_in_the_runtime_folder() -> None:
     topology = replace(Topology(), runtime_dir="/run/p")
     assert topology.router_address == "ipc:///run/p/router.sock"
-    assert topology.kv_socket("decode-0") == "/run/p/kv-decode-0.sock"
     with pytest.raises(ConfigError, match="runtime_dir: not set"):
         _ = Topology().router_address
 
@@ -187,8 +185,3 @@ def test_key_file_that_is_absent_is_refused(tmp_path: Path) -> None:
 )
 def test_served_name_is_the_last_part_of_the_source(source: str, name: str) -> None:
     assert ModelConfig(source).served_name == name
-
-
-def test_model_path_keeps_the_name_it_was_asked_for_by() -> None:
-    model = with_model_path(Topology(), "/cache/x.gguf").model
-    assert (model.source, model.served_name) == ("/cache/x.gguf", "smollm2-135m-instruct")

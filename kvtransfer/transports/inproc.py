@@ -1,0 +1,298 @@
+"""Links between workers of one process, without sockets, threads or time: for tests and for the simulation.
+
+Everything a mesh does to another waits in the network's queue as a `Delivery`: one for each control message and each
+push. A subclass overrides `send` (lose, double, hold back) and may call `deliver` for any delivery at any later moment,
+in any order; only a `LinkEnd` has to arrive in the end. As with shared memory the bytes are copied when the push is
+delivered, and checked against digests taken when it was sent.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from ...core.errors import ProtocolError
+from ...core.ids import Ticket, WorkerKey
+from ...engine.kv_memory import KVMemory
+from ...protocol.messages import Fingerprint, HandoffMessage, Peer, Push, Role
+from ..acceptance import Acceptances, check_push, check_source_slots
+from ..digest import block_digest
+from ..effects import (
+    AcceptBlocks,
+    BlocksArrived,
+    LinkEffect,
+    LinkEvent,
+    MessageArrived,
+    PeerLost,
+    PeerUp,
+    Revoke,
+    Revoked,
+    SendBlocks,
+    SendMessage,
+)
+from ..link import Mesh, OnEvent
+from ..linking import dials
+from .runs import run_view
+
+TRANSPORT = "inproc"
+
+
+@dataclass(frozen=True, slots=True)
+class LinkEnd:
+    """Travels like a message, so that a loss can be noticed late."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One thing on its way. It arrives only while the link with number `link` is up at the target."""
+
+    source: WorkerKey
+    target: WorkerKey
+    link: int
+    item: HandoffMessage | LinkEnd
+
+
+@dataclass(slots=True)
+class _InprocLink:
+    number: int
+    acceptances: Acceptances
+
+
+class InprocNetwork:
+    """Connects the meshes of one process. Nothing happens but in `step`; the order is the order of sending."""
+
+    def __init__(self) -> None:
+        self._meshes: dict[WorkerKey, InprocMesh] = {}
+        self._queue: deque[Delivery] = deque()
+        self._local: deque[tuple[InprocMesh, LinkEvent]] = deque()
+        self._num_links = 0
+
+    # ---- for subclasses ----
+
+    def send(self, delivery: Delivery) -> None:
+        """Take one thing on its way; the override point for faults."""
+        self._queue.append(delivery)
+
+    def deliver(self, delivery: Delivery) -> None:
+        """Let it arrive now. Nothing happens when the target or its end of that link is gone."""
+        target = self._meshes.get(delivery.target)
+        if target is not None:
+            target.receive(delivery)
+
+    # ---- running ----
+
+    def step(self) -> bool:
+        """Report one event, or deliver one thing; False when there was nothing to do."""
+        if self._local:
+            mesh, event = self._local.popleft()
+            mesh.report(event)
+            return True
+        if self._queue:
+            self.deliver(self._queue.popleft())
+            return True
+        return False
+
+    def deliver_all(self) -> int:
+        """Step until nothing is left, what events cause included; how many steps that took."""
+        steps = 0
+        while self.step():
+            steps += 1
+        return steps
+
+    # ---- faults ----
+
+    def kill(self, key: WorkerKey) -> None:
+        """The worker is gone at once; its peers hear of it."""
+        mesh = self._meshes.pop(key, None)
+        if mesh is not None:
+            mesh.die("the peer died")
+
+    def disconnect(self, one: WorkerKey, other: WorkerKey, reason: str = "the connection broke") -> None:
+        """Break one link: both ends hear of it. `set_peers` or `reconnect` links them anew."""
+        for source, target in ((one, other), (other, one)):
+            mesh = self._meshes.get(target)
+            if mesh is not None:
+                mesh.lose(source, reason)
+
+    def reconnect(self) -> None:
+        """Link all pairs that should be and are not."""
+        for mesh in list(self._meshes.values()):
+            mesh.dial()
+
+    # ---- for meshes ----
+
+    def add(self, mesh: InprocMesh) -> None:
+        self._meshes[mesh.key] = mesh
+
+    def remove(self, mesh: InprocMesh) -> None:
+        self._meshes.pop(mesh.key, None)
+
+    def find(self, key: WorkerKey) -> InprocMesh | None:
+        return self._meshes.get(key)
+
+    def post(self, mesh: InprocMesh, event: LinkEvent) -> None:
+        """An event that a mesh reports to its own worker: never lost."""
+        self._local.append((mesh, event))
+
+    def next_link(self) -> int:
+        self._num_links += 1
+        return self._num_links
+
+
+@dataclass(slots=True)
+class InprocMesh(Mesh):
+    """A `Mesh` on an `InprocNetwork`. Listed workers on the network with an equal fingerprint are linked at once."""
+
+    key: WorkerKey
+    role: Role
+    fingerprint: Fingerprint
+    memory: KVMemory
+    on_event: OnEvent
+    network: InprocNetwork
+    _links: dict[WorkerKey, _InprocLink] = field(default_factory=dict)
+    _peers: list[Peer] = field(default_factory=list)
+    _closed: bool = False
+
+    def __post_init__(self) -> None:
+        self.network.add(self)
+
+    # ---- Mesh ----
+
+    @property
+    def address(self) -> str:
+        return f"inproc:{self.key.worker_id}"
+
+    @property
+    def transports(self) -> list[str]:
+        return [TRANSPORT]
+
+    def set_peers(self, peers: list[Peer]) -> None:
+        gone = {_key(peer) for peer in self._peers} - {_key(peer) for peer in peers}
+        self._peers = list(peers)
+        for key in sorted(gone & self._links.keys()):
+            self._drop(key, "no longer listed by the router")
+        self.dial()
+
+    def perform(self, effect: LinkEffect) -> None:
+        link = self._links.get(effect.peer)
+        if link is None:
+            return
+        match effect:
+            case SendMessage():
+                self._send(effect.peer, link, effect.message)
+            case SendBlocks():
+                self._send(effect.peer, link, self._push(effect))
+            case AcceptBlocks():
+                link.acceptances.accept(effect.ticket, effect.generation, effect.blocks)
+            case Revoke():
+                link.acceptances.revoke(effect.ticket)
+                self.network.post(self, Revoked(effect.peer, effect.ticket))
+
+    def linked(self) -> list[tuple[WorkerKey, str]]:
+        return [(key, TRANSPORT) for key in sorted(self._links)]
+
+    def close(self) -> None:
+        self.network.remove(self)
+        self.die("this worker ended")
+
+    @property
+    def refused_pushes(self) -> int:
+        return sum(link.acceptances.refused for link in self._links.values())
+
+    # ---- for the network ----
+
+    def dial(self) -> None:
+        """Link to the listed peers that are ours to dial and not linked."""
+        for peer in self._peers:
+            other = self.network.find(_key(peer))
+            wanted = dials(self.role, self.key.worker_id, peer) and _key(peer) not in self._links
+            if other is None or not wanted or other.fingerprint != self.fingerprint:
+                continue
+            number = self.network.next_link()
+            other.attach(self.key, number)
+            self.attach(other.key, number)
+
+    def attach(self, peer: WorkerKey, number: int) -> None:
+        """A new link begins; what is left of an older one ends first."""
+        if peer in self._links:
+            self.lose(peer, "the peer has opened a newer link")
+        self._links[peer] = _InprocLink(number, Acceptances(self.memory.num_layers))
+        self.network.post(self, PeerUp(peer, TRANSPORT))
+
+    def lose(self, peer: WorkerKey, reason: str) -> None:
+        """This end of the link is over."""
+        if self._links.pop(peer, None) is not None:
+            self.network.post(self, PeerLost(peer, reason))
+
+    def die(self, reason: str) -> None:
+        """No event is reported here any more; the peers are told."""
+        self._closed = True
+        for peer in list(self._links):
+            self._drop(peer, reason)
+
+    def report(self, event: LinkEvent) -> None:
+        if not self._closed:
+            self.on_event(event)
+
+    def receive(self, delivery: Delivery) -> None:
+        """Something has arrived; it is ignored unless its link is up here."""
+        link = self._links.get(delivery.source)
+        if link is None or link.number != delivery.link:
+            return
+        match delivery.item:
+            case LinkEnd(reason):
+                self.lose(delivery.source, reason)
+            case Push() as push:
+                self._receive_push(delivery.source, link, push)
+            case message:
+                self.network.post(self, MessageArrived(delivery.source, message))
+
+    # ---- inside ----
+
+    def _drop(self, peer: WorkerKey, reason: str) -> None:
+        link = self._links[peer]
+        self.network.send(Delivery(self.key, peer, link.number, LinkEnd(reason)))
+        self.lose(peer, reason)
+
+    def _send(self, peer: WorkerKey, link: _InprocLink, message: HandoffMessage) -> None:
+        self.network.send(Delivery(self.key, peer, link.number, message))
+
+    def _push(self, effect: SendBlocks) -> Push:
+        return Push(
+            ticket=effect.ticket,
+            generation=effect.generation,
+            first_layer=0,
+            num_layers=self.memory.num_layers,
+            ordinals=list(effect.ordinals),
+            digests=[block_digest(self.memory.block(block_id)) for block_id in effect.block_ids],
+            source_slots=list(effect.block_ids),
+        )
+
+    def _receive_push(self, peer: WorkerKey, link: _InprocLink, push: Push) -> None:
+        source = self.network.find(peer)
+        if source is None:
+            return  # its memory died with it
+        try:
+            check_push(push, self.memory.num_blocks, self.memory.num_layers)
+            check_source_slots(push, source.memory.num_blocks)
+        except ProtocolError as err:
+            self._drop(peer, str(err))
+            return
+        blocks = link.acceptances.claim(push)
+        if blocks is None:
+            return
+        corrupt: list[int] = []
+        for ordinal, slot, block, digest in zip(push.ordinals, push.source_slots, blocks, push.digests, strict=True):
+            target = run_view(self.memory, push, block, 1)
+            target[:] = run_view(source.memory, push, slot, 1)
+            if block_digest(target) != digest:
+                corrupt.append(ordinal)
+        arrived = tuple(ordinal for ordinal in link.acceptances.finish(push).arrived if ordinal not in corrupt)
+        event = BlocksArrived(peer, Ticket(push.ticket), push.generation, arrived, tuple(corrupt))
+        self.network.post(self, event)
+
+
+def _key(peer: Peer) -> WorkerKey:
+    return WorkerKey(peer.worker_id, peer.epoch)

@@ -1,0 +1,131 @@
+"""The decoder network of all our architectures: what differs between them is in `ModelConfig`, not in code.
+
+    token ids → embedding → [ norm → q,k,v → rotate → store KV → paged attention → o + residual
+                              norm → gate,up → silu · → down + residual ] × num_layers → norm → head, for sampled rows alone
+
+Projections that share an input are one product (q,k,v and gate,up), additions of the residual happen inside the product, and
+what depends only on positions is worked out once for a step. Sums, norms and softmax run in float32 whatever the type of the
+weights.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ..kernels.kv_write.op import clear_blocks, store_kv
+from ..kernels.linear.op import Linear
+from ..kernels.paged_attention.op import paged_attention
+from ..kernels.paged_attention.plan import AttentionPlan
+from .config import ModelConfig
+from .rope import rope_frequencies
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepInput:
+    """A ragged batch as the network sees it; all index tensors are int64.
+
+    kv_rows: where the new keys and values go (`kernels.kv_write`). fresh_blocks: blocks to be zeroed first. sampled_rows:
+    rows whose logits are wanted.
+    """
+
+    token_ids: torch.Tensor  # [num_tokens]
+    positions: torch.Tensor  # [num_tokens]
+    kv_rows: torch.Tensor  # [2 · num_tokens]
+    fresh_blocks: torch.Tensor
+    sampled_rows: torch.Tensor
+    plan: AttentionPlan
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerWeights:
+    """One layer. qk_norm: [num_heads + num_kv_heads, head_dim], the queries' weight and the keys' for each of their heads."""
+
+    attention_norm: torch.Tensor
+    qkv: Linear
+    output: Linear
+    mlp_norm: torch.Tensor
+    gate_up: Linear
+    down: Linear
+    qk_norm: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecoderWeights:
+    embedding: torch.Tensor  # [vocab_size, hidden_size]
+    layers: tuple[LayerWeights, ...]
+    norm: torch.Tensor
+    head: Linear
+
+
+class Decoder:
+    """The network with its weights, without a cache: engines that share it bring their own pools."""
+
+    def __init__(self, config: ModelConfig, weights: DecoderWeights, max_context: int) -> None:
+        self.config, self.weights, self.max_context = config, weights, max_context
+        self.dtype = weights.embedding.dtype
+        self._scale = 1 / math.sqrt(config.head_dim)
+        self._rotation = rotation_table(config, max_context, self.dtype)
+
+    @torch.inference_mode()
+    def forward(self, step: StepInput, kv_pool: torch.Tensor) -> torch.Tensor:
+        """Run the step, storing its keys and values in `kv_pool`; logits [sampled rows, vocab_size]."""
+        if len(step.fresh_blocks):
+            clear_blocks(kv_pool, step.fresh_blocks)
+        rotation = self._rotation.index_select(0, step.positions)
+        x = self.weights.embedding.index_select(0, step.token_ids)
+        last = self.config.num_layers - 1
+        for index, layer in enumerate(self.weights.layers):
+            attended = self._attend(index, layer, x, rotation, step, kv_pool)
+            if index == last:  # what follows looks at no other row
+                attended, x = attended[step.sampled_rows], x[step.sampled_rows]
+            if len(x):
+                x = self._feed_forward(layer, layer.output.plus(attended, x))
+        return self.weights.head(self._norm(x, self.weights.norm))
+
+    def _attend(
+        self, index: int, layer: LayerWeights, x: torch.Tensor, rotation: torch.Tensor, step: StepInput, kv_pool: torch.Tensor
+    ) -> torch.Tensor:
+        """Attention before its output projection, [num_tokens, num_heads · head_dim]. Stores keys and values."""
+        config = self.config
+        num_tokens, num_kv_heads, head_dim = x.shape[0], config.num_kv_heads, config.head_dim
+        query_width = config.num_heads * head_dim
+        qkv = layer.qkv(self._norm(x, layer.attention_norm))
+        qk = qkv[:, : query_width + num_kv_heads * head_dim].view(num_tokens, -1, head_dim)
+        if layer.qk_norm is not None:
+            qk.copy_(self._norm(qk, None).mul_(layer.qk_norm))
+        if config.rope_layers[index]:
+            rotate(qk, rotation)
+        store_kv(qkv[:, query_width:].view(num_tokens, 2, -1), kv_pool, index, step.kv_rows)
+        window = config.sliding_window if config.window_layers[index] else None
+        q = qk[:, : config.num_heads]
+        return paged_attention(q, kv_pool, index, step.plan, scale=self._scale, window=window).view(num_tokens, query_width)
+
+    def _feed_forward(self, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
+        gate_up = layer.gate_up(self._norm(x, layer.mlp_norm))
+        gate, up = gate_up.chunk(2, dim=-1)
+        return layer.down.plus(F.silu(gate).mul_(up), x)
+
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        return F.rms_norm(x, x.shape[-1:], weight, self.config.rms_norm_eps)
+
+
+def rotation_table(config: ModelConfig, max_context: int, dtype: torch.dtype) -> torch.Tensor:
+    """[max_context, 2 (cos, sin), 1, head_dim]; the sines of the first half are negated, as `rotate` wants them."""
+    inv_freq, gain = rope_frequencies(config, max_context)
+    angles = torch.outer(torch.arange(max_context, dtype=torch.float32), inv_freq)
+    cos, sin = angles.cos() * gain, angles.sin() * gain
+    table = torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)), dim=1)
+    return table.unsqueeze(2).to(dtype)
+
+
+def rotate(x: torch.Tensor, rotation: torch.Tensor) -> None:
+    """Rotary embedding in place: x [num_tokens, heads, head_dim], rotation [num_tokens, 2, 1, head_dim].
+
+    Dimension i turns with dimension i + head_dim/2, so the partner of each is x rolled by half.
+    """
+    partner = x.roll(x.shape[-1] // 2, dims=-1)
+    torch.addcmul(x * rotation[:, 0], partner, rotation[:, 1], out=x)
