@@ -1,53 +1,88 @@
-"""Scheduled sequences → one ragged batch, in the order that attention wants it."""
+"""A step's sequences as flat arrays: the ragged batch, built with numpy in one go.
+
+    sequence      A     B        C
+    token_ids     a     b b b    c c        all new tokens, one sequence after another
+    cu_seqlens_q  0     1        4      6   where each begins, and the end
+    context_lens  5     3        40         tokens in the cache once these are written
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
-import torch
+import numpy.typing as npt
 
-from ..kernels.paged_attention.plan import Span
+from ..core.errors import InternalError
 from .interface import ScheduledSeq
+from .sequence import blocks_for
+
+Ints = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """token_ids, positions [num_tokens]; cu_seqlens_q [num_seqs + 1] as offsets into them; all in the order of `order`.
-
-    order[i] is the position in the caller's list of the i-th entry here. sample_rows are the batch rows whose hidden state
-    predicts a token, sample_entries the caller's positions they belong to.
+    """token_ids, positions, slot_mapping: [num_tokens]; block_table [num_seqs, longest], short rows filled with their own
+    first block. sampled_rows: the last row of each entry that samples. fresh_blocks: blocks that the step enters at their
+    first slot and does not fill.
     """
 
-    token_ids: torch.Tensor
-    positions: torch.Tensor
-    cu_seqlens_q: tuple[int, ...]
-    spans: tuple[Span, ...]
-    order: tuple[int, ...]
-    sample_rows: torch.Tensor
-    sample_entries: tuple[int, ...]
+    token_ids: Ints
+    positions: Ints
+    slot_mapping: Ints
+    cu_seqlens_q: Ints
+    context_lens: Ints
+    block_table: Ints
+    sampled_rows: Ints
+    fresh_blocks: Ints
 
 
-def build_batch(entries: list[ScheduledSeq]) -> Batch:
-    """Sorts by attention bucket and lays the new tokens end to end."""
-    spans = [Span(e.num_new_tokens, e.seq.num_computed_tokens, e.seq.block_table) for e in entries]
-    order = sorted(range(len(entries)), key=lambda i: (spans[i].bucket, i))
-    token_ids: list[int] = []
-    ends = [0]
-    for i in order:
-        seq, start = entries[i].seq, spans[i].num_past
-        token_ids += seq.tokens(start, start + spans[i].num_queries)
-        ends.append(len(token_ids))
-    firsts = np.array([spans[i].num_past for i in order], dtype=np.int64)
-    counts = np.diff(np.array(ends, dtype=np.int64))
-    positions = np.arange(len(token_ids), dtype=np.int64) + np.repeat(firsts - np.array(ends[:-1], dtype=np.int64), counts)
-    sampled = [(row, i) for row, i in zip(ends[1:], order, strict=True) if entries[i].sample]
+def build_batch(entries: list[ScheduledSeq], block_size: int) -> Batch:
+    """Raises InternalError for an entry that has nothing to compute or no block for a token."""
+    query_lens = np.array([entry.num_new_tokens for entry in entries], dtype=np.int64)
+    starts = np.array([entry.seq.num_computed_tokens for entry in entries], dtype=np.int64)
+    context_lens = starts + query_lens
+    block_table = _block_table(entries, blocks_for(int(context_lens.max()), block_size), block_size)
+    cu_seqlens_q = np.concatenate(([0], np.cumsum(query_lens)))
+    owners = np.repeat(np.arange(len(entries)), query_lens)
+    positions = np.arange(cu_seqlens_q[-1]) - cu_seqlens_q[owners] + starts[owners]
+    slot_mapping = block_table[owners, positions // block_size] * block_size + positions % block_size
+    samples = np.array([entry.sample for entry in entries], dtype=bool)
     return Batch(
-        token_ids=torch.tensor(token_ids, dtype=torch.int64),
-        positions=torch.from_numpy(positions),
-        cu_seqlens_q=tuple(ends),
-        spans=tuple(spans[i] for i in order),
-        order=tuple(order),
-        sample_rows=torch.tensor([row - 1 for row, _ in sampled], dtype=torch.int64),
-        sample_entries=tuple(i for _, i in sampled),
+        token_ids=_token_ids(entries),
+        positions=positions,
+        slot_mapping=slot_mapping,
+        cu_seqlens_q=cu_seqlens_q,
+        context_lens=context_lens,
+        block_table=block_table,
+        sampled_rows=cu_seqlens_q[1:][samples] - 1,
+        fresh_blocks=_fresh_blocks(starts, context_lens, block_table, block_size),
     )
+
+
+def _token_ids(entries: list[ScheduledSeq]) -> Ints:
+    spans = ((e.seq, e.seq.num_computed_tokens, e.num_new_tokens) for e in entries)
+    return np.array(list(chain.from_iterable(seq.tokens(start, start + new) for seq, start, new in spans)), dtype=np.int64)
+
+
+def _block_table(entries: list[ScheduledSeq], width: int, block_size: int) -> Ints:
+    table = np.empty((len(entries), width), dtype=np.int64)
+    for row, entry in zip(table, entries, strict=True):
+        seq = entry.seq
+        needed = blocks_for(seq.num_computed_tokens + entry.num_new_tokens, block_size)
+        blocks = seq.block_table[:needed]
+        if len(blocks) < needed or entry.num_new_tokens < 1 or entry.num_new_tokens > seq.num_uncomputed_tokens:
+            raise InternalError(
+                f"request {seq.key}: {entry.num_new_tokens} tokens to compute after {seq.num_computed_tokens} of "
+                f"{seq.num_tokens}, with {len(blocks)} blocks of {needed}"
+            )
+        row[:needed] = blocks
+        row[needed:] = blocks[0]
+    return table
+
+
+def _fresh_blocks(starts: Ints, context_lens: Ints, block_table: Ints, block_size: int) -> Ints:
+    last = context_lens // block_size
+    entered = (context_lens % block_size != 0) & (starts <= last * block_size)
+    return block_table[entered, last[entered]]

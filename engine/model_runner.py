@@ -1,27 +1,61 @@
-"""Runs the network over a ragged batch: entries in, last logits out."""
+"""The network and its pool: a batch in, logits out."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
-from ..kernels.paged_attention.plan import build_plan
-from ..kernels.paged_attention.pool import KVPool
-from ..models.decoder import Decoder
-from .batch import Batch, build_batch
-from .interface import ScheduledSeq
+from ..core.errors import InternalError
+from ..kernels.kv_write.op import kv_rows
+from ..kernels.paged_attention.plan import PoolShape, build_plan
+from ..models.config import ModelConfig
+from ..models.decoder import Decoder, StepInput
+from .batch import Batch
+from .kv_memory import KVMemory
+
+
+def layer_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one layer of one block: K and V."""
+    return 2 * block_size * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+
+def pool_view(memory: KVMemory, config: ModelConfig, block_size: int, dtype: torch.dtype) -> torch.Tensor:
+    """The pool as [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]. Keeps the region mapped while it lives."""
+    shape = (memory.num_blocks, config.num_layers, 2, block_size, config.num_kv_heads, config.head_dim)
+    # numpy holds on to the buffer; torch.frombuffer would not, and the region could go from under the tensor.
+    return torch.from_numpy(np.frombuffer(memory.buffer, dtype=np.uint8)).view(dtype).view(shape)
 
 
 class ModelRunner:
-    """A decoder and the paged cache it works on."""
+    """Turns batches into tensors and runs them. Several runners may share one decoder, each with its own pool."""
 
-    def __init__(self, decoder: Decoder, pool: KVPool) -> None:
-        self._decoder, self._pool = decoder, pool
-        self._group = decoder.config.num_heads // decoder.config.num_kv_heads
+    def __init__(self, decoder: Decoder, kv_pool: torch.Tensor) -> None:
+        config = decoder.config
+        self._decoder, self._pool, self._block_size = decoder, kv_pool, kv_pool.shape[3]
+        self._shape = PoolShape(config.num_layers, self._block_size, config.num_heads // config.num_kv_heads, decoder.dtype)
+        self._window = config.sliding_window if any(config.window_layers) else None
 
-    @torch.inference_mode()
-    def run(self, entries: list[ScheduledSeq]) -> tuple[Batch, torch.Tensor]:
-        """The batch and the logits [len(batch.sample_rows), vocab_size] float32 of its sampling entries."""
-        batch = build_batch(entries)
-        plan = build_plan(batch.spans, self._pool, self._group, self._decoder.windows, self._decoder.dtype)
-        hidden = self._decoder.forward(batch.token_ids, batch.positions, self._pool, plan)
-        return batch, self._decoder.logits(hidden.index_select(0, batch.sample_rows))
+    def run(self, batch: Batch) -> torch.Tensor:
+        """Logits [sampled rows, vocab_size] in the type of the weights. Raises InternalError for an id or position out of range."""
+        self._check(batch)
+        return self._decoder.forward(self._step_input(batch), self._pool)
+
+    def _step_input(self, batch: Batch) -> StepInput:
+        return StepInput(
+            token_ids=torch.from_numpy(batch.token_ids),
+            positions=torch.from_numpy(batch.positions),
+            kv_rows=kv_rows(torch.from_numpy(batch.slot_mapping), self._pool),
+            fresh_blocks=torch.from_numpy(batch.fresh_blocks),
+            sampled_rows=torch.from_numpy(batch.sampled_rows),
+            plan=build_plan(batch.cu_seqlens_q, batch.context_lens, batch.block_table, self._shape, self._window),
+        )
+
+    def _check(self, batch: Batch) -> None:
+        """The kernels index memory with these numbers."""
+        for name, values, bound in (
+            ("token id", batch.token_ids, self._decoder.config.vocab_size),
+            ("position", batch.positions, self._decoder.max_context),
+            ("block id", batch.block_table, self._pool.shape[0]),
+        ):
+            if values.min() < 0 or values.max() >= bound:
+                raise InternalError(f"{name} {values.min()} or {values.max()} is not in [0, {bound})")

@@ -1,142 +1,194 @@
-"""Logits → tokens, all rows at once. What no row asks for is not computed.
+"""From logits to tokens, for all rows of a step at once; what nobody asked for is not computed.
 
-Order: logit bias, penalties, forbidden stop tokens, temperature, top-k, top-p, min-p, draw. The draw inverts the cumulative
-distribution in vocabulary order at one uniform number that depends on (seed of the choice, token index) only. Logprobs are those of
-the model itself, before any of it. `sampler_reference` says the same one row at a time.
+    logits → + bias → penalties → minimum length → temperature → top-k → top-p → min-p → draw        (greedy rows: argmax instead)
+
+Top-k, top-p and min-p each keep the tokens from some logit upwards, so together they are one cutoff; tokens that tie with the
+cutoff are all kept. Top-p counts within what top-k keeps. The draw inverts the cumulative distribution over what is left, in
+order of token id, with a number that depends on (seed, choice, token index) alone. So the outcome of a row depends on its
+logits and its request, never on the rows beside it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..core.errors import InternalError
 from ..core.random_bits import choice_seed, uniform
 from ..protocol.messages import SampledToken, TokenLogprob
 from ..protocol.sampling import SamplingParams
+from .logit_rules import adjust
 from .sequence import Sequence
+
+_HEAD = 128  # likeliest tokens among which a cutoff is sought before the row is sorted as a whole
+_SPAN = 256  # tokens summed together in the first step of a draw
+_LOWEST_TEMPERATURE = 1e-5  # below, float32 logits divided by it would overflow; the draw is greedy long before
+
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class SampleRow:
-    """One token to draw: for `choice` of `seq`, from row `logits_row` of the logits."""
+class SampledRow:
+    """One token to be drawn: for `choice` of `seq`, from row `row` of the logits."""
 
+    row: int
     seq: Sequence
     choice: int
-    logits_row: int
 
     @property
     def params(self) -> SamplingParams:
         return self.seq.params
 
 
-def sample(logits: torch.Tensor, rows: list[SampleRow], eos_token_ids: frozenset[int]) -> list[SampledToken]:
-    """logits [n, vocab_size] float32, not changed. Raises InternalError when a row holds NaN or no finite value."""
-    picked = logits if [r.logits_row for r in rows] == list(range(logits.shape[0])) else logits[[r.logits_row for r in rows]]
-    tokens = _tokens(picked, rows, eos_token_ids)
-    logprobs = _logprobs(picked, rows, tokens)
-    return [SampledToken(token, logprob) for token, logprob in zip(tokens, logprobs, strict=True)]
+@torch.inference_mode()
+def sample(logits: torch.Tensor, rows: list[SampledRow], eos_token_ids: frozenset[int]) -> list[SampledToken]:
+    """One token for each of `rows`. logits [n, vocab_size] of any float type.
+
+    Raises InternalError that names the request whose logits hold no finite maximum (NaN, or all masked).
+    """
+    if not rows:
+        return []
+    raw = _spread(logits, rows)
+    _check_finite(raw, rows)
+    adjusted = adjust(raw, [row.seq for row in rows], eos_token_ids)
+    if adjusted is not raw:
+        _check_finite(adjusted, rows)
+    token_ids = _choose(adjusted, rows)
+    logprobs = _logprobs(raw, rows, token_ids)
+    return [SampledToken(token_id, logprobs.get(index)) for index, token_id in enumerate(token_ids)]
 
 
-def _tokens(logits: torch.Tensor, rows: list[SampleRow], eos: frozenset[int]) -> list[int]:
-    adjusted = _adjust(logits, rows, eos)
-    best, greedy = adjusted.max(dim=-1)
-    if not torch.isfinite(best).all():
-        bad = rows[int((~torch.isfinite(best)).nonzero()[0])]
-        raise InternalError(f"the logits of request {bad.seq.key.request_id} hold no finite maximum")
-    tokens: list[int] = greedy.tolist()
-    drawn = [i for i, row in enumerate(rows) if not row.params.is_greedy]
+def _spread(logits: torch.Tensor, rows: list[SampledRow]) -> torch.Tensor:
+    """float32 logits with one row for each of `rows`; several choices may share a row of `logits`."""
+    index = [row.row for row in rows]
+    return (logits if index == list(range(logits.shape[0])) else logits[index]).float()
+
+
+def _check_finite(logits: torch.Tensor, rows: list[SampledRow]) -> None:
+    highest = logits.amax(dim=-1)
+    if bool(highest.isfinite().all()):
+        return
+    bad = int(torch.nonzero(~highest.isfinite())[0])
+    raise InternalError(f"request {rows[bad].seq.key}: the highest logit is {float(highest[bad])}, no token can be drawn")
+
+
+def _choose(logits: torch.Tensor, rows: list[SampledRow]) -> list[int]:
+    # numpy finds the first maximum of a row several times faster than torch does on a CPU.
+    token_ids = logits.numpy().argmax(axis=-1) if any(r.params.is_greedy for r in rows) else np.zeros(len(rows), np.int64)
+    drawn = [index for index, row in enumerate(rows) if not row.params.is_greedy]
     if drawn:
-        some = adjusted if len(drawn) == len(rows) else adjusted[drawn]
-        for i, token in zip(drawn, _draw(some, [rows[i] for i in drawn]), strict=True):
-            tokens[i] = token
-    return tokens
+        some = logits if len(drawn) == len(rows) else logits[drawn]
+        token_ids[drawn] = _draw(_weights(some, [rows[i].params for i in drawn]), _uniforms([rows[i] for i in drawn]))
+    chosen: list[int] = token_ids.tolist()
+    return chosen
 
 
-def _adjust(logits: torch.Tensor, rows: list[SampleRow], eos: frozenset[int]) -> torch.Tensor:
-    """Bias, penalties and forbidden tokens; a copy only if some row has any."""
-    touched = [i for i, row in enumerate(rows) if _needs_adjustment(row)]
-    if not touched:
-        return logits
-    adjusted = logits.clone()
-    for i in touched:
-        _adjust_row(adjusted[i], rows[i], eos)
-    return adjusted
+def _uniforms(rows: list[SampledRow]) -> Floats:
+    return np.array([uniform(choice_seed(row.params.seed, row.choice), len(row.seq.output_ids)) for row in rows])
 
 
-def _needs_adjustment(row: SampleRow) -> bool:
-    params = row.params
-    return bool(params.logit_bias) or params.has_penalties or len(row.seq.output_ids) < params.min_tokens
+def _weights(logits: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+    """Unnormalised probabilities [rows, vocab_size]: 1 for the likeliest token, 0 for those that are filtered out."""
+    temperatures = torch.tensor([max(p.temperature, _LOWEST_TEMPERATURE) for p in params])
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)).div_(temperatures[:, None])
+    cutoffs = _cutoffs(scaled, params)
+    weights = scaled.exp()
+    return weights if cutoffs is None else weights.masked_fill_(scaled < cutoffs[:, None], 0)
 
 
-def _adjust_row(logits: torch.Tensor, row: SampleRow, eos: frozenset[int]) -> None:
-    """In place. Touches only the tokens that a setting names, so it does not grow with the vocabulary."""
-    params, output = row.params, row.seq.output_ids
-    if params.repetition_penalty != 1:
-        seen = torch.tensor(sorted({*row.seq.prompt_ids, *output}))
-        values = logits[seen]
-        logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
-    if output and (params.presence_penalty or params.frequency_penalty):
-        ids, counts = torch.tensor(output).unique(return_counts=True)
-        logits[ids] -= params.presence_penalty + params.frequency_penalty * counts
-    if params.logit_bias:
-        logits[torch.tensor(list(params.logit_bias))] += torch.tensor(list(params.logit_bias.values()))
-    if len(output) < params.min_tokens:
-        forbidden = {*params.stop_token_ids, *(() if params.ignore_eos else eos)}
-        logits[torch.tensor(sorted(forbidden), dtype=torch.int64)] = -torch.inf
+def _cutoffs(scaled: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor | None:
+    """The lowest scaled logit that each row keeps; None when no row filters. Row maxima are 0."""
+    if not any(p.top_k or p.top_p < 1 or p.min_p for p in params):
+        return None
+    cutoffs = torch.tensor([np.log(p.min_p) if p.min_p else -np.inf for p in params], dtype=torch.float32)
+    ranked = [index for index, p in enumerate(params) if p.top_k or p.top_p < 1]
+    if ranked:
+        some = scaled if len(ranked) == len(params) else scaled[ranked]
+        cutoffs[ranked] = cutoffs[ranked].maximum(_rank_cutoffs(some, [params[i] for i in ranked]))
+    return cutoffs
 
 
-def _draw(logits: torch.Tensor, rows: list[SampleRow]) -> list[int]:
-    """One token for each row, by inverting the cumulative distribution."""
-    params = [row.params for row in rows]
-    probs = torch.softmax(logits.double() / torch.tensor([[p.temperature] for p in params], dtype=torch.float64), dim=-1)
-    probs = _keep_likely(probs, params)
-    cumulative = probs.cumsum(dim=-1)
-    draws = [uniform(choice_seed(r.params.seed, r.choice), len(r.seq.output_ids)) for r in rows]
-    targets = torch.tensor(draws, dtype=torch.float64).unsqueeze(1) * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, targets, right=True).squeeze(1)
-    # A target that rounding puts at the very end belongs to the last token that has any probability.
-    last = probs.shape[-1] - 1 - (probs > 0).flip(-1).int().argmax(dim=-1)
-    result: list[int] = torch.minimum(tokens, last).tolist()
-    return result
+def _rank_cutoffs(scaled: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+    """The cutoff of top-k and top-p. Most rows find it among their likeliest tokens, the others are sorted as a whole."""
+    vocab_size = scaled.shape[1]
+    top_k = torch.tensor([min(p.top_k, vocab_size) or vocab_size for p in params])
+    top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64)
+    head = scaled.topk(min(_HEAD, vocab_size), dim=-1).values
+    cutoffs, is_known = _cutoffs_in(head, scaled, top_k, top_p)
+    if not bool(is_known.all()):
+        rest = ~is_known
+        in_order = scaled[rest].sort(dim=-1, descending=True).values
+        cutoffs[rest] = _cutoffs_in(in_order, scaled[rest], top_k[rest], top_p[rest])[0]
+    return cutoffs
 
 
-def _keep_likely(probs: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
-    """Zero what top-k, top-p and min-p leave out, in that order, each on what the one before kept."""
-    sorting = [i for i, p in enumerate(params) if 0 < p.top_k < probs.shape[-1] or p.top_p < 1]
-    if sorting:
-        probs = probs.clone()
-        probs[sorting] = _keep_head(probs[sorting], [params[i] for i in sorting])
-    if any(p.min_p for p in params):
-        floor = probs.max(dim=-1, keepdim=True).values * torch.tensor([[p.min_p] for p in params], dtype=probs.dtype)
-        probs = probs.masked_fill(probs < floor, 0)
-    return probs
+def _cutoffs_in(
+    head: torch.Tensor, scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cutoffs as far as `head` shows them: the highest logits of each row, best first. Second: which rows' are final."""
+    width, vocab_size = head.shape[1], scaled.shape[1]
+    k_in_head = (top_k <= width) & ((width == vocab_size) | (head[:, -1] < head.gather(1, _at(top_k, width))[:, 0]))
+    k_cutoff = torch.where(top_k < vocab_size, head.gather(1, _at(top_k, width))[:, 0], -torch.inf)
+    is_known = k_in_head | (top_k == vocab_size)
+    if bool((top_p == 1).all()):
+        return k_cutoff, is_known
+    mass = _mass_from(scaled, k_cutoff)
+    reached = head.exp().double().cumsum(dim=-1)
+    rank = (reached < (top_p * mass)[:, None]).sum(dim=-1) + 1  # how many tokens it takes to reach top_p
+    p_cutoff = torch.where(top_p < 1, head.gather(1, _at(rank, width))[:, 0], -torch.inf)
+    is_known &= (top_p == 1) | (rank <= width)
+    return k_cutoff.maximum(p_cutoff), is_known
 
 
-def _keep_head(probs: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
-    """top_k most likely; of these the smallest head whose share reaches top_p. Equal probabilities: lower ids first."""
-    ordered, ids = probs.sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(probs.shape[-1])
-    top_k = torch.tensor([[p.top_k or probs.shape[-1]] for p in params])
-    ordered = ordered.masked_fill(rank >= top_k, 0)
-    before = ordered.cumsum(dim=-1) - ordered
-    top_p = torch.tensor([[p.top_p] for p in params], dtype=probs.dtype) * ordered.sum(dim=-1, keepdim=True)
-    drop = (before >= top_p) & (torch.tensor([[p.top_p < 1] for p in params])) & (rank > 0)
-    return torch.zeros_like(probs).scatter_(-1, ids, ordered.masked_fill(drop, 0))
+def _at(rank: torch.Tensor, width: int) -> torch.Tensor:
+    """Column of the token with this rank (from 1), [rows, 1]."""
+    return (rank.clamp(max=width) - 1)[:, None]
 
 
-def _logprobs(logits: torch.Tensor, rows: list[SampleRow], tokens: list[int]) -> list[TokenLogprob | None]:
-    asking = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
-    found: list[TokenLogprob | None] = [None] * len(rows)
+def _mass_from(scaled: torch.Tensor, cutoff: torch.Tensor) -> torch.Tensor:
+    """Sum of the weights at or above `cutoff`, [rows] float64."""
+    weights = scaled.exp()
+    if bool((cutoff > -torch.inf).any()):
+        weights.masked_fill_(scaled < cutoff[:, None], 0)
+    return weights.sum(dim=-1, dtype=torch.float64)
+
+
+def _draw(weights: torch.Tensor, uniforms: Floats) -> npt.NDArray[np.int64]:
+    """The token at which the running sum of each row exceeds its uniform share of the total.
+
+    Two steps, sums of spans and then within one span: a running sum in float64 over the whole row would take ten times as long.
+    """
+    rows = np.arange(len(uniforms))
+    padding = -weights.shape[1] % _SPAN
+    spans = torch.nn.functional.pad(weights, (0, padding)).view(len(uniforms), -1, _SPAN)
+    sums = spans.sum(dim=-1, dtype=torch.float64).numpy().cumsum(axis=-1)
+    targets = uniforms * sums[:, -1]
+    last_spans = (sums < sums[:, -1:]).sum(axis=-1)  # the last one with any weight: rounding must not lead beyond it
+    span = np.minimum((sums <= targets[:, None]).sum(axis=-1), last_spans)
+    before = np.where(span > 0, sums[rows, span - 1], 0.0)
+    inside = spans.numpy()[rows, span].astype(np.float64)
+    last = _SPAN - 1 - (inside[:, ::-1] > 0).argmax(axis=-1)
+    offset = np.minimum((before[:, None] + inside.cumsum(axis=-1) <= targets[:, None]).sum(axis=-1), last)
+    token_ids: npt.NDArray[np.int64] = span * _SPAN + offset
+    return token_ids
+
+
+def _logprobs(raw: torch.Tensor, rows: list[SampledRow], token_ids: list[int]) -> dict[int, TokenLogprob]:
+    """Row → log-probabilities under the model itself, for the rows that ask."""
+    asking = [index for index, row in enumerate(rows) if row.params.logprobs is not None]
     if not asking:
-        return found
-    logprobs = torch.log_softmax(logits[asking].float(), dim=-1)
-    chosen = logprobs.gather(1, torch.tensor([[tokens[i]] for i in asking])).squeeze(1).tolist()
-    most = max(rows[i].params.logprobs or 0 for i in asking)
-    values, ids = (t.tolist() for t in logprobs.topk(most, dim=-1)) if most else ([[]] * len(asking),) * 2
-    for position, i in enumerate(asking):
-        count = rows[i].params.logprobs or 0
-        top = tuple(zip(ids[position][:count], values[position][:count], strict=True))
-        found[i] = TokenLogprob(chosen[position], top)
-    return found
+        return {}
+    some = raw[asking]
+    total = some.logsumexp(dim=-1, keepdim=True)
+    chosen = (some.gather(1, torch.tensor([[token_ids[i]] for i in asking])) - total)[:, 0].tolist()
+    counts = [rows[i].params.logprobs or 0 for i in asking]
+    best = some.topk(min(max(counts), some.shape[1]), dim=-1)
+    ids, values = best.indices.tolist(), (best.values - total).tolist()
+    top = partial(zip, strict=True)
+    return {
+        index: TokenLogprob(chosen[n], tuple(top(ids[n][: counts[n]], values[n][: counts[n]]))) for n, index in enumerate(asking)
+    }

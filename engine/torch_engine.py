@@ -1,54 +1,47 @@
-"""The engine that runs a real model with torch."""
+"""The engine that runs a model with torch: batch → network → sampler, over a pool that other processes can map.
+
+The worker's process calls `execute` from one thread. Threads inside torch: see `threads`.
+"""
 
 from __future__ import annotations
 
-import logging
-import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
 from ..core.errors import ConfigError
-from ..kernels.paged_attention.pool import KVPool
 from ..models.checkpoint import open_checkpoint
 from ..models.config import ModelConfig
-from ..models.decoder import Decoder, load_decoder
+from ..models.decoder import Decoder
+from ..models.weights import load_weights
 from ..protocol.messages import Fingerprint, SampledToken
+from .batch import build_batch
 from .interface import EngineSpec, ScheduledSeq
 from .kv_memory import KVMemory
-from .model_runner import ModelRunner
-from .sampler import SampleRow, sample
+from .model_runner import ModelRunner, layer_bytes, pool_view
+from .sampler import SampledRow, sample
 
-log = logging.getLogger(__name__)
+LAYOUT = "block-major"
+DEFAULT_KV_BYTES = 1 << 30
 
-LAYOUT = "block-major-pairs"  # block-major, K rotated with pairs side by side
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-MIN_BLOCKS = 2
+Progress = Callable[[int, int], None]
 
 
 class TorchEngine:
-    """Implements `engine.interface.Engine`. Several engines may share one decoder: it holds weights only."""
+    """Implements `engine.interface.Engine`. Engines built on one `decoder` share its weights; each has its own pool."""
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        *,
-        model_name: str,
-        identity: str,
-        num_blocks: int,
-        block_size: int = 16,
-        max_model_len: int | None = None,
-    ) -> None:
-        config = decoder.config
-        self._block_shape = (2, block_size, config.num_kv_heads, config.head_dim)
-        self.memory = KVMemory(num_blocks, config.num_layers, _layer_bytes(config, decoder.dtype, block_size))
-        self._pool = KVPool(_pool_tensor(self.memory, config.num_layers, self._block_shape, decoder.dtype))
-        self._runner = ModelRunner(decoder, self._pool)
+    def __init__(self, decoder: Decoder, *, model_name: str, identity: str, num_blocks: int, block_size: int = 16) -> None:
+        config, dtype = decoder.config, decoder.dtype
+        self.decoder = decoder
+        self.memory = KVMemory(num_blocks, config.num_layers, layer_bytes(config, block_size, dtype))
+        self._runner = ModelRunner(decoder, pool_view(self.memory, config, block_size, dtype))
+        self._block_size = block_size
         self.spec = EngineSpec(
             fingerprint=Fingerprint(
                 model=model_name,
-                weights=identity,
-                dtype=str(decoder.dtype).removeprefix("torch."),
+                weights=_cache_identity(identity, decoder),
+                dtype=_dtype_name(dtype),
                 num_layers=config.num_layers,
                 num_kv_heads=config.num_kv_heads,
                 head_dim=config.head_dim,
@@ -57,10 +50,10 @@ class TorchEngine:
             ),
             num_blocks=num_blocks,
             block_size=block_size,
-            max_sequence_tokens=min(max_model_len or config.max_position, config.max_position, num_blocks * block_size),
+            max_sequence_tokens=min(decoder.max_context, num_blocks * block_size),
             vocab_size=config.vocab_size,
             eos_token_ids=frozenset(config.eos_token_ids),
-            bytes_per_token=self.memory.block_bytes // block_size,
+            bytes_per_token=config.num_layers * layer_bytes(config, 1, dtype),
         )
 
     @classmethod
@@ -71,75 +64,83 @@ class TorchEngine:
         model_name: str,
         dtype: str = "auto",
         num_blocks: int | None = None,
-        kv_bytes: int = 1 << 30,
+        kv_bytes: int = DEFAULT_KV_BYTES,
         block_size: int = 16,
         max_model_len: int | None = None,
         num_threads: int | None = None,
+        progress: Progress | None = None,
     ) -> TorchEngine:
-        """Read the model at `path`. `num_blocks` wins over `kv_bytes`. Raises ModelFileError, or ConfigError for a tiny cache."""
+        """Load the model at `path`. The pool has `num_blocks` blocks, or as many as fit in `kv_bytes`.
+
+        Sets torch's number of threads for the whole process. Raises ModelFileError or ConfigError.
+        """
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         checkpoint = open_checkpoint(path)
-        config, chosen = checkpoint.config, pick_dtype(dtype)
-        decoder = load_decoder(config, checkpoint.tensors(), chosen, max_model_len or config.max_position)
-        block_bytes = _layer_bytes(config, chosen, block_size) * config.num_layers
-        blocks = num_blocks if num_blocks is not None else kv_bytes // block_bytes
-        if blocks < MIN_BLOCKS:
-            raise ConfigError(f"the KV cache holds {blocks} blocks of {block_bytes} bytes; give it at least {MIN_BLOCKS * block_bytes}")
-        log.info("%s in %s, %d KV blocks of %d tokens", model_name, chosen, blocks, block_size)
-        return cls(
-            decoder,
-            model_name=model_name,
-            identity=checkpoint.identity,
-            num_blocks=blocks,
-            block_size=block_size,
-            max_model_len=max_model_len,
-        )
+        config, kind = checkpoint.config, resolve_dtype(dtype)
+        blocks = num_blocks or _blocks_in(kv_bytes, config, block_size, kind)
+        decoder = build_decoder(config, checkpoint.tensors(), kind, _max_context(config, max_model_len), progress)
+        return cls(decoder, model_name=model_name, identity=checkpoint.identity, num_blocks=blocks, block_size=block_size)
 
     def execute(self, batch: list[ScheduledSeq]) -> list[tuple[SampledToken, ...]]:
-        ragged, logits = self._runner.run(batch)
-        rows = [
-            SampleRow(batch[entry].seq, choice, row)
-            for row, entry in enumerate(ragged.sample_entries)
-            for choice in batch[entry].seq.choices
-        ]
-        found: list[tuple[SampledToken, ...]] = [()] * len(batch)
-        if not rows:
-            return found
-        with torch.inference_mode():
-            tokens = iter(sample(logits, rows, self.spec.eos_token_ids))
-        for entry in ragged.sample_entries:
-            found[entry] = tuple(next(tokens) for _ in batch[entry].seq.choices)
-        return found
+        """See `Engine.execute`."""
+        if not batch:
+            return []
+        logits = self._runner.run(build_batch(batch, self._block_size))
+        sampling = [entry for entry in batch if entry.sample]
+        rows = [SampledRow(row, entry.seq, choice) for row, entry in enumerate(sampling) for choice in entry.seq.choices]
+        tokens = iter(sample(logits, rows, self.spec.eos_token_ids))
+        return [tuple(next(tokens) for _ in entry.seq.choices) if entry.sample else () for entry in batch]
 
 
-def pick_dtype(name: str) -> torch.dtype:
-    """`auto` is bfloat16 where the machine multiplies it natively, else float32. Raises ConfigError."""
-    if name == "auto":
-        return torch.bfloat16 if has_native_bfloat16() else torch.float32
-    if name not in DTYPES:
-        raise ConfigError(f"dtype {name!r}: choose one of auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
+def build_decoder(
+    config: ModelConfig,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    dtype: torch.dtype,
+    max_context: int | None = None,
+    progress: Progress | None = None,
+) -> Decoder:
+    """The network of `config` with these weights. Sequences may have up to `max_context` tokens, by default the model's window."""
+    weights = load_weights(config, tensors, dtype, progress)
+    return Decoder(config, weights, max_context or config.max_position)
 
 
-def has_native_bfloat16() -> bool:
-    """The CPU has bfloat16 dot products (AVX512-BF16 or AMX), or there is a GPU."""
-    if torch.cuda.is_available():
-        return True
-    flags = Path("/proc/cpuinfo")
-    if not flags.exists():
-        return False
-    words = set(flags.read_text(encoding="ascii", errors="replace").split())
-    return bool(words & {"avx512_bf16", "amx_bf16"})
+def resolve_dtype(name: str) -> torch.dtype:
+    """The type that `name` stands for; "auto" is bfloat16 where this CPU multiplies it natively. Raises ConfigError."""
+    match name:
+        case "auto":
+            return torch.bfloat16 if _has_native_bfloat16() else torch.float32
+        case "float32":
+            return torch.float32
+        case "bfloat16":
+            return torch.bfloat16
+        case _:
+            raise ConfigError(f"model.dtype: {name!r} is not one of auto, float32, bfloat16")
 
 
-def _layer_bytes(config: ModelConfig, dtype: torch.dtype, block_size: int) -> int:
-    return 2 * block_size * config.num_kv_heads * config.head_dim * dtype.itemsize
+def _has_native_bfloat16() -> bool:
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(bool(getattr(torch.cpu, name)()) for name in probes if hasattr(torch.cpu, name))
 
 
-def _pool_tensor(memory: KVMemory, num_layers: int, block_shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """The shared region as [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]; no copy."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        flat = torch.frombuffer(memory.buffer, dtype=dtype)
-    return flat.view(memory.num_blocks, num_layers, *block_shape)
+def _cache_identity(identity: str, decoder: Decoder) -> str:
+    """What decides the bytes in the cache: the weights, and for two kinds of rotary scaling the longest context."""
+    depends = decoder.config.rope_scaling.kind in ("dynamic", "longrope")
+    return f"{identity}@{decoder.max_context}" if depends else identity
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _max_context(config: ModelConfig, max_model_len: int | None) -> int:
+    if max_model_len is not None and max_model_len > config.max_position:
+        raise ConfigError(f"model.max_model_len: {max_model_len} is beyond the model's window of {config.max_position} tokens")
+    return max_model_len or config.max_position
+
+
+def _blocks_in(kv_bytes: int, config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    block_bytes = config.num_layers * layer_bytes(config, block_size, dtype)
+    if kv_bytes < 2 * block_bytes:
+        raise ConfigError(f"kv_cache_bytes: {kv_bytes} holds fewer than two blocks of {block_bytes} bytes; raise it")
+    return kv_bytes // block_bytes

@@ -54,7 +54,7 @@ class Connection(web.RequestHandler):
         super().connection_lost(exc)
 
     def _watch(self) -> None:
-        assert isinstance(self.transport, asyncio.Transport)  # the loop pauses connected protocols only
+        assert self.transport is not None  # the loop pauses connected protocols only
         self._bytes_left = self.transport.get_write_buffer_size()
         self._stall_timer = self._loop.call_later(self._write_timeout_s, self._check_progress)
 

@@ -62,29 +62,39 @@ class DecoderWeights:
 
 
 class Decoder:
-    """The network with its weights, without a cache: engines that share it bring their own pools."""
+    """The network with its weights, without a cache: engines that share it bring their own pools.
+
+    max_context: the longest sequence, in tokens. Some kinds of rotary scaling depend on it, and with it the keys in the cache.
+    """
 
     def __init__(self, config: ModelConfig, weights: DecoderWeights, max_context: int) -> None:
         self.config, self.weights, self.max_context = config, weights, max_context
         self.dtype = weights.embedding.dtype
         self._scale = 1 / math.sqrt(config.head_dim)
-        self._rotation = rotation_table(config, max_context, self.dtype)
+        self._inv_freq, self._gain = rope_frequencies(config, max_context)
 
     @torch.inference_mode()
     def forward(self, step: StepInput, kv_pool: torch.Tensor) -> torch.Tensor:
         """Run the step, storing its keys and values in `kv_pool`; logits [sampled rows, vocab_size]."""
         if len(step.fresh_blocks):
             clear_blocks(kv_pool, step.fresh_blocks)
-        rotation = self._rotation.index_select(0, step.positions)
+        rotation = self._rotation(step.positions)
         x = self.weights.embedding.index_select(0, step.token_ids)
         last = self.config.num_layers - 1
         for index, layer in enumerate(self.weights.layers):
             attended = self._attend(index, layer, x, rotation, step, kv_pool)
             if index == last:  # what follows looks at no other row
                 attended, x = attended[step.sampled_rows], x[step.sampled_rows]
-            if len(x):
-                x = self._feed_forward(layer, layer.output.plus(attended, x))
+                if not len(x):
+                    return x.new_empty(0, self.config.vocab_size)
+            x = self._feed_forward(layer, layer.output.plus(attended, x))
         return self.weights.head(self._norm(x, self.weights.norm))
+
+    def _rotation(self, positions: torch.Tensor) -> torch.Tensor:
+        """[num_tokens, 2 (cos, sin), 1, head_dim]; the sines of the first half are negated, as `rotate` wants them."""
+        angles = torch.outer(positions.float(), self._inv_freq)
+        cos, sin = angles.cos().mul_(self._gain), angles.sin().mul_(self._gain)
+        return torch.cat((cos, cos, -sin, sin), dim=1).view(-1, 2, 1, self.config.head_dim).to(self.dtype)
 
     def _attend(
         self, index: int, layer: LayerWeights, x: torch.Tensor, rotation: torch.Tensor, step: StepInput, kv_pool: torch.Tensor
@@ -111,15 +121,6 @@ class Decoder:
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
         return F.rms_norm(x, x.shape[-1:], weight, self.config.rms_norm_eps)
-
-
-def rotation_table(config: ModelConfig, max_context: int, dtype: torch.dtype) -> torch.Tensor:
-    """[max_context, 2 (cos, sin), 1, head_dim]; the sines of the first half are negated, as `rotate` wants them."""
-    inv_freq, gain = rope_frequencies(config, max_context)
-    angles = torch.outer(torch.arange(max_context, dtype=torch.float32), inv_freq)
-    cos, sin = angles.cos() * gain, angles.sin() * gain
-    table = torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)), dim=1)
-    return table.unsqueeze(2).to(dtype)
 
 
 def rotate(x: torch.Tensor, rotation: torch.Tensor) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from ..core.errors import ModelFileError
 from ..kernels.linear.op import Linear
 from .config import ModelConfig
 from .decoder import DecoderWeights, LayerWeights
@@ -31,8 +30,7 @@ def load_weights(
     for name, tensor in tensors:
         found[name] = tuple(tensor.shape)
         if found[name] != expected.get(name):
-            check_shapes({}, {name: found[name]} if name not in expected else {}, "weights")
-            check_shapes({name: expected[name]}, {name: found[name]}, "weights")
+            check_shapes({name: expected[name]} if name in expected else {}, {name: found[name]}, "weights")
         pending[name] = tensor.to(dtype)
         index = _layer_index(name)
         if index is not None and all(f"model.layers.{index}.{suffix}" in pending for suffix in suffixes):
@@ -77,12 +75,3 @@ def _fuse(tensors: dict[str, torch.Tensor], *names: str) -> Linear:
     weight = torch.cat([tensors[f"{name}.weight"] for name in names])
     biases = [tensors[f"{name}.bias"] for name in names if f"{name}.bias" in tensors]
     return Linear(weight, torch.cat(biases) if biases else None)
-
-
-def checked_dtype(name: str, supports_bfloat16: bool) -> torch.dtype:
-    """The type to compute in; "auto" is bfloat16 where the machine multiplies it natively. Raises ModelFileError."""
-    if name == "auto":
-        return torch.bfloat16 if supports_bfloat16 else torch.float32
-    if name not in ("float32", "bfloat16"):
-        raise ModelFileError(f"dtype {name!r} is not supported; supported: auto, float32, bfloat16")
-    return torch.float32 if name == "float32" else torch.bfloat16

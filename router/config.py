@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import get_args
 
-from ..core.config import Disaggregate, PolicyName, Topology
+from ..core.config import Disaggregate, PolicyName
 from ..core.errors import ConfigError
 
 
@@ -32,21 +32,6 @@ class RouterConfig:
     max_imbalance_tokens: int = 8192  # prefix-affinity gives way when its pick carries this much more than the idlest
     max_prefix_blocks: int = 65536  # of the prefix index
     expected_workers: int = 0
-
-    @classmethod
-    def of(cls, topology: Topology) -> RouterConfig:
-        """The settings that a topology file holds; the rest are defaults."""
-        given = topology.router
-        return cls(
-            policy=given.policy,
-            disaggregate=given.disaggregate,
-            local_prefill_max_tokens=given.local_prefill_max_tokens,
-            max_queued_requests=given.max_queued_requests,
-            max_active_requests=given.max_active_requests,
-            worker_timeout_s=given.worker_timeout_s,
-            max_attempts=given.max_attempts,
-            expected_workers=len(topology.workers()),
-        )
 
     def __post_init__(self) -> None:
         if self.policy not in get_args(PolicyName):

@@ -133,7 +133,7 @@ class InprocNetwork:
         return self._meshes.get(key)
 
     def post(self, mesh: InprocMesh, event: LinkEvent) -> None:
-        """An event that a mesh reports to its own worker: never lost."""
+        """An event that a mesh reports to its own worker: never lost, in order, not necessarily at once."""
         self._local.append((mesh, event))
 
     def next_link(self) -> int:
@@ -187,7 +187,6 @@ class InprocMesh(Mesh):
             case AcceptBlocks():
                 link.acceptances.accept(effect.ticket, effect.generation, effect.blocks)
             case Revoke():
-                link.acceptances.revoke(effect.ticket)
                 self.network.post(self, Revoked(effect.peer, effect.ticket))
 
     def linked(self) -> list[tuple[WorkerKey, str]]:
@@ -233,8 +232,12 @@ class InprocMesh(Mesh):
             self._drop(peer, reason)
 
     def report(self, event: LinkEvent) -> None:
-        if not self._closed:
-            self.on_event(event)
+        """Pass an event to the worker. A revocation takes effect here, so that a push may still win against it."""
+        if self._closed:
+            return
+        if isinstance(event, Revoked) and event.peer in self._links:
+            self._links[event.peer].acceptances.revoke(event.ticket)
+        self.on_event(event)
 
     def receive(self, delivery: Delivery) -> None:
         """Something has arrived; it is ignored unless its link is up here."""

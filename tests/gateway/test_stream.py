@@ -225,34 +225,6 @@ def test_slow_reader_is_cut_while_others_go_on(serve: Any) -> None:
     asyncio.run(run())
 
 
-def test_slow_reader_of_one_large_answer_is_cut(serve: Any) -> None:
-    async def run() -> None:
-        settings = {"config": {"max_model_len": 300_000}, "limits": {"write_timeout_s": 0.1}}
-        async with serve(**settings) as served:
-            loop = asyncio.get_running_loop()
-            with socket.socket() as slow:
-                slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-                slow.setblocking(False)
-                await loop.sock_connect(slow, ("127.0.0.1", served.port))
-                body = {"model": "toy", "prompt": "x", "max_tokens": 20_000, "logprobs": 20}
-                await loop.sock_sendall(slow, _request("/v1/completions", body))
-                await served.router.entered.wait()
-                await asyncio.wait_for(served.gateway.running.wait_empty(), 30)
-                with pytest.raises(ConnectionError):  # a cut connection is reset; until then there is data to read
-                    await asyncio.wait_for(_trickle(loop, slow, served.gateway.metrics), 30)
-            assert b"penstock_slow_clients_cut_total 1.0" in served.gateway.metrics.render()
-
-    asyncio.run(run())
-
-
-async def _trickle(loop: asyncio.AbstractEventLoop, slow: socket.socket, metrics: Any) -> None:
-    """Read nothing until the server has given up, then everything that is left."""
-    while b"penstock_slow_clients_cut_total 1.0" not in metrics.render():
-        await asyncio.sleep(0.02)
-    while await loop.sock_recv(slow, 1 << 20):
-        pass
-
-
 def _request(path: str, body: dict[str, Any]) -> bytes:
     data = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"

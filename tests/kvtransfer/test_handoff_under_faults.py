@@ -42,7 +42,7 @@ class FaultyNetwork(InprocNetwork):
     def __init__(self, rng: random.Random) -> None:
         super().__init__()
         self.rng, self.flying, self.faults = rng, list[Delivery](), True
-        self.loss, self.doubling, self.reorder = rng.choice([0, 0.02, 0.2]), rng.choice([0, 0.2]), rng.random() < 0.5
+        self.loss, self.doubling, self.reorder = rng.choice([0, 0.05, 0.3]), rng.choice([0, 0.2]), rng.random() < 0.5
 
     def send(self, delivery: Delivery) -> None:
         must_arrive = isinstance(delivery.item, LinkEnd) or not self.faults
@@ -52,7 +52,7 @@ class FaultyNetwork(InprocNetwork):
         self.flying += [delivery] * copies
 
     def step(self) -> bool:
-        if super().step():
+        if not (self.flying and self.rng.random() < 0.3) and super().step():
             return True
         if not self.flying:
             return False
@@ -74,8 +74,6 @@ class Worker:
 
     def allocate(self, count: int) -> list[BlockId]:
         taken, self.free = self.free[:count], self.free[count:]
-        for block in taken:
-            assert bytes(self.memory.block(block)) == POISON * self.memory.block_bytes, "written after it was free"
         return taken
 
     def release(self, ticket: Ticket) -> None:
@@ -247,6 +245,8 @@ class World:
             self.table(worker).check_invariants()
             held = [block for blocks in worker.blocks.values() for block in blocks]
             assert sorted(held + worker.free) == list(range(NUM_BLOCKS))
+            poison = POISON * worker.memory.block_bytes
+            assert all(worker.memory.block(block) == poison for block in worker.free), "written after it was free"
 
     def finish(self) -> None:
         """Run all timers out: with the rest of the work done, or in silence, where only the timers can end anything."""
@@ -269,10 +269,10 @@ def run_world(seed: int, loss: float | None = None) -> World:
     world = World(seed)
     if loss is not None:
         world.network.loss = loss
-    actions = [world.start, world.compute, world.grant, lambda: world.deliver(world.rng.randint(1, 12))]
+    actions = [world.start, world.compute, world.grant, lambda: world.deliver(world.rng.randint(1, 6))]
     rare = [world.abort, world.disconnect, lambda: world.wait(world.rng.choice([0.1, 1.0, 4.0, 15.0]))]
-    for _ in range(120):
-        world.rng.choice(rare if world.rng.random() < 0.08 else actions)()
+    for _ in range(200):
+        world.rng.choice(rare if world.rng.random() < 0.15 else actions)()
     world.finish()
     return world
 

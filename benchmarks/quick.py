@@ -1,0 +1,224 @@
+"""What this machine does with the real model, in about four minutes: `python benchmarks/quick.py [--threads N]`.
+
+Two clusters, one disaggregated (1 prefill, 1 decode), one colocated (1 worker), stand side by side and are measured in turn, request
+by request, so that a drift of the machine meets both. Prompts are random token ids of exact length, never seen before (no prefix
+hits), greedy, end-of-text ignored. The client runs on the same cores and is part of what is measured.
+
+    decode tok/s      tokens of all streams between the last stream's first token and the first stream's last, per second
+    prefill tok/s     prompt tokens / TTFT of a request for one token
+    TTFT              request sent → first token, one request at a time, disaggregated and colocated by turns
+    transfer share    the hand-off's part of the disaggregated TTFT, from the phases in the response
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from penstock import __version__
+from penstock.testing.serving import Serving, serving
+
+RESULTS = Path(__file__).parent / "results"
+PROMPT_TOKENS, NEW_TOKENS = 128, 128
+
+
+@dataclass
+class Stream:
+    """Times of one streamed answer: when it was sent, and when each token came (seconds, monotonic)."""
+
+    sent: float
+    token_times: list[float] = field(default_factory=list)
+    usage: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ttft_s(self) -> float:
+        return self.token_times[0] - self.sent
+
+
+async def request(session: aiohttp.ClientSession, url: str, prompt: list[int], num_new: int) -> Stream:
+    body = {
+        "model": "smollm2-135m-instruct", "prompt": prompt, "max_tokens": num_new, "min_tokens": num_new, "temperature": 0,
+        "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+    }  # fmt: skip
+    stream = Stream(time.perf_counter())
+    async with session.post(f"{url}/v1/completions", json=body) as response:
+        response.raise_for_status()
+        async for line in response.content:
+            if line.startswith(b"data: {"):
+                _note(stream, json.loads(line[6:]))
+    return stream
+
+
+def _note(stream: Stream, chunk: dict[str, Any]) -> None:
+    if "error" in chunk:
+        raise RuntimeError(chunk["error"])
+    stream.usage = chunk.get("usage") or stream.usage
+    now = time.perf_counter()
+    stream.token_times += [now] * (int(stream.usage.get("completion_tokens", 0)) - len(stream.token_times))
+
+
+class Client:
+    """Sends prompts that were never sent before."""
+
+    def __init__(self, session: aiohttp.ClientSession, seed: int) -> None:
+        self._session, self._rng = session, random.Random(seed)
+
+    async def run(self, cluster: Serving, num_streams: int, num_prompt: int, num_new: int) -> list[Stream]:
+        prompts = [[self._rng.randrange(1000, 40000) for _ in range(num_prompt)] for _ in range(num_streams)]
+        return await asyncio.gather(*(request(self._session, cluster.url, p, num_new) for p in prompts))
+
+
+def decode_rate(streams: list[Stream]) -> float:
+    """Tokens of all streams per second while all of them decode."""
+    start, stop = max(s.token_times[0] for s in streams), min(s.token_times[-1] for s in streams)
+    return sum(start < t <= stop for s in streams for t in s.token_times) / (stop - start)
+
+
+def transfer_share(stream: Stream) -> float:
+    return float(stream.usage["penstock"]["transfer_ms"]) / 1000 / stream.ttft_s
+
+
+async def measure(clusters: dict[str, Serving], repeats: int) -> dict[str, Any]:
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(600)) as session:
+        client = Client(session, seed=time.time_ns())
+        for cluster in clusters.values():
+            await client.run(cluster, 2, PROMPT_TOKENS, 16)
+        results: dict[str, Any] = {name: {} for name in clusters}
+        for num_streams in (1, 8, 32):
+            await _measure_decode(client, clusters, results, num_streams, repeats)
+        for num_prompt in (512, 2048):
+            await _measure_prefill(client, clusters, results, num_prompt, 2 * repeats + 1)
+        await _measure_ttft(client, clusters, results, 10 * repeats)
+    return results
+
+
+async def _measure_decode(
+    client: Client, clusters: dict[str, Serving], results: dict[str, Any], num_streams: int, repeats: int
+) -> None:
+    rates: dict[str, list[float]] = {name: [] for name in clusters}
+    for _ in range(repeats):
+        for name, cluster in clusters.items():
+            rates[name].append(decode_rate(await client.run(cluster, num_streams, PROMPT_TOKENS, NEW_TOKENS)))
+    for name in clusters:
+        results[name][f"decode_tok_s_{num_streams}"] = _summary(rates[name])
+        _say(f"{name}: {num_streams} streams decode at {statistics.median(rates[name]):.0f} tok/s")
+
+
+async def _measure_prefill(
+    client: Client, clusters: dict[str, Serving], results: dict[str, Any], num_prompt: int, repeats: int
+) -> None:
+    rates: dict[str, list[float]] = {name: [] for name in clusters}
+    for _ in range(repeats):
+        for name, cluster in clusters.items():
+            [stream] = await client.run(cluster, 1, num_prompt, 1)
+            rates[name].append(num_prompt / stream.ttft_s)
+    for name in clusters:
+        results[name][f"prefill_tok_s_{num_prompt}"] = _summary(rates[name])
+        _say(f"{name}: prefill of {num_prompt} tokens at {statistics.median(rates[name]):.0f} tok/s")
+
+
+async def _measure_ttft(client: Client, clusters: dict[str, Serving], results: dict[str, Any], repeats: int) -> None:
+    times: dict[str, list[float]] = {name: [] for name in clusters}
+    shares: list[float] = []
+    for _ in range(repeats):
+        for name, cluster in clusters.items():
+            [stream] = await client.run(cluster, 1, PROMPT_TOKENS, 2)
+            times[name].append(stream.ttft_s * 1000)
+            if name == "disaggregated":
+                shares.append(transfer_share(stream))
+    for name in clusters:
+        results[name]["ttft_ms"] = _summary(times[name])
+    ratios = [a / b for a, b in zip(times["disaggregated"], times["colocated"], strict=True)]
+    results["ttft_ratio_disaggregated_to_colocated"] = _summary(ratios)
+    results["transfer_share_of_ttft"] = _summary(shares)
+
+
+def _summary(values: list[float]) -> dict[str, float]:
+    return {
+        "median": round(statistics.median(values), 4),
+        "min": round(min(values), 4),
+        "max": round(max(values), 4),
+        "n": len(values),
+    }
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores and versions."""
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    import torch
+
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": len(names),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "penstock": __version__,
+    }
+
+
+def commit() -> str:
+    root = Path(__file__).parent.parent
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
+def report(record: dict[str, Any]) -> str:
+    """The figures as a Markdown table: median (min to max)."""
+    results = record["results"]
+    lines = ["| | disaggregated 1P+1D | colocated |", "|---|---|---|"]
+    for key in results["disaggregated"]:
+        cells = [f"{r['median']:.1f} ({r['min']:.1f} to {r['max']:.1f})" for r in (results[n][key] for n in ("disaggregated", "colocated"))]
+        lines.append(f"| {key} | {cells[0]} | {cells[1]} |")
+    ratio, share = results["ttft_ratio_disaggregated_to_colocated"], results["transfer_share_of_ttft"]
+    lines.append(f"\nTTFT at concurrency 1, disaggregated / colocated: {ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f})")
+    lines.append(f"transfer share of TTFT: {100 * share['median']:.1f} % ({100 * share['min']:.1f} to {100 * share['max']:.1f})")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--dtype", default="auto", help="weights and KV cache (default: auto)")
+    parser.add_argument("--threads", type=int, default=None, help="compute threads (default: penstock serve's)")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each figure (default: 3)")
+    parser.add_argument("--no-save", action="store_true", help="do not write benchmarks/results/")
+    args = parser.parse_args()
+    options = ["--dtype", args.dtype, *(["--threads", str(args.threads)] if args.threads else [])]
+    with ExitStack() as stack:
+        clusters = {
+            "disaggregated": stack.enter_context(serving(*options)),
+            "colocated": stack.enter_context(serving("--colocated", *options)),
+        }
+        results = asyncio.run(measure(clusters, args.repeats))
+    now = datetime.now(UTC)
+    record = {"date": now.isoformat(timespec="seconds"), "commit": commit(), "machine": machine(), "options": options, "results": results}
+    print(report(record))
+    if not args.no_save:
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"{now:%Y-%m-%d}-{record['commit']}-{record['machine']['cores']}core.json"
+        path.write_text(json.dumps(record, indent=1) + "\n")
+        _say(f"written to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

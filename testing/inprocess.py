@@ -1,0 +1,229 @@
+"""A cluster in one thread: router core, worker cores, any engine, and real hand-off links; no processes, no HTTP.
+
+For tests that compare what different ways through the system answer: with a model, with a fake engine, over shared memory, over TCP.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..core.clock import Clock, MonotonicClock
+from ..core.errors import ServeError
+from ..core.ids import SeededIds, WorkerKey, new_epoch
+from ..decode_node.role import DecodeRole
+from ..engine.block_pool import BlockPool
+from ..engine.interface import Engine
+from ..kvtransfer.destination import DestinationTable
+from ..kvtransfer.effects import LinkEvent
+from ..kvtransfer.link import Mesh
+from ..kvtransfer.mesh import SocketMesh
+from ..kvtransfer.source import SourceTable
+from ..kvtransfer.transports.inproc import InprocMesh, InprocNetwork
+from ..prefill_node.role import PrefillRole
+from ..protocol.messages import FromRouter, FromWorker, Heartbeat, Role, SampledToken
+from ..router.config import RouterConfig
+from ..router.core import RouterCore
+from ..router.effects import Deliver, Effect, End, Send
+from ..router.interface import GenerateRequest
+from ..worker.core import CoreEffect, SetPeers, WorkerCore
+from ..worker.process import hello_of
+from ..worker.role import Role as RoleCode
+from ..worker.role import Tell
+
+BEAT_S = 0.25
+LEASE_S = 10.0
+
+
+@dataclass(slots=True)
+class Answer:
+    """What one choice got."""
+
+    tokens: list[SampledToken] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [token.token_id for token in self.tokens]
+
+
+@dataclass(slots=True)
+class Result:
+    answers: list[Answer]
+    error: ServeError | None = None
+    is_ended: bool = False
+    attempts: int = 0
+
+
+class _Worker:
+    """One worker core with its mesh and inbox."""
+
+    def __init__(self, key: WorkerKey, role: Role, engine: Engine, clock: Clock, sizes: Mapping[str, int]) -> None:
+        self.key = key
+        pool = BlockPool(engine.spec.num_blocks, engine.spec.block_size)
+        roles: list[RoleCode] = []
+        if role != "prefill":
+            roles.append(DecodeRole(engine.spec, pool, DestinationTable(LEASE_S)))
+        if role != "decode":
+            roles.append(PrefillRole(engine.spec, pool, SourceTable(LEASE_S, LEASE_S)))
+        self.core = WorkerCore(key, role, engine, pool, roles, clock, **sizes)
+        self.inbox: queue.SimpleQueue[FromRouter | LinkEvent] = queue.SimpleQueue()
+        self.mesh: Mesh | None = None
+        self.received = 0
+
+    def perform(self, effects: list[CoreEffect], tell: Callable[[FromWorker], None]) -> None:
+        assert self.mesh is not None
+        for effect in effects:
+            match effect:
+                case Tell(message=message):
+                    tell(FromWorker(*self.key, message))
+                case SetPeers(peers=peers):
+                    self.mesh.set_peers(list(peers))
+                case _:
+                    self.mesh.perform(effect)
+
+    def turn(self, tell: Callable[[FromWorker], None]) -> bool:
+        """Handle what has arrived and run one step; False when there was nothing to do."""
+        progressed = False
+        while not self.inbox.empty():
+            item = self.inbox.get_nowait()
+            if isinstance(item, FromRouter):
+                self.received = max(self.received, item.number)
+                self.perform(self.core.on_frame(item), tell)
+            else:
+                self.perform(self.core.on_link(item), tell)
+            progressed = True
+        self.perform(self.core.tick(), tell)
+        batch, effects = self.core.begin_step()
+        self.perform(effects, tell)
+        if batch:
+            self.perform(self.core.end_step(batch, self.core.compute(batch)), tell)
+        self.core.check_invariants()
+        return progressed or bool(batch)
+
+
+class InProcessCluster:
+    """`engines` by worker name; a name starts with its role (`prefill-0`, `decode-0`, `both-0`). Use as a context manager."""
+
+    def __init__(
+        self,
+        engines: Mapping[str, Engine],
+        *,
+        transport: str = "inproc",
+        runtime_dir: Path | None = None,
+        max_batch_tokens: int = 512,
+        max_batch_seqs: int = 64,
+        router: RouterConfig | None = None,
+    ) -> None:
+        self._clock, ids = MonotonicClock(), SeededIds(0)
+        self.router = RouterCore(router or RouterConfig(worker_timeout_s=60.0, unacknowledged_s=60.0), self._clock, ids)
+        self._network = InprocNetwork()
+        self._results: dict[str, Result] = {}
+        self._next_beat = self._clock.now()
+        sizes = {"max_batch_tokens": max_batch_tokens, "max_batch_seqs": max_batch_seqs}
+        self.workers: dict[str, _Worker] = {}
+        for name, engine in engines.items():
+            role: Role = "prefill" if name.startswith("prefill") else "decode" if name.startswith("decode") else "both"
+            worker = _Worker(WorkerKey(name, new_epoch(ids)), role, engine, self._clock, sizes)
+            worker.mesh = self._mesh(worker, role, transport, runtime_dir)
+            self.workers[name] = worker
+        for worker in self.workers.values():
+            assert worker.mesh is not None
+            self._tell(FromWorker(*worker.key, hello_of(worker.core, worker.mesh)))
+
+    def _mesh(self, worker: _Worker, role: Role, transport: str, runtime_dir: Path | None) -> Mesh:
+        engine = worker.core.engine
+        if transport == "inproc":
+            return InprocMesh(worker.key, role, engine.spec.fingerprint, engine.memory, worker.inbox.put, self._network)
+        assert runtime_dir is not None, "socket transports need a folder"
+        return SocketMesh(
+            worker.key,
+            role,
+            engine.spec.fingerprint,
+            engine.memory,
+            worker.inbox.put,
+            runtime_dir=runtime_dir,
+            transports=(transport,),
+        )
+
+    def __enter__(self) -> InProcessCluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.workers.values():
+            if worker.mesh is not None:
+                worker.mesh.close()
+
+    # ---- running ----------------------------------------------------------------------------------------------------------------
+
+    def run(self, requests: list[GenerateRequest], timeout_s: float = 120.0) -> dict[str, Result]:
+        """Submit all at once and turn until every one has ended. Raises TimeoutError."""
+        self._settle(timeout_s)
+        self._results = {r.request_id: Result([Answer() for _ in range(r.params.n)]) for r in requests}
+        for request in requests:
+            self._perform(self.router.submit(request))
+        self._until(lambda: all(result.is_ended for result in self._results.values()), timeout_s)
+        self._until(self._at_rest, timeout_s)
+        return self._results
+
+    def _settle(self, timeout_s: float) -> None:
+        """Until every decode worker has a link to every prefill worker."""
+        prefills = sum(name.startswith("prefill") for name in self.workers)
+        decodes = [w for name, w in self.workers.items() if name.startswith("decode")]
+        self._until(lambda: all(w.mesh is not None and len(w.mesh.linked()) == prefills for w in decodes), timeout_s)
+        self._beat()
+        self._until(lambda: all(w.inbox.empty() for w in self.workers.values()) and not self._network.deliver_all(), timeout_s)
+
+    def _at_rest(self) -> bool:
+        return all(w.core.is_idle and w.core.pool.num_free_blocks == w.core.pool.num_blocks for w in self.workers.values())
+
+    def _until(self, is_done: Callable[[], bool], timeout_s: float) -> None:
+        deadline = self._clock.now() + timeout_s
+        while not is_done():
+            if self._clock.now() > deadline:
+                raise TimeoutError(f"after {timeout_s} s: {self.router.status()}")
+            self._turn()
+
+    def _turn(self) -> None:
+        if self._clock.now() >= self._next_beat:
+            self._beat()
+        self._network.deliver_all()
+        self._perform(self.router.tick())
+        progressed = [worker.turn(self._tell) for worker in self.workers.values()]
+        if not any(progressed):
+            self._wait()
+
+    def _wait(self) -> None:
+        """Nothing to compute: give the link threads a moment."""
+        worker = next(iter(self.workers.values()))
+        try:
+            worker.inbox.put(worker.inbox.get(timeout=0.001))
+        except queue.Empty:
+            return
+
+    def _beat(self) -> None:
+        self._next_beat = self._clock.now() + BEAT_S
+        for worker in self.workers.values():
+            assert worker.mesh is not None
+            snapshot = worker.core.snapshot()
+            linked = [(peer.worker_id, peer.epoch, transport) for peer, transport in worker.mesh.linked()]
+            active = [(key.request_id, key.attempt) for key in snapshot.active]
+            self._tell(FromWorker(*worker.key, Heartbeat(snapshot.handled, snapshot.state, snapshot.load, active, linked)))
+
+    def _tell(self, frame: FromWorker) -> None:
+        self._perform(self.router.on_message(frame))
+
+    def _perform(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case Send(worker=key, message=message):
+                    self.workers[key.worker_id].inbox.put(message)
+                case Deliver(request_id=request_id, event=event):
+                    answer = self._results[request_id].answers[event.choice]
+                    answer.tokens += event.tokens
+                    answer.finish_reason = event.finish_reason
+                case End(request_id=request_id, event=event):
+                    result = self._results[request_id]
+                    result.is_ended, result.error, result.attempts = True, event.error, event.attempts
