@@ -12,11 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..core.errors import ServeError
-from ..core.ids import BlockId, SeededIds, WorkerKey, new_epoch
+from ..core.ids import BlockId, SeededIds, Ticket, WorkerKey, new_epoch
 from ..engine.interface import ScheduledSeq
-from ..kvtransfer.effects import AcceptBlocks, SendBlocks
+from ..kvtransfer.transports.inproc import InprocMesh
 from ..protocol import codec
-from ..protocol.messages import FromWorker, Role
+from ..protocol.messages import FromWorker, Push, Role
 from ..router.config import RouterConfig
 from ..router.core import RouterCore
 from ..router.effects import Deliver, Effect, End, Send
@@ -26,7 +26,7 @@ from .clock import FakeClock
 from .events import EventQueue
 from .fake_engine import FakeEngine
 from .journal import InvariantBroken, Journal
-from .sim_mesh import SimMesh, SimNetwork
+from .sim_network import SimNetwork
 from .sim_worker import SimWorker
 
 ROUTER_TICK_S = 0.1
@@ -62,7 +62,7 @@ class SimCluster:
         self.faults: Counter[str] = Counter()
         self.journal = Journal()
         self.network = SimNetwork(self.events, profile, self.rng, self.faults)
-        self.network.check_write, self.network.check_read = self._check_write, self._check_read
+        self.network.check_copy, self.network.trace = self._check_copy, self.say
         self._trace = trace
         self.router = RouterCore(shape.router, self.clock, self._ids)
         self.workers: dict[str, SimWorker] = {}
@@ -125,9 +125,8 @@ class SimCluster:
         worker = self.workers[worker_id]
         worker.freeze(seconds)
         if seconds > 1.0:
-            for peer in list(worker.mesh.peers):
-                self.events.after(1.0, lambda p=peer: self.network.cut(worker.key, p, "silent"))  # type: ignore[misc]
-                self.events.after(seconds + 0.1, lambda p=peer: self.network.connect(worker.key, p))  # type: ignore[misc]
+            for peer, _ in worker.mesh.linked():
+                self.events.after(1.0, lambda p=peer: self.network.cut(worker.key, p, seconds))  # type: ignore[misc]
 
     def calm(self) -> None:
         """No more faults: what was lost must now be made good."""
@@ -228,25 +227,19 @@ class SimCluster:
         if status.queued_requests > config.max_queued_requests or status.active_requests > config.max_active_requests:
             raise InvariantBroken(f"I11 router holds {status.active_requests} requests, {status.queued_requests} queued")
 
-    def _owner_of(self, mesh: SimMesh) -> SimWorker | None:
+    def _owner_of(self, mesh: InprocMesh) -> SimWorker | None:
         worker = self.workers.get(mesh.key.worker_id)
         return worker if worker is not None and worker.key == mesh.key else None
 
-    def _check_write(self, to: SimMesh, grant: AcceptBlocks, target: BlockId) -> None:
-        """I5: a write goes only to a block that a live hand-off owns."""
-        worker = self._owner_of(to)
-        if worker is None:
-            return
-        if worker.pool.ref_count(target) != 1 or grant.ticket not in worker.destination.active():
-            raise InvariantBroken(f"I5 {worker.key}: write into block {target} that its hand-off does not own")
-
-    def _check_read(self, sender: SimMesh, push: SendBlocks, source: BlockId, ordinal: int) -> None:
-        """I5: while a hand-off lives, its source keeps the blocks."""
-        worker = self._owner_of(sender)
-        if worker is None or push.ticket not in worker.source.active():
-            return
-        if worker.pool.ref_count(source) < 1:
-            raise InvariantBroken(f"I5 {worker.key}: block {source} (ordinal {ordinal}) was freed before its hand-off ended")
+    def _check_copy(self, source: InprocMesh, target: InprocMesh, push: Push, slot: int, block: int) -> None:
+        """I5: a write goes only to a block that a live hand-off owns, and while one lives its source keeps the blocks."""
+        reader, writer, ticket = self._owner_of(source), self._owner_of(target), Ticket(push.ticket)
+        if writer is not None:
+            is_owned = writer.pool.ref_count(BlockId(block)) == 1 and ticket in writer.destination.active()
+            if not is_owned:
+                raise InvariantBroken(f"I5 {writer.key}: write into block {block} that its hand-off does not own")
+        if reader is not None and ticket in reader.source.active() and reader.pool.ref_count(BlockId(slot)) < 1:
+            raise InvariantBroken(f"I5 {reader.key}: block {slot} was freed before its hand-off ended")
 
     def check_at_rest(self) -> None:
         """After the last request: every request ended (I1), every block is back (I4, I8), nothing is in the tables."""

@@ -104,6 +104,11 @@ class _Worker:
         return progressed or bool(batch)
 
 
+def _mesh_of(worker: _Worker) -> Mesh:
+    assert worker.mesh is not None
+    return worker.mesh
+
+
 class InProcessCluster:
     """`engines` by worker name; a name starts with its role (`prefill-0`, `decode-0`, `both-0`). Use as a context manager."""
 
@@ -169,12 +174,13 @@ class InProcessCluster:
         return self._results
 
     def _settle(self, timeout_s: float) -> None:
-        """Until every decode worker has a link to every prefill worker."""
-        prefills = sum(name.startswith("prefill") for name in self.workers)
-        decodes = [w for name, w in self.workers.items() if name.startswith("decode")]
-        self._until(lambda: all(w.mesh is not None and len(w.mesh.linked()) == prefills for w in decodes), timeout_s)
-        self._beat()
+        """Until every decode worker and every prefill worker have a link to each other, and know it."""
+        names = list(self.workers)
+        wanted = {n: sum(m.split("-")[0] not in ("both", n.split("-")[0]) for m in names) for n in names}
+        wanted |= dict.fromkeys((n for n in names if n.startswith("both")), 0)
+        self._until(lambda: all(len(_mesh_of(w).linked()) >= wanted[n] for n, w in self.workers.items()), timeout_s)
         self._until(lambda: all(w.inbox.empty() for w in self.workers.values()) and not self._network.deliver_all(), timeout_s)
+        self._beat()
 
     def _at_rest(self) -> bool:
         return all(w.core.is_idle and w.core.pool.num_free_blocks == w.core.pool.num_blocks for w in self.workers.values())

@@ -11,15 +11,17 @@ from ..engine.interface import ScheduledSeq
 from ..kvtransfer.destination import DestinationTable
 from ..kvtransfer.effects import LinkEvent
 from ..kvtransfer.source import SourceTable
+from ..kvtransfer.transports.inproc import InprocMesh
 from ..prefill_node.role import PrefillRole
-from ..protocol.messages import FromRouter, FromWorker, Hello, Role, ToRouter
+from ..protocol.messages import FromRouter, FromWorker, Role, ToRouter
 from ..worker.core import CoreEffect, SetPeers, WorkerCore
 from ..worker.heartbeat import HeartbeatBuilder
+from ..worker.process import hello_of
 from ..worker.role import Role as RoleCode
 from ..worker.role import Tell
 from .events import EventQueue
 from .fake_engine import FakeEngine
-from .sim_mesh import SimMesh, SimNetwork
+from .sim_network import SimNetwork
 
 HEARTBEAT_S = 0.25
 TICK_S = 0.1
@@ -52,7 +54,8 @@ class SimWorker:
         if role != "decode":
             roles.append(PrefillRole(engine.spec, self.pool, self.source))
         self.core = WorkerCore(key, role, engine, self.pool, roles, events.clock, max_batch_tokens=max_batch_tokens)
-        self.mesh = SimMesh(network, key, role, engine.memory, self._on_link)
+        self.mesh = InprocMesh(key, role, engine.spec.fingerprint, engine.memory, self._on_link, network)
+        self._network = network
         self._heartbeat = HeartbeatBuilder()
         self._inbox: list[FromRouter | LinkEvent] = []
         self._router_epoch: str | None = None
@@ -70,14 +73,14 @@ class SimWorker:
             return
         if frame.router_epoch != self._router_epoch:
             self._router_epoch = frame.router_epoch
-            self._say(self._hello())
+            self._say(hello_of(self.core, self.mesh))
         self._heartbeat.on_frame(frame)
         self._inbox.append(frame)
         self._turn()
 
     def _on_link(self, event: LinkEvent) -> None:
         self._inbox.append(event)
-        self._events.after(0.0, self._turn)
+        self._turn()
 
     def _beat(self) -> None:
         if not self.is_alive:
@@ -85,7 +88,7 @@ class SimWorker:
         if not self._is_frozen:
             has_router = self._router_epoch is not None
             snapshot = self.core.snapshot() if has_router else None
-            self._say(self._heartbeat.build(snapshot, self.mesh.linked()) if has_router else self._hello())
+            self._say(self._heartbeat.build(snapshot, self.mesh.linked()) if has_router else hello_of(self.core, self.mesh))
         self._events.after(HEARTBEAT_S, self._beat)
 
     def _tick(self) -> None:
@@ -106,8 +109,7 @@ class SimWorker:
     def kill(self) -> None:
         """SIGKILL: the process is gone between two events; its sockets close."""
         self.is_alive = False
-        self.mesh.close()
-        self.engine.memory.close()
+        self._network.kill(self.key)
 
     # ---- the loop -------------------------------------------------------------------------------------------------------------
 
@@ -148,16 +150,3 @@ class SimWorker:
 
     def _say(self, message: ToRouter) -> None:
         self._to_router(FromWorker(*self.key, message))
-
-    def _hello(self) -> Hello:
-        spec = self.engine.spec
-        return Hello(
-            role=self.role,
-            pid=1,
-            fingerprint=spec.fingerprint,
-            total_blocks=spec.num_blocks,
-            max_sequence_tokens=spec.max_sequence_tokens,
-            bytes_per_token=spec.bytes_per_token,
-            kv_address=self.mesh.address,
-            transports=self.mesh.transports,
-        )

@@ -81,6 +81,10 @@ class InprocNetwork:
         if target is not None:
             target.receive(delivery)
 
+    def move(self, source: InprocMesh, target: InprocMesh, push: Push, slot: int, block: int) -> None:
+        """Copy what `push` says of one block; a place to look on, or to spoil the bytes."""
+        run_view(target.memory, push, block, 1)[:] = run_view(source.memory, push, slot, 1)
+
     # ---- running ----
 
     def step(self) -> bool:
@@ -288,9 +292,8 @@ class InprocMesh(Mesh):
             return
         corrupt: list[int] = []
         for ordinal, slot, block, digest in zip(push.ordinals, push.source_slots, blocks, push.digests, strict=True):
-            target = run_view(self.memory, push, block, 1)
-            target[:] = run_view(source.memory, push, slot, 1)
-            if block_digest(target) != digest:
+            self.network.move(source, self, push, slot, block)
+            if block_digest(run_view(self.memory, push, block, 1)) != digest:
                 corrupt.append(ordinal)
         arrived = tuple(ordinal for ordinal in link.acceptances.finish(push).arrived if ordinal not in corrupt)
         event = BlocksArrived(peer, Ticket(push.ticket), push.generation, arrived, tuple(corrupt))

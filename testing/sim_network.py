@@ -1,0 +1,108 @@
+"""Hand-off links between simulated workers: the in-process meshes, on virtual time, with faults and with checks of every write."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+
+from ..core.ids import Ticket, WorkerKey
+from ..kvtransfer.effects import LinkEvent, Revoked
+from ..kvtransfer.transports.inproc import Delivery, InprocMesh, InprocNetwork, LinkEnd
+from ..protocol import codec
+from ..protocol.messages import Ack, Cancel, Failed, HandoffMessage, Offer, Push
+from .chaos import ChaosProfile, Wire
+from .events import EventQueue
+
+RECONNECT_S = 0.1
+Pair = tuple[WorkerKey, WorkerKey]
+CopyCheck = Callable[[InprocMesh, InprocMesh, Push, int, int], None]
+
+
+class SimNetwork(InprocNetwork):
+    """Plans each delivery on the event queue. `check_copy(source, target, push, slot, block)` runs before a block is written."""
+
+    def __init__(self, events: EventQueue, profile: ChaosProfile, rng: random.Random, faults: Counter[str]) -> None:
+        super().__init__()
+        self._events, self._profile, self._rng, self._faults = events, profile, rng, faults
+        self._wires: dict[Pair, Wire] = {}
+        self._open_offers: dict[Pair, set[bytes]] = {}  # (source, destination) → offered, and no last word yet
+        self.is_calm = False
+        self.check_copy: CopyCheck | None = None
+        self.trace: Callable[[str], None] | None = None
+
+    def calm(self) -> None:
+        """No more faults from now on."""
+        self.is_calm = True
+        for wire in self._wires.values():
+            wire.is_calm = True
+
+    # ---- carrying -------------------------------------------------------------------------------------------------------------
+
+    def send(self, delivery: Delivery) -> None:
+        item = delivery.item
+        if self.trace is not None:
+            self.trace(f"{delivery.source} → {delivery.target}: {item}")
+        if isinstance(item, LinkEnd):
+            self._forget(delivery.source, delivery.target)
+            self._events.after(self._profile.delay_s, lambda: self.deliver(delivery))
+            return
+        self._note_sent(delivery.source, delivery.target, item)
+        if not self.is_calm and self._rng.random() < self._profile.cut:
+            self._faults["cut link"] += 1
+            self._events.after(0.0, lambda: self.cut(delivery.source, delivery.target, RECONNECT_S))
+            return
+        frame = codec.handoff.encode(item)
+        self._wire(delivery.source, delivery.target).carry(type(item).__name__, lambda: self._arrive(delivery, frame))
+
+    def _arrive(self, delivery: Delivery, frame: bytes) -> None:
+        item = codec.handoff.decode(frame)
+        if isinstance(item, Ack | Cancel):
+            self._open_offers.get((delivery.target, delivery.source), set()).discard(item.ticket)
+        self.deliver(Delivery(delivery.source, delivery.target, delivery.link, item))
+
+    def post(self, mesh: InprocMesh, event: LinkEvent) -> None:
+        delay_s = self._profile.delay_s if isinstance(event, Revoked) else 0.0  # a copy in progress goes on for a moment
+        self._events.after(delay_s, lambda: mesh.report(event))
+
+    def cut(self, one: WorkerKey, other: WorkerKey, seconds: float) -> None:
+        """Break the link between two workers; it is made anew after `seconds`."""
+        self._forget(one, other)
+        self.disconnect(one, other, "link cut")
+        self._events.after(seconds, self.reconnect)
+
+    def _wire(self, source: WorkerKey, target: WorkerKey) -> Wire:
+        wire = self._wires.get((source, target))
+        if wire is None:
+            wire = self._wires[source, target] = Wire(self._events, self._profile, self._rng, self._faults)
+            wire.is_calm = self.is_calm
+        return wire
+
+    # ---- copying --------------------------------------------------------------------------------------------------------------
+
+    def move(self, source: InprocMesh, target: InprocMesh, push: Push, slot: int, block: int) -> None:
+        if self.check_copy is not None:
+            self.check_copy(source, target, push, slot, block)
+        super().move(source, target, push, slot, block)
+        if not self.is_calm and self._rng.random() < self._profile.corrupt:
+            self._faults["corrupt block"] += 1
+            view = target.memory.block(block)
+            view[self._rng.randrange(len(view))] ^= 1 << self._rng.randrange(8)
+
+    # ---- who was told what ----------------------------------------------------------------------------------------------------
+
+    def _note_sent(self, source: WorkerKey, target: WorkerKey, item: HandoffMessage) -> None:
+        offers = self._open_offers.setdefault((source, target), set())
+        if isinstance(item, Offer):
+            offers.add(item.ticket)
+        elif isinstance(item, Failed):
+            offers.discard(item.ticket)
+
+    def _forget(self, one: WorkerKey, other: WorkerKey) -> None:
+        self._open_offers.pop((one, other), None)
+        self._open_offers.pop((other, one), None)
+
+    def silent_ends(self, source: WorkerKey, active: list[Ticket]) -> list[bytes]:
+        """Tickets that `source` has given up without a word to their destination."""
+        offered = (tickets for (owner, _), tickets in self._open_offers.items() if owner == source)
+        return sorted(set().union(*offered) - set(active))
