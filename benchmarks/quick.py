@@ -1,10 +1,11 @@
 """What this machine does with the real model, in about four minutes: `python benchmarks/quick.py [--threads N]`.
 
-Two clusters, one disaggregated (1 prefill, 1 decode), one colocated (1 worker), stand side by side and are measured in turn, request
-by request, so that a drift of the machine meets both. Prompts are random token ids of exact length, never seen before (no prefix
-hits), greedy, end-of-text ignored. The client runs on the same cores and is part of what is measured.
+Two clusters, one disaggregated (1 prefill, 1 decode), one colocated (1 worker), stand side by side and are measured
+in turn, request by request, so that a drift of the machine meets both. Prompts are random token ids of exact length,
+never seen before (no prefix hits), greedy, end-of-text ignored. The client runs on the same cores and is part of what
+is measured.
 
-    decode tok/s      tokens of all streams between the last stream's first token and the first stream's last, per second
+    decode tok/s      tokens of all streams per second, while all of them decode
     prefill tok/s     prompt tokens / TTFT of a request for one token
     TTFT              request sent → first token, one request at a time, disaggregated and colocated by turns
     transfer share    the hand-off's part of the disaggregated TTFT, from the phases in the response
@@ -51,9 +52,14 @@ class Stream:
 
 async def request(session: aiohttp.ClientSession, url: str, prompt: list[int], num_new: int) -> Stream:
     body = {
-        "model": "smollm2-135m-instruct", "prompt": prompt, "max_tokens": num_new, "min_tokens": num_new, "temperature": 0,
-        "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True},
-    }  # fmt: skip
+        "model": "smollm2-135m-instruct",
+        "prompt": prompt,
+        "max_tokens": num_new,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+    }
     stream = Stream(time.perf_counter())
     async with session.post(f"{url}/v1/completions", json=body) as response:
         response.raise_for_status()
@@ -178,8 +184,15 @@ def machine() -> dict[str, Any]:
 
 def commit() -> str:
     root = Path(__file__).parent.parent
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False
+    )
     return found.stdout.strip() or "unknown"
+
+
+def _range(figure: dict[str, float], scale: float, digits: int) -> str:
+    median, low, high = (scale * figure[name] for name in ("median", "min", "max"))
+    return f"{median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def report(record: dict[str, Any]) -> str:
@@ -187,11 +200,11 @@ def report(record: dict[str, Any]) -> str:
     results = record["results"]
     lines = ["| | disaggregated 1P+1D | colocated |", "|---|---|---|"]
     for key in results["disaggregated"]:
-        cells = [f"{r['median']:.1f} ({r['min']:.1f} to {r['max']:.1f})" for r in (results[n][key] for n in ("disaggregated", "colocated"))]
+        cells = [_range(results[name][key], 1, 1) for name in ("disaggregated", "colocated")]
         lines.append(f"| {key} | {cells[0]} | {cells[1]} |")
     ratio, share = results["ttft_ratio_disaggregated_to_colocated"], results["transfer_share_of_ttft"]
-    lines.append(f"\nTTFT at concurrency 1, disaggregated / colocated: {ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f})")
-    lines.append(f"transfer share of TTFT: {100 * share['median']:.1f} % ({100 * share['min']:.1f} to {100 * share['max']:.1f})")
+    lines.append(f"\nTTFT at concurrency 1, disaggregated / colocated: {_range(ratio, 1, 3)}")
+    lines.append(f"transfer share of TTFT in %: {_range(share, 100, 1)}")
     return "\n".join(lines)
 
 
@@ -210,7 +223,13 @@ def main() -> int:
         }
         results = asyncio.run(measure(clusters, args.repeats))
     now = datetime.now(UTC)
-    record = {"date": now.isoformat(timespec="seconds"), "commit": commit(), "machine": machine(), "options": options, "results": results}
+    record = {
+        "date": now.isoformat(timespec="seconds"),
+        "commit": commit(),
+        "machine": machine(),
+        "options": options,
+        "results": results,
+    }
     print(report(record))
     if not args.no_save:
         RESULTS.mkdir(exist_ok=True)

@@ -81,10 +81,11 @@ def run(args: argparse.Namespace) -> int:
     threads = args.threads or available_cores()
     for name, value in thread_environment(threads).items():  # read by the thread library when torch is imported
         os.environ.setdefault(name, value)
-    from ..worker.local import LocalRunner
+    from ..decode_node.local import LocalRunner
 
-    runner = LocalRunner(model.path, model.name, args.dtype or "auto", threads)
-    for piece in text_pieces(tokenizer, (sampled.token_id for sampled in runner.stream(prompt_ids, params))):
+    runner = LocalRunner.open(model.path, model.name, args.dtype or "auto", threads)
+    token_ids = (sampled.token_id for item in runner.stream(prompt_ids, params) for sampled in item.tokens)
+    for piece in text_pieces(tokenizer, token_ids):
         print(printable(piece), end="", flush=True)
     print()
     return 0

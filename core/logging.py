@@ -11,7 +11,9 @@ LEVELS = ("debug", "info", "warning", "error")
 def setup_logging(process: str, level: str = "info") -> None:
     """Send all records to stderr. `process` names this process in each line."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(f"%(asctime)s.%(msecs)03d %(levelname)-7s {process} %(message)s", "%H:%M:%S"))
+    handler.setFormatter(
+        logging.Formatter(f"%(asctime)s.%(msecs)03d %(levelname)-7s {process} %(message)s", "%H:%M:%S")
+    )
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())

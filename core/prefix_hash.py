@@ -1,7 +1,7 @@
 """The identity of a cached block: a keyed 256-bit hash over its tokens and everything before them.
 
-hash(block) = blake2b(key = H(salt, model, layout); parent hash, fixed-width token ids). Two requests share a block only if
-salt, model, cache layout and every token up to the block's end agree. Keys never come from clients.
+hash(block) = blake2b(key = H(salt, model, layout); parent hash, fixed-width token ids). Two requests share a block
+only if salt, model, cache layout and every token up to the block's end agree. Keys never come from clients.
 """
 
 from __future__ import annotations

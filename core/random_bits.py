@@ -1,7 +1,7 @@
 """Counter-based random numbers: the draw for a token depends on (seed, token index) and on nothing else.
 
-Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The same on every device and in every
-process, so a stream that moves to another worker goes on with the same draws.
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The same on every device and in
+every process, so a stream that moves to another worker goes on with the same draws.
 """
 
 from __future__ import annotations

@@ -21,12 +21,19 @@ class GroupState(Enum):
     ENDED = auto()
 
 
-_NEXT = {GroupState.RECEIVING: {GroupState.LIVE, GroupState.ENDED}, GroupState.LIVE: {GroupState.ENDED}, GroupState.ENDED: set()}
+_NEXT = {
+    GroupState.RECEIVING: {GroupState.LIVE, GroupState.ENDED},
+    GroupState.LIVE: {GroupState.ENDED},
+    GroupState.ENDED: set(),
+}
 
 
 @dataclass(slots=True, eq=False)
 class Group:
-    """`lead` owns the prompt's KV until the first tokens are there; `seqs` are the choices that still produce tokens."""
+    """`lead` owns the prompt's KV until the first tokens are there;
+
+    `seqs` are the choices that still produce tokens.
+    """
 
     key: AttemptKey
     lead: Sequence
@@ -71,5 +78,3 @@ def build_group(message: StartDecode, spec: EngineSpec, hash_key: bytes, now: fl
     if not any(s.output_ids for s in seqs.values()):
         lead.sample_choices = tuple(sorted(seqs))
     return group
-
-

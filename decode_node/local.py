@@ -1,8 +1,11 @@
-"""One request on one engine, in this process: what `penstock generate` uses, and the shortest way through the decode role."""
+"""One request on one engine, in this process: what `penstock generate` uses, and the shortest way through the decode
+role.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from ..core.clock import Clock, MonotonicClock
 from ..core.errors import describe
@@ -26,11 +29,22 @@ class LocalRunner:
         pool = BlockPool(engine.spec.num_blocks, engine.spec.block_size)
         role = DecodeRole(engine.spec, pool, DestinationTable(lease_s=60.0))
         key = WorkerKey("local", _EPOCH)
-        self.core = WorkerCore(key, "both", engine, pool, [role], clock or MonotonicClock(), max_batch_tokens=max_batch_tokens)
+        self.core = WorkerCore(
+            key, "both", engine, pool, [role], clock or MonotonicClock(), max_batch_tokens=max_batch_tokens
+        )
         self._number = 0
 
+    @classmethod
+    def open(cls, path: Path, model_name: str, dtype: str, num_threads: int) -> LocalRunner:
+        """A runner on the model at `path`. Imports torch. Raises ModelFileError or ConfigError."""
+        from ..engine.torch_engine import TorchEngine
+
+        return cls(TorchEngine.load(path, model_name=model_name, dtype=dtype, num_threads=num_threads))
+
     def stream(self, prompt_ids: list[int], params: SamplingParams, timeout_s: float = 1e6) -> Iterator[Tokens]:
-        """The tokens of every choice as they come; each choice's last item has a finish_reason. Raises ServeError if refused."""
+        """The tokens of every choice as they come; each choice's last item has a finish_reason. Raises ServeError if
+        refused.
+        """
         self._number += 1
         choices = [ChoiceState(i) for i in range(params.n)]
         command = StartDecode(f"local-{self._number}", 0, pack_ids(prompt_ids), params, choices, timeout_s)

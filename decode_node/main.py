@@ -1,7 +1,8 @@
 """`penstock decode`: a worker that hosts the decode role.
 
-    router ─StartDecode(ticket)→ receiving ─granted, filled, verified→ running ─a token a step→ finished      (role.py)
-    router ─StartDecode────────→ waiting ──admitted, prefilled here──→ running                                 (scheduler.py)
+    router ─StartDecode(ticket)→ receiving ─granted, filled, verified→ running ─a token a step→ finished
+    router ─StartDecode────────→ waiting ──admitted, prefilled here──→ running
+    what each step means: role.py; who runs next: scheduler.py
 Tokens go to the router after every step. The loop around it, with its threads, is worker/process.py.
 """
 

@@ -15,8 +15,9 @@ def local_phases(seq: Sequence, now: float) -> Phases:
 
 
 def received_phases(seq: Sequence, done: Done, block_bytes: int, now: float) -> Phases:
-    """The prompt was prefilled elsewhere. Both sides start their clocks with the same dispatch, so what prefill does not
-    account for is the hand-off: offer, grant, bytes, verification."""
+    """The prompt was prefilled elsewhere. Both sides start their clocks with the same dispatch, so what prefill does
+    not account for is the hand-off: offer, grant, bytes, verification.
+    """
     transfer_s = max(0.0, now - seq.arrival - done.phases.queue_s - done.phases.prefill_s)
     return msgspec.structs.replace(
         done.phases,

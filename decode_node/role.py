@@ -1,19 +1,23 @@
 """The decode role. Life of an attempt:
 
-    1. StartDecode arrives. With a ticket it is *receiving*: the hand-off is expected from one prefill worker. Without one it is
-       *waiting* at once: this worker prefills the prompt itself, chunk by chunk, beside its running sequences.
-    2. receiving: prefill offers → *offers* queue → granted when there is room (only blocks that are not in the prefix cache here) →
-       blocks arrive, digests verified → Ack; the first token of each choice comes with the hand-off.
-    3. waiting → running by admission (blocks for all tokens it has), oldest first over `waiting` and `offers` alike.
-    4. running: one token a step and sequence; its table grows block by block. When no block is left the youngest running sequence
-       is preempted: blocks freed (their content stays findable while it lasts), back to the head of `waiting`, recomputed later.
-    5. each choice ends with a finish_reason in its last Tokens, or the whole attempt with AttemptFailed. Blocks are freed once;
-       those of a hand-off that is cut short are freed only when no write can reach them any more.
+1. StartDecode arrives. With a ticket it is *receiving*: the hand-off is expected from one prefill worker. Without
+one it is
+   *waiting* at once: this worker prefills the prompt itself, chunk by chunk, beside its running sequences.
+2. receiving: prefill offers → *offers* queue → granted when there is room (only blocks that are not in the prefix
+cache here) →
+   blocks arrive, digests verified → Ack; the first token of each choice comes with the hand-off.
+3. waiting → running by admission (blocks for all tokens it has), oldest first over `waiting` and `offers` alike.
+4. running: one token a step and sequence; its table grows block by block. When no block is left the youngest
+running sequence
+   is preempted: blocks freed (their content stays findable while it lasts), back to the head of `waiting`,
+   recomputed later.
+5. each choice ends with a finish_reason in its last Tokens, or the whole attempt with AttemptFailed. Blocks are
+freed once;
+   those of a hand-off that is cut short are freed only when no write can reach them any more.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
 
 from ..core.errors import DeadlineExceeded, NodeLost, Overloaded, ServeError
@@ -64,7 +68,12 @@ class DecodeRole:
     """Continuous batching over received and locally prefilled sequences."""
 
     def __init__(
-        self, spec: EngineSpec, pool: BlockPool, destination: DestinationTable, max_running: int = 64, max_waiting: int = 1024
+        self,
+        spec: EngineSpec,
+        pool: BlockPool,
+        destination: DestinationTable,
+        max_running: int = 64,
+        max_waiting: int = 1024,
     ) -> None:
         self._spec, self._pool, self._destination, self._max_waiting = spec, pool, destination, max_waiting
         self._scheduler = DecodeScheduler(pool, max_running)
@@ -78,7 +87,7 @@ class DecodeRole:
         self._failed_handoffs = 0
         self._received_blocks = 0
 
-    # ---- commands -----------------------------------------------------------------------------------------------------------
+    # ---- commands ----
 
     def on_command(self, message: ToWorker, now: float) -> None:
         match message:
@@ -139,7 +148,7 @@ class DecodeRole:
         elif group.state is GroupState.LIVE and not group.lead.sample_choices:
             self._drop(group, choice)
 
-    # ---- the hand-off -------------------------------------------------------------------------------------------------------
+    # ---- the hand-off ----
 
     def on_link(self, event: LinkEvent, now: float) -> None:
         match event:
@@ -203,7 +212,7 @@ class DecodeRole:
         if group.state is not GroupState.ENDED:
             self._end(group, effect.code, effect.message, now)
 
-    # ---- steps --------------------------------------------------------------------------------------------------------------
+    # ---- steps ----
 
     def schedule(self, budget: Budget, now: float) -> list[ScheduledSeq]:
         self._expire(now)
@@ -223,7 +232,10 @@ class DecodeRole:
         self._flush()
 
     def _first_tokens(self, group: Group, tokens: tuple[SampledToken, ...]) -> None:
-        """The prompt is in the cache: the lead goes on as its own choice, the others fork off it through the prefix cache."""
+        """The prompt is in the cache:
+
+        the lead goes on as its own choice, the others fork off it through the prefix cache.
+        """
         lead = group.lead
         choices, lead.sample_choices = lead.choices, ()
         seqs = dict(group.seqs)
@@ -291,7 +303,7 @@ class DecodeRole:
             self._effects.append(Tell(Output(self._items)))
             self._items = []
 
-    # ---- views --------------------------------------------------------------------------------------------------------------
+    # ---- views ----
 
     def take_effects(self) -> list[Effect]:
         effects, self._effects = self._effects, []

@@ -1,4 +1,7 @@
-"""Who runs in the next decode step: admission, growth, preemption. Owns the blocks of every sequence on the decode side."""
+"""Who runs in the next decode step:
+
+admission, growth, preemption. Owns the blocks of every sequence on the decode side.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,8 @@ class DecodeScheduler:
     waiting    no blocks; by arrival, preempted ones at the head       offers     no blocks; prefill is about to push
     running    blocks for all their tokens; by arrival                 receiving  blocks granted to a hand-off
 
-    A sequence is in one of the four. Admission leaves one free block for each running sequence, so that admitting does not cause
-    preemption at once.
+    A sequence is in one of the four. Admission leaves one free block for each running sequence, so that admitting
+    does not cause preemption at once.
     """
 
     def __init__(self, pool: BlockPool, max_running: int) -> None:
@@ -35,7 +38,7 @@ class DecodeScheduler:
         self.queried_tokens = 0
         self.hit_tokens = 0
 
-    # ---- entering and leaving -----------------------------------------------------------------------------------------------
+    # ---- entering and leaving ----
 
     def add_waiting(self, seqs: list[Sequence]) -> None:
         self.waiting.extend(seqs)
@@ -74,7 +77,7 @@ class DecodeScheduler:
             position -= 1
         self.running.insert(position, seq)
 
-    # ---- admission ----------------------------------------------------------------------------------------------------------
+    # ---- admission ----
 
     @property
     def _occupied(self) -> int:
@@ -84,11 +87,16 @@ class DecodeScheduler:
         return self._occupied < self._max_running
 
     def admit_offers(self) -> list[Admitted]:
-        """Offers that get blocks now, with the number of leading blocks already here (None: the offer does not fit its sequence)."""
+        """Offers that get blocks now, with the number of leading blocks already here (None:
+
+        the offer does not fit its sequence).
+        """
         admitted: list[Admitted] = []
         while self.offers and (not self.waiting or self.offers[0][1].arrival <= self.waiting[0].arrival):
             offer, lead = self.offers[0]
-            if offer.num_tokens != lead.num_tokens or offer.num_blocks != blocks_for(lead.num_tokens, self._pool.block_size):
+            if offer.num_tokens != lead.num_tokens or offer.num_blocks != blocks_for(
+                lead.num_tokens, self._pool.block_size
+            ):
                 self.offers.popleft()
                 admitted.append((offer, lead, None))
                 continue
@@ -118,7 +126,7 @@ class DecodeScheduler:
             self.hit_tokens += seq.num_cached_tokens
         return held
 
-    # ---- a step -------------------------------------------------------------------------------------------------------------
+    # ---- a step ----
 
     def schedule(self, budget: Budget, now: float) -> list[ScheduledSeq]:
         """Running sequences first (one token each), then the chunks of those that still prefill, then new ones."""

@@ -1,9 +1,9 @@
 """A step's sequences as flat arrays: the ragged batch, built with numpy in one go.
 
-    sequence      A     B        C
-    token_ids     a     b b b    c c        all new tokens, one sequence after another
-    cu_seqlens_q  0     1        4      6   where each begins, and the end
-    context_lens  5     3        40         tokens in the cache once these are written
+sequence      A     B        C
+token_ids     a     b b b    c c        all new tokens, one sequence after another
+cu_seqlens_q  0     1        4      6   where each begins, and the end
+context_lens  5     3        40         tokens in the cache once these are written
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """token_ids, positions, slot_mapping: [num_tokens]; block_table [num_seqs, longest], short rows filled with their own
-    first block. sampled_rows: the last row of each entry that samples. fresh_blocks: blocks that the step enters at their
-    first slot and does not fill.
+    """token_ids, positions, slot_mapping: [num_tokens]; block_table [num_seqs, longest], short rows filled with their
+    own first block. sampled_rows: the last row of each entry that samples. fresh_blocks: blocks that the step enters
+    at their first slot and does not fill.
     """
 
     token_ids: Ints
@@ -63,7 +63,9 @@ def build_batch(entries: list[ScheduledSeq], block_size: int) -> Batch:
 
 def _token_ids(entries: list[ScheduledSeq]) -> Ints:
     spans = ((e.seq, e.seq.num_computed_tokens, e.num_new_tokens) for e in entries)
-    return np.array(list(chain.from_iterable(seq.tokens(start, start + new) for seq, start, new in spans)), dtype=np.int64)
+    return np.array(
+        list(chain.from_iterable(seq.tokens(start, start + new) for seq, start, new in spans)), dtype=np.int64
+    )
 
 
 def _block_table(entries: list[ScheduledSeq], width: int, block_size: int) -> Ints:

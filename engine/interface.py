@@ -14,7 +14,8 @@ from .sequence import Sequence
 class ScheduledSeq:
     """Compute `num_new_tokens` tokens of `seq`, from its num_computed_tokens on. The blocks for them are in its table.
 
-    `sample` holds when these reach the sequence's end: then one token for each of `seq.choices` is drawn from the last logits.
+    `sample` holds when these reach the sequence's end: then one token for each of `seq.choices` is drawn from the
+    last logits.
     """
 
     seq: Sequence
@@ -47,7 +48,7 @@ class Engine(Protocol):
     def execute(self, batch: list[ScheduledSeq]) -> list[tuple[SampledToken, ...]]:
         """Run one step over a ragged batch; for each entry the sampled tokens (empty when it does not sample).
 
-        Writes the KV of the new tokens into the entry's blocks and reads those of all earlier ones. Running the same entry again
-        writes the same values. Raises for the whole batch; nothing of the sequences has changed then.
+        Writes the KV of the new tokens into the entry's blocks and reads those of all earlier ones. Running the same
+        entry again writes the same values. Raises for the whole batch; nothing of the sequences has changed then.
         """
         ...

@@ -1,9 +1,11 @@
 """The bytes behind the block pool: one flat region, block-major, that another process can map.
 
-    block b, layer l:   buffer[(b · num_layers + l) · layer_bytes :][: layer_bytes]      holds [2 (K, V), block_size, num_kv_heads, head_dim]
+    block b, layer l:   buffer[(b · num_layers + l) · layer_bytes :][: layer_bytes]
+    holds               [2 (K, V), block_size, num_kv_heads, head_dim]
 
-All layers of a block lie side by side, so a block is one copy and one digest, and a range of layers of it is contiguous too.
-On Linux the region is a sealed memfd: it has no name, dies with its last user, and a reader can never be hit by a shrink.
+All layers of a block lie side by side, so a block is one copy and one digest, and a range of layers of it is
+contiguous too. On Linux the region is a sealed memfd: it has no name, dies with its last user, and a reader can never
+be hit by a shrink.
 """
 
 from __future__ import annotations
@@ -16,7 +18,10 @@ _ADD_SEALS, _SEAL, _SHRINK, _GROW = 1033, 1, 2, 4  # fcntl(2): F_ADD_SEALS, F_SE
 
 
 class KVMemory:
-    """`num_blocks` blocks of `num_layers` · `layer_bytes`. `buffer` is a writable view of all of it. Closing is idempotent."""
+    """`num_blocks` blocks of `num_layers` · `layer_bytes`.
+
+    `buffer` is a writable view of all of it. Closing is idempotent.
+    """
 
     def __init__(self, num_blocks: int, num_layers: int, layer_bytes: int) -> None:
         self.num_blocks, self.num_layers, self.layer_bytes = num_blocks, num_layers, layer_bytes
@@ -33,8 +38,9 @@ class KVMemory:
     def block(self, block_id: int, first_layer: int = 0, num_layers: int | None = None) -> memoryview:
         """Bytes of `num_layers` layers of one block, from `first_layer` on (all by default)."""
         count = self.num_layers - first_layer if num_layers is None else num_layers
-        if not (0 <= block_id < self.num_blocks and 0 <= first_layer and 0 < count <= self.num_layers - first_layer):
-            raise IndexError(f"block {block_id} layers [{first_layer}, {first_layer + count}) of {self.num_blocks} x {self.num_layers}")
+        if not (0 <= block_id < self.num_blocks and first_layer >= 0 and 0 < count <= self.num_layers - first_layer):
+            layers = f"layers [{first_layer}, {first_layer + count})"
+            raise IndexError(f"block {block_id} {layers} of {self.num_blocks} x {self.num_layers}")
         start = block_id * self.block_bytes + first_layer * self.layer_bytes
         return self.buffer[start : start + count * self.layer_bytes]
 

@@ -19,7 +19,10 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 
 def adjust(logits: torch.Tensor, seqs: list[Sequence], eos_token_ids: frozenset[int]) -> torch.Tensor:
-    """Logits [len(seqs), vocab_size] float32 after the rules of each row's request: `logits` itself when there are none."""
+    """Logits [len(seqs), vocab_size] float32 after the rules of each row's request:
+
+    `logits` itself when there are none.
+    """
     biased = [row for row, seq in enumerate(seqs) if seq.params.logit_bias]
     penalised = [row for row, seq in enumerate(seqs) if seq.params.has_penalties]
     too_short = [row for row, seq in enumerate(seqs) if len(seq.output_ids) < seq.params.min_tokens]
@@ -48,7 +51,9 @@ def _add_bias(logits: torch.Tensor, rows: list[int], seqs: list[Sequence]) -> No
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Pairs:
-    """Every (row, token) that a penalised sequence has seen, once, how often it was generated, and the row's penalties."""
+    """Every (row, token) that a penalised sequence has seen, once, how often it was generated, and the row's
+    penalties.
+    """
 
     rows: Ints
     token_ids: Ints
@@ -61,7 +66,9 @@ class _Pairs:
 def _pairs(rows: list[int], seqs: list[Sequence], vocab_size: int) -> _Pairs:
     seen = [np.array(seqs[row].prompt_ids + seqs[row].output_ids, dtype=np.int64) for row in rows]
     lengths = [len(ids) for ids in seen]
-    is_generated = np.concatenate([np.arange(len(ids)) >= seqs[row].num_prompt_tokens for row, ids in zip(rows, seen, strict=True)])
+    is_generated = np.concatenate(
+        [np.arange(len(ids)) >= seqs[row].num_prompt_tokens for row, ids in zip(rows, seen, strict=True)]
+    )
     codes = np.repeat(np.arange(len(rows)), lengths) * vocab_size + np.concatenate(seen)
     unique, place = np.unique(codes, return_inverse=True)
     params = [seqs[row].params for row in rows]
@@ -77,7 +84,10 @@ def _pairs(rows: list[int], seqs: list[Sequence], vocab_size: int) -> _Pairs:
 
 
 def _penalise(logits: torch.Tensor, pairs: _Pairs) -> None:
-    """Repetition divides what is likely and multiplies what is not; then each use of a token costs `frequency`, any `presence`."""
+    """Repetition divides what is likely and multiplies what is not;
+
+    then each use of a token costs `frequency`, any `presence`.
+    """
     view = logits.numpy()
     values = view[pairs.rows, pairs.token_ids].astype(np.float64)
     values = np.where(values > 0, values / pairs.repetition, values * pairs.repetition)

@@ -20,7 +20,10 @@ def layer_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int
 
 
 def pool_view(memory: KVMemory, config: ModelConfig, block_size: int, dtype: torch.dtype) -> torch.Tensor:
-    """The pool as [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim]. Keeps the region mapped while it lives."""
+    """The pool as [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim].
+
+    Keeps the region mapped while it lives.
+    """
     shape = (memory.num_blocks, config.num_layers, 2, block_size, config.num_kv_heads, config.head_dim)
     # numpy holds on to the buffer; torch.frombuffer would not, and the region could go from under the tensor.
     return torch.from_numpy(np.frombuffer(memory.buffer, dtype=np.uint8)).view(dtype).view(shape)
@@ -32,11 +35,16 @@ class ModelRunner:
     def __init__(self, decoder: Decoder, kv_pool: torch.Tensor) -> None:
         config = decoder.config
         self._decoder, self._pool, self._block_size = decoder, kv_pool, kv_pool.shape[3]
-        self._shape = PoolShape(config.num_layers, self._block_size, config.num_heads // config.num_kv_heads, decoder.dtype)
+        self._shape = PoolShape(
+            config.num_layers, self._block_size, config.num_heads // config.num_kv_heads, decoder.dtype
+        )
         self._window = config.sliding_window if any(config.window_layers) else None
 
     def run(self, batch: Batch) -> torch.Tensor:
-        """Logits [sampled rows, vocab_size] in the type of the weights. Raises InternalError for an id or position out of range."""
+        """Logits [sampled rows, vocab_size] in the type of the weights.
+
+        Raises InternalError for an id or position out of range.
+        """
         self._check(batch)
         return self._decoder.forward(self._step_input(batch), self._pool)
 

@@ -1,11 +1,11 @@
 """From logits to tokens, for all rows of a step at once; what nobody asked for is not computed.
 
-    logits → + bias → penalties → minimum length → temperature → top-k → top-p → min-p → draw        (greedy rows: argmax instead)
+    logits → + bias → penalties → minimum length → temperature → top-k → top-p → min-p → draw    (greedy: argmax)
 
-Top-k, top-p and min-p each keep the tokens from some logit upwards, so together they are one cutoff; tokens that tie with the
-cutoff are all kept. Top-p counts within what top-k keeps. The draw inverts the cumulative distribution over what is left, in
-order of token id, with a number that depends on (seed, choice, token index) alone. So the outcome of a row depends on its
-logits and its request, never on the rows beside it.
+Top-k, top-p and min-p each keep the tokens from some logit upwards, so together they are one cutoff; tokens that tie
+with the cutoff are all kept. Top-p counts within what top-k keeps. The draw inverts the cumulative distribution over
+what is left, in order of token id, with a number that depends on (seed, choice, token index) alone. So the outcome of
+a row depends on its logits and its request, never on the rows beside it.
 """
 
 from __future__ import annotations
@@ -73,12 +73,16 @@ def _check_finite(logits: torch.Tensor, rows: list[SampledRow]) -> None:
     if bool(highest.isfinite().all()):
         return
     bad = int(torch.nonzero(~highest.isfinite())[0])
-    raise InternalError(f"request {rows[bad].seq.key}: the highest logit is {float(highest[bad])}, no token can be drawn")
+    raise InternalError(
+        f"request {rows[bad].seq.key}: the highest logit is {float(highest[bad])}, no token can be drawn"
+    )
 
 
 def _choose(logits: torch.Tensor, rows: list[SampledRow]) -> list[int]:
     # numpy finds the first maximum of a row several times faster than torch does on a CPU.
-    token_ids = logits.numpy().argmax(axis=-1) if any(r.params.is_greedy for r in rows) else np.zeros(len(rows), np.int64)
+    token_ids = (
+        logits.numpy().argmax(axis=-1) if any(r.params.is_greedy for r in rows) else np.zeros(len(rows), np.int64)
+    )
     drawn = [index for index, row in enumerate(rows) if not row.params.is_greedy]
     if drawn:
         some = logits if len(drawn) == len(rows) else logits[drawn]
@@ -113,7 +117,10 @@ def _cutoffs(scaled: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor
 
 
 def _rank_cutoffs(scaled: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
-    """The cutoff of top-k and top-p. Most rows find it among their likeliest tokens, the others are sorted as a whole."""
+    """The cutoff of top-k and top-p.
+
+    Most rows find it among their likeliest tokens, the others are sorted as a whole.
+    """
     vocab_size = scaled.shape[1]
     top_k = torch.tensor([min(p.top_k, vocab_size) or vocab_size for p in params])
     top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64)
@@ -129,7 +136,10 @@ def _rank_cutoffs(scaled: torch.Tensor, params: list[SamplingParams]) -> torch.T
 def _cutoffs_in(
     head: torch.Tensor, scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cutoffs as far as `head` shows them: the highest logits of each row, best first. Second: which rows' are final."""
+    """Cutoffs as far as `head` shows them:
+
+    the highest logits of each row, best first. Second: which rows' are final.
+    """
     width, vocab_size = head.shape[1], scaled.shape[1]
     k_in_head = (top_k <= width) & ((width == vocab_size) | (head[:, -1] < head.gather(1, _at(top_k, width))[:, 0]))
     k_cutoff = torch.where(top_k < vocab_size, head.gather(1, _at(top_k, width))[:, 0], -torch.inf)
@@ -160,7 +170,8 @@ def _mass_from(scaled: torch.Tensor, cutoff: torch.Tensor) -> torch.Tensor:
 def _draw(weights: torch.Tensor, uniforms: Floats) -> npt.NDArray[np.int64]:
     """The token at which the running sum of each row exceeds its uniform share of the total.
 
-    Two steps, sums of spans and then within one span: a running sum in float64 over the whole row would take ten times as long.
+    Two steps, sums of spans and then within one span: a running sum in float64 over the whole row would take ten
+    times as long.
     """
     rows = np.arange(len(uniforms))
     padding = -weights.shape[1] % _SPAN
@@ -190,5 +201,6 @@ def _logprobs(raw: torch.Tensor, rows: list[SampledRow], token_ids: list[int]) -
     ids, values = best.indices.tolist(), (best.values - total).tolist()
     top = partial(zip, strict=True)
     return {
-        index: TokenLogprob(chosen[n], tuple(top(ids[n][: counts[n]], values[n][: counts[n]]))) for n, index in enumerate(asking)
+        index: TokenLogprob(chosen[n], tuple(top(ids[n][: counts[n]], values[n][: counts[n]])))
+        for n, index in enumerate(asking)
     }

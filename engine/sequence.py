@@ -1,7 +1,7 @@
 """One generation: its tokens, its blocks, and how far the cache has caught up. Pure data; who schedules it decides.
 
-    token index      0 ........... num_cached ........... num_computed ........... num_tokens
-    KV in the cache  [ from the prefix cache | computed here ) [ to be computed next )
+token index      0 ........... num_cached ........... num_computed ........... num_tokens
+KV in the cache  [ from the prefix cache | computed here ) [ to be computed next )
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from ..protocol.sampling import SamplingParams
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """Prompt and output of one choice of one attempt, with the table of its blocks (index in the sequence → block id)."""
+    """Prompt and output of one choice of one attempt, with the table of its blocks (index in the sequence → block
+    id).
+    """
 
     key: AttemptKey
     choice: int

@@ -1,7 +1,8 @@
 """How compute threads behave; no torch here, because the settings count only before torch is imported.
 
-Two processes share the cores of a small machine: a prefill worker and a decode worker. A thread that spins while it waits for its
-team takes the core from the other process, so waiting is passive after a very short spin (the gap between two small operators).
+Two processes share the cores of a small machine: a prefill worker and a decode worker. A thread that spins while it
+waits for its team takes the core from the other process, so waiting is passive after a very short spin (the gap
+between two small operators).
 """
 
 from __future__ import annotations

@@ -31,7 +31,9 @@ Progress = Callable[[int, int], None]
 class TorchEngine:
     """Implements `engine.interface.Engine`. Engines built on one `decoder` share its weights; each has its own pool."""
 
-    def __init__(self, decoder: Decoder, *, model_name: str, identity: str, num_blocks: int, block_size: int = 16) -> None:
+    def __init__(
+        self, decoder: Decoder, *, model_name: str, identity: str, num_blocks: int, block_size: int = 16
+    ) -> None:
         config, dtype = decoder.config, decoder.dtype
         self.decoder = decoder
         self.memory = KVMemory(num_blocks, config.num_layers, layer_bytes(config, block_size, dtype))
@@ -80,7 +82,9 @@ class TorchEngine:
         config, kind = checkpoint.config, resolve_dtype(dtype)
         blocks = num_blocks or _blocks_in(kv_bytes, config, block_size, kind)
         decoder = build_decoder(config, checkpoint.tensors(), kind, _max_context(config, max_model_len), progress)
-        return cls(decoder, model_name=model_name, identity=checkpoint.identity, num_blocks=blocks, block_size=block_size)
+        return cls(
+            decoder, model_name=model_name, identity=checkpoint.identity, num_blocks=blocks, block_size=block_size
+        )
 
     def execute(self, batch: list[ScheduledSeq]) -> list[tuple[SampledToken, ...]]:
         """See `Engine.execute`."""
@@ -88,7 +92,9 @@ class TorchEngine:
             return []
         logits = self._runner.run(build_batch(batch, self._block_size))
         sampling = [entry for entry in batch if entry.sample]
-        rows = [SampledRow(row, entry.seq, choice) for row, entry in enumerate(sampling) for choice in entry.seq.choices]
+        rows = [
+            SampledRow(row, entry.seq, choice) for row, entry in enumerate(sampling) for choice in entry.seq.choices
+        ]
         tokens = iter(sample(logits, rows, self.spec.eos_token_ids))
         return [tuple(next(tokens) for _ in entry.seq.choices) if entry.sample else () for entry in batch]
 
@@ -100,7 +106,10 @@ def build_decoder(
     max_context: int | None = None,
     progress: Progress | None = None,
 ) -> Decoder:
-    """The network of `config` with these weights. Sequences may have up to `max_context` tokens, by default the model's window."""
+    """The network of `config` with these weights.
+
+    Sequences may have up to `max_context` tokens, by default the model's window.
+    """
     weights = load_weights(config, tensors, dtype, progress)
     return Decoder(config, weights, max_context or config.max_position)
 
@@ -135,7 +144,9 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 def _max_context(config: ModelConfig, max_model_len: int | None) -> int:
     if max_model_len is not None and max_model_len > config.max_position:
-        raise ConfigError(f"model.max_model_len: {max_model_len} is beyond the model's window of {config.max_position} tokens")
+        raise ConfigError(
+            f"model.max_model_len: {max_model_len} is beyond the model's window of {config.max_position} tokens"
+        )
     return max_model_len or config.max_position
 
 

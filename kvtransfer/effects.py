@@ -1,7 +1,7 @@
 """What the hand-off state machines ask for (effects), and what a link tells them (events).
 
-The machines in `source.py` and `destination.py` touch no socket and no byte: they return effects, the worker carries them out on
-the link to the peer, and what happens there comes back as events.
+The machines in `source.py` and `destination.py` touch no socket and no byte: they return effects, the worker carries
+them out on the link to the peer, and what happens there comes back as events.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ..core.ids import BlockId, Ticket, WorkerKey
 from ..protocol.messages import Done, HandoffMessage
 
-# ---- effects on a link --------------------------------------------------------------------------------------------------------
+# ---- effects on a link ----
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +51,15 @@ class Revoke:
     ticket: Ticket
 
 
-# ---- effects for the role that owns the sequence --------------------------------------------------------------------------------
+# ---- effects for the role that owns the sequence ----
 
 
 @dataclass(frozen=True, slots=True)
 class SourceEnded:
-    """The source side of this ticket is over, exactly once: its blocks are the role's again. `code` is empty when acknowledged."""
+    """The source side of this ticket is over, exactly once:
+
+    its blocks are the role's again. `code` is empty when acknowledged.
+    """
 
     ticket: Ticket
     code: str = ""
@@ -93,7 +96,7 @@ LinkEffect = SendMessage | SendBlocks | AcceptBlocks | Revoke
 SourceEffect = SendMessage | SendBlocks | SourceEnded
 DestinationEffect = SendMessage | AcceptBlocks | Revoke | Offered | Received | ReceiveFailed
 
-# ---- events from a link ---------------------------------------------------------------------------------------------------------
+# ---- events from a link ----
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +107,10 @@ class PeerUp:
 
 @dataclass(frozen=True, slots=True)
 class PeerLost:
-    """The control connection ended or fell silent. Every hand-off with this incarnation is over; no write from it can follow."""
+    """The control connection ended or fell silent.
+
+    Every hand-off with this incarnation is over; no write from it can follow.
+    """
 
     peer: WorkerKey
     reason: str

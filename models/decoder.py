@@ -1,11 +1,12 @@
 """The decoder network of all our architectures: what differs between them is in `ModelConfig`, not in code.
 
     token ids → embedding → [ norm → q,k,v → rotate → store KV → paged attention → o + residual
-                              norm → gate,up → silu · → down + residual ] × num_layers → norm → head, for sampled rows alone
+                              norm → gate,up → silu · → down + residual ] × num_layers → norm → head, for sampled rows
+                              alone
 
-Projections that share an input are one product (q,k,v and gate,up), additions of the residual happen inside the product, and
-what depends only on positions is worked out once for a step. Sums, norms and softmax run in float32 whatever the type of the
-weights.
+Projections that share an input are one product (q,k,v and gate,up), additions of the residual happen inside the
+product, and what depends only on positions is worked out once for a step. Sums, norms and softmax run in float32
+whatever the type of the weights.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from .rope import rope_frequencies
 class StepInput:
     """A ragged batch as the network sees it; all index tensors are int64.
 
-    kv_rows: where the new keys and values go (`kernels.kv_write`). fresh_blocks: blocks to be zeroed first. sampled_rows:
-    rows whose logits are wanted.
+    kv_rows: where the new keys and values go (`kernels.kv_write`). fresh_blocks: blocks to be zeroed first.
+    sampled_rows: rows whose logits are wanted.
     """
 
     token_ids: torch.Tensor  # [num_tokens]
@@ -42,7 +43,10 @@ class StepInput:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerWeights:
-    """One layer. qk_norm: [num_heads + num_kv_heads, head_dim], the queries' weight and the keys' for each of their heads."""
+    """One layer.
+
+    qk_norm: [num_heads + num_kv_heads, head_dim], the queries' weight and the keys' for each of their heads.
+    """
 
     attention_norm: torch.Tensor
     qkv: Linear
@@ -64,7 +68,8 @@ class DecoderWeights:
 class Decoder:
     """The network with its weights, without a cache: engines that share it bring their own pools.
 
-    max_context: the longest sequence, in tokens. Some kinds of rotary scaling depend on it, and with it the keys in the cache.
+    max_context: the longest sequence, in tokens. Some kinds of rotary scaling depend on it, and with it the keys in
+    the cache.
     """
 
     def __init__(self, config: ModelConfig, weights: DecoderWeights, max_context: int) -> None:
@@ -97,7 +102,13 @@ class Decoder:
         return torch.cat((cos, cos, -sin, sin), dim=1).view(-1, 2, 1, self.config.head_dim).to(self.dtype)
 
     def _attend(
-        self, index: int, layer: LayerWeights, x: torch.Tensor, rotation: torch.Tensor, step: StepInput, kv_pool: torch.Tensor
+        self,
+        index: int,
+        layer: LayerWeights,
+        x: torch.Tensor,
+        rotation: torch.Tensor,
+        step: StepInput,
+        kv_pool: torch.Tensor,
     ) -> torch.Tensor:
         """Attention before its output projection, [num_tokens, num_heads · head_dim]. Stores keys and values."""
         config = self.config
@@ -112,7 +123,9 @@ class Decoder:
         store_kv(qkv[:, query_width:].view(num_tokens, 2, -1), kv_pool, index, step.kv_rows)
         window = config.sliding_window if config.window_layers[index] else None
         q = qk[:, : config.num_heads]
-        return paged_attention(q, kv_pool, index, step.plan, scale=self._scale, window=window).view(num_tokens, query_width)
+        return paged_attention(q, kv_pool, index, step.plan, scale=self._scale, window=window).view(
+            num_tokens, query_width
+        )
 
     def _feed_forward(self, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
         gate_up = layer.gate_up(self._norm(x, layer.mlp_norm))

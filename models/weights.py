@@ -1,4 +1,7 @@
-"""From named tensors to a network: cast, fuse and pack, one layer at a time, so that a model is never in memory twice."""
+"""From named tensors to a network:
+
+cast, fuse and pack, one layer at a time, so that a model is never in memory twice.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,15 @@ Progress = Callable[[int, int], None]  # (tensors done, tensors in all)
 
 
 def load_weights(
-    config: ModelConfig, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, progress: Progress | None = None
+    config: ModelConfig,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    dtype: torch.dtype,
+    progress: Progress | None = None,
 ) -> DecoderWeights:
     """Weights of `config` out of `tensors` (canonical names, any order), in `dtype`.
 
-    A layer is fused as soon as all its tensors are there. Raises ModelFileError for a missing, unknown or misshapen tensor.
+    A layer is fused as soon as all its tensors are there. Raises ModelFileError for a missing, unknown or misshapen
+    tensor.
     """
     expected = weight_shapes(config)
     names = [name for name in expected if name.startswith("model.layers.0.")]

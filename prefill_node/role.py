@@ -1,9 +1,10 @@
 """The prefill role. Life of a prefill:
 
     1. waiting    StartPrefill arrived; FIFO, no blocks, no promise to decode yet
-    2. computing  admitted: blocks for the whole prompt (its cached prefix reused), Offer sent; one chunk a step under the token
-                  budget; full blocks leave after each chunk, once decode has granted
-    3. handing    last chunk computed, first token of every choice sampled, rest pushed, Done sent; blocks stay under a lease
+    2. computing  admitted: blocks for the whole prompt (its cached prefix reused), Offer sent; one chunk a step under
+                  the token budget; full blocks leave after each chunk, once decode has granted
+    3. handing    last chunk computed, first token of every choice sampled, rest pushed, Done sent; blocks stay under
+                  a lease
     4. ended      Ack, failure, abort, lost peer, lease or deadline: blocks freed once, PrefillEnded told once
 
 Any failure after 1 tells decode through the hand-off (`Failed`) and the router through PrefillEnded.
@@ -69,7 +70,7 @@ class PrefillRole:
         self._queried_tokens = 0
         self._hit_tokens = 0
 
-    # ---- commands -----------------------------------------------------------------------------------------------------------
+    # ---- commands ----
 
     def on_command(self, message: ToWorker, now: float) -> None:
         match message:
@@ -106,7 +107,14 @@ class PrefillRole:
         if Ticket(message.ticket) in self._by_ticket:
             raise ProtocolError("the ticket is in use")
         seq = Sequence(
-            key, 0, prompt_ids, message.params, self._hash_key(message.cache_salt), now, now + message.timeout_s, output_ids
+            key,
+            0,
+            prompt_ids,
+            message.params,
+            self._hash_key(message.cache_salt),
+            now,
+            now + message.timeout_s,
+            output_ids,
         )
         seq.sample_choices = tuple(range(message.params.n)) if not output_ids else ()
         return PrefillTask(seq, Ticket(message.ticket), decode)
@@ -121,7 +129,7 @@ class PrefillRole:
             return
         self._fail(task, "cancelled", "the request was cancelled", now)
 
-    # ---- the hand-off -------------------------------------------------------------------------------------------------------
+    # ---- the hand-off ----
 
     def on_link(self, event: LinkEvent, now: float) -> None:
         match event:
@@ -161,7 +169,7 @@ class PrefillRole:
         self._failed_handoffs += bool(code)
         self._effects.append(Tell(PrefillEnded(*task.seq.key, ok=not code, code=code, message=message[:1000])))
 
-    # ---- steps --------------------------------------------------------------------------------------------------------------
+    # ---- steps ----
 
     def schedule(self, budget: Budget, now: float) -> list[ScheduledSeq]:
         self._expire(now)
@@ -222,7 +230,7 @@ class PrefillRole:
         for task in list(self._tasks.values()):
             self._fail(task, "cancelled", "the router that asked for it is gone", now)
 
-    # ---- views --------------------------------------------------------------------------------------------------------------
+    # ---- views ----
 
     def take_effects(self) -> list[Effect]:
         effects, self._effects = self._effects, []

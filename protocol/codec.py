@@ -1,4 +1,7 @@
-"""Bytes ↔ messages. A frame that does not decode is a ProtocolError with a path to the field, and nothing else happens."""
+"""Bytes ↔ messages.
+
+A frame that does not decode is a ProtocolError with a path to the field, and nothing else happens.
+"""
 
 from __future__ import annotations
 

@@ -2,11 +2,11 @@
 
 Families are named after the receiver:
 
-    ToWorker    router → worker          ToRouter    worker → router          HandoffMessage    worker ↔ worker, both ways
+    ToWorker    router → worker        ToRouter    worker → router        HandoffMessage    worker ↔ worker
 
-Every field has a type and a bound, unknown fields are refused, so decoding is validation. Token ids travel as little-endian int32
-bytes (`pack_ids`, `unpack_ids`). No message carries an address or a size that the receiver has not granted; the one place where a
-worker names where it listens is `Hello`, and only the router passes that on.
+Every field has a type and a bound, unknown fields are refused, so decoding is validation. Token ids travel as little-
+endian int32 bytes (`pack_ids`, `unpack_ids`). No message carries an address or a size that the receiver has not
+granted; the one place where a worker names where it listens is `Hello`, and only the router passes that on.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def unpack_ids(data: bytes) -> list[int]:
     return result
 
 
-# ---- pieces -------------------------------------------------------------------------------------------------------------------
+# ---- pieces ----
 
 
 class Fingerprint(Part, frozen=True):
@@ -147,7 +147,7 @@ class Peer(Part, frozen=True):
     kv_address: Text  # where its hand-off listener is; announced by the worker itself, passed on by the router only
 
 
-# ---- router → worker ----------------------------------------------------------------------------------------------------------
+# ---- router → worker ----
 
 
 class Welcome(Message, frozen=True):
@@ -176,7 +176,10 @@ class StartPrefill(Message, frozen=True):
 
 
 class StartDecode(Message, frozen=True):
-    """Produce tokens. With a ticket the prompt's KV comes from `prefill_worker`; without one this worker prefills itself."""
+    """Produce tokens.
+
+    With a ticket the prompt's KV comes from `prefill_worker`; without one this worker prefills itself.
+    """
 
     request_id: RequestId
     attempt: Count
@@ -210,14 +213,17 @@ ToWorker = Welcome | Peers | StartPrefill | StartDecode | Abort | Drain | ResetP
 
 
 class FromRouter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Envelope. `number` counts the commands to this worker from 1; a new `router_epoch` voids all attempts of the old one."""
+    """Envelope.
+
+    `number` counts the commands to this worker from 1; a new `router_epoch` voids all attempts of the old one.
+    """
 
     router_epoch: Epoch
     number: Sequence64
     body: ToWorker
 
 
-# ---- worker → router ----------------------------------------------------------------------------------------------------------
+# ---- worker → router ----
 
 
 class Hello(Message, frozen=True):
@@ -236,19 +242,23 @@ class Hello(Message, frozen=True):
 class Heartbeat(Message, frozen=True):
     """Sent from a thread that no forward pass can starve.
 
-    `received` is the highest command number handled, `active` the attempts that live here: an attempt whose command is covered by
-    `received` and that is not in `active` has ended or was never taken.
+    `received` is the highest command number handled, `active` the attempts that live here: an attempt whose command
+    is covered by `received` and that is not in `active` has ended or was never taken.
     """
 
     received: Sequence64
     state: WorkerState
     load: WorkerLoad
     active: Annotated[list[tuple[RequestId, Count]], msgspec.Meta(max_length=65536)]
-    linked: Annotated[list[tuple[WorkerId, Epoch, Code]], msgspec.Meta(max_length=4096)]  # peers, and the transport to each
+    # peers, and the transport to each
+    linked: Annotated[list[tuple[WorkerId, Epoch, Code]], msgspec.Meta(max_length=4096)]
 
 
 class Tokens(Part, frozen=True):
-    """Tokens of one choice, in order, the first with index `index`. With a finish_reason this is the choice's last message."""
+    """Tokens of one choice, in order, the first with index `index`.
+
+    With a finish_reason this is the choice's last message.
+    """
 
     request_id: RequestId
     attempt: Count
@@ -267,7 +277,10 @@ class Output(Message, frozen=True):
 
 
 class PrefillEnded(Message, frozen=True):
-    """The prefill side of an attempt is over: handed over, or failed. Frees the router's accounting, never ends a request."""
+    """The prefill side of an attempt is over:
+
+    handed over, or failed. Frees the router's accounting, never ends a request.
+    """
 
     request_id: RequestId
     attempt: Count
@@ -301,7 +314,7 @@ class FromWorker(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     body: ToRouter
 
 
-# ---- worker ↔ worker: the hand-off --------------------------------------------------------------------------------------------
+# ---- worker ↔ worker: the hand-off ----
 
 
 class KvHello(Message, frozen=True):
@@ -348,7 +361,9 @@ class Push(Message, frozen=True):
     first_layer: Count
     num_layers: Count
     ordinals: Ordinals
-    digests: Annotated[list[Annotated[bytes, msgspec.Meta(min_length=8, max_length=8)]], msgspec.Meta(max_length=MAX_BLOCKS)]
+    digests: Annotated[
+        list[Annotated[bytes, msgspec.Meta(min_length=8, max_length=8)]], msgspec.Meta(max_length=MAX_BLOCKS)
+    ]
     source_slots: Ordinals = []
 
 

@@ -18,10 +18,10 @@ TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Bounds are checked by the codec on every decode and by `check` wherever one is built by hand.
 
-    temperature 0 is greedy. top_k 0 and top_p 1 and min_p 0 are off. Penalties as OpenAI defines presence and frequency (over
-    generated tokens) and as CTRL defines repetition (over prompt and generated tokens; 1 is off). logprobs: None for none, else
-    the number of alternatives next to the chosen token. Logprobs are those of the model, before penalties and temperature.
-    seed: 63 bits; each draw depends on (seed, token index) alone.
+    temperature 0 is greedy. top_k 0 and top_p 1 and min_p 0 are off. Penalties as OpenAI defines presence and
+    frequency (over generated tokens) and as CTRL defines repetition (over prompt and generated tokens; 1 is off).
+    logprobs: None for none, else the number of alternatives next to the chosen token. Logprobs are those of the
+    model, before penalties and temperature. seed: 63 bits; each draw depends on (seed, token index) alone.
     """
 
     max_tokens: Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)] = 16
@@ -34,7 +34,9 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
     repetition_penalty: Annotated[float, msgspec.Meta(gt=0, le=100)] = 1.0
     presence_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] = 0.0
-    logit_bias: Annotated[dict[TokenId, Annotated[float, msgspec.Meta(ge=-100, le=100)]], msgspec.Meta(max_length=MAX_LOGIT_BIAS)] = {}
+    logit_bias: Annotated[
+        dict[TokenId, Annotated[float, msgspec.Meta(ge=-100, le=100)]], msgspec.Meta(max_length=MAX_LOGIT_BIAS)
+    ] = {}
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     stop_token_ids: Annotated[tuple[TokenId, ...], msgspec.Meta(max_length=MAX_STOP_IDS)] = ()

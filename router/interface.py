@@ -37,7 +37,10 @@ class TokensEvent(msgspec.Struct, frozen=True):
 
 
 class EndEvent(msgspec.Struct, frozen=True):
-    """The last event of a request, exactly once. `error` is None when every choice finished or was cancelled by the caller."""
+    """The last event of a request, exactly once.
+
+    `error` is None when every choice finished or was cancelled by the caller.
+    """
 
     error: ServeError | None = None
     attempts: int = 1
@@ -48,7 +51,10 @@ Event = TokensEvent | EndEvent
 
 
 class GenerateStream(Protocol):
-    """The events of one request, ending with EndEvent. Leaving early is `cancel`; both are safe at any time and twice."""
+    """The events of one request, ending with EndEvent.
+
+    Leaving early is `cancel`; both are safe at any time and twice.
+    """
 
     def __aiter__(self) -> AsyncIterator[Event]: ...
 

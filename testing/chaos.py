@@ -1,4 +1,7 @@
-"""Faults, drawn from a seed. Each seed picks its own mix (swarm testing: Groce et al., ISSTA 2012), so rare mixes happen too."""
+"""Faults, drawn from a seed.
+
+Each seed picks its own mix (swarm testing: Groce et al., ISSTA 2012), so rare mixes happen too.
+"""
 
 from __future__ import annotations
 

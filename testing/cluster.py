@@ -78,7 +78,7 @@ class SimCluster:
                 self.start_worker(f"{name}-{i}", role)
         self.events.after(ROUTER_TICK_S, self._tick_router)
 
-    # ---- workers ----------------------------------------------------------------------------------------------------------------
+    # ---- workers ----
 
     def start_worker(self, worker_id: str, role: Role) -> None:
         key = WorkerKey(worker_id, new_epoch(self._ids))
@@ -136,7 +136,7 @@ class SimCluster:
             for wire in wires:
                 wire.is_calm = True
 
-    # ---- clients ----------------------------------------------------------------------------------------------------------------
+    # ---- clients ----
 
     def submit(self, request: GenerateRequest) -> None:
         try:
@@ -157,7 +157,7 @@ class SimCluster:
             record.cancelled_choices.add(choice)
         self._perform(self.router.cancel(request_id, choice))
 
-    # ---- wires ------------------------------------------------------------------------------------------------------------------
+    # ---- wires ----
 
     def _perform(self, effects: list[Effect]) -> None:
         for effect in effects:
@@ -191,15 +191,13 @@ class SimCluster:
         kind = type(frame.body).__name__
         if kind != "Heartbeat":
             self.say(f"{key} → router: {frame.body}")
-        self._wires[key][1].carry(
-            kind, lambda: self._perform(self.router.on_message(codec.from_worker.decode(data)))
-        )
+        self._wires[key][1].carry(kind, lambda: self._perform(self.router.on_message(codec.from_worker.decode(data))))
 
     def _tick_router(self) -> None:
         self._perform(self.router.tick())
         self.events.after(ROUTER_TICK_S, self._tick_router)
 
-    # ---- invariants ---------------------------------------------------------------------------------------------------------------
+    # ---- invariants ----
 
     def say(self, line: str) -> None:
         if self._trace is not None:
@@ -225,14 +223,19 @@ class SimCluster:
         status = self.router.status()
         config = self.shape.router
         if status.queued_requests > config.max_queued_requests or status.active_requests > config.max_active_requests:
-            raise InvariantBroken(f"I11 router holds {status.active_requests} requests, {status.queued_requests} queued")
+            raise InvariantBroken(
+                f"I11 router holds {status.active_requests} requests, {status.queued_requests} queued"
+            )
 
     def _owner_of(self, mesh: InprocMesh) -> SimWorker | None:
         worker = self.workers.get(mesh.key.worker_id)
         return worker if worker is not None and worker.key == mesh.key else None
 
     def _check_copy(self, source: InprocMesh, target: InprocMesh, push: Push, slot: int, block: int) -> None:
-        """I5: a write goes only to a block that a live hand-off owns, and while one lives its source keeps the blocks."""
+        """I5:
+
+        a write goes only to a block that a live hand-off owns, and while one lives its source keeps the blocks.
+        """
         reader, writer, ticket = self._owner_of(source), self._owner_of(target), Ticket(push.ticket)
         if writer is not None:
             is_owned = writer.pool.ref_count(BlockId(block)) == 1 and ticket in writer.destination.active()
@@ -247,6 +250,8 @@ class SimCluster:
         for worker in self.workers.values():
             load = worker.core.snapshot().load
             if load.free_blocks != load.total_blocks:
-                raise InvariantBroken(f"I8 {worker.key}: {load.total_blocks - load.free_blocks} blocks are still held at rest")
+                raise InvariantBroken(
+                    f"I8 {worker.key}: {load.total_blocks - load.free_blocks} blocks are still held at rest"
+                )
             if worker.source.active() or worker.destination.active():
                 raise InvariantBroken(f"I8 {worker.key}: hand-offs are still open at rest")

@@ -1,9 +1,9 @@
 """An engine that computes arithmetic in place of a model, and that no wrong cache can fool.
 
-The "KV" of a token is a 64-bit value that depends on the token, its position and the value before it, different in each layer. The
-next token depends on every value of the sequence in every layer, read back through the block table. So a block that is missing,
-stale, swapped, torn or another request's changes the tokens, as it would with a model. `expected_tokens` gives the right answer
-without any cache.
+The "KV" of a token is a 64-bit value that depends on the token, its position and the value before it, different in
+each layer. The next token depends on every value of the sequence in every layer, read back through the block table.
+So a block that is missing, stale, swapped, torn or another request's changes the tokens, as it would with a model.
+`expected_tokens` gives the right answer without any cache.
 """
 
 from __future__ import annotations
@@ -35,8 +35,13 @@ def _value(previous: int, token_id: int, layer: int) -> int:
     return _mix(previous ^ _mix(token_id << 8 | layer))
 
 
-def _draw(state: int, params: SamplingParams, choice: int, index: int, vocab_size: int, eos: frozenset[int]) -> SampledToken:
-    """The token after a sequence whose cache folds to `state`: greedy from the state alone, else with the request's seed."""
+def _draw(
+    state: int, params: SamplingParams, choice: int, index: int, vocab_size: int, eos: frozenset[int]
+) -> SampledToken:
+    """The token after a sequence whose cache folds to `state`:
+
+    greedy from the state alone, else with the request's seed.
+    """
     noise = 0 if params.is_greedy else int(uniform(choice_seed(params.seed, choice), index) * (1 << 53))
     token_id = _mix(state ^ noise) % vocab_size
     forbidden = (eos if not params.ignore_eos else frozenset()) | frozenset(params.stop_token_ids)
@@ -48,7 +53,10 @@ def _draw(state: int, params: SamplingParams, choice: int, index: int, vocab_siz
 
 
 class FakeEngine:
-    """Implements `engine.interface.Engine` on a few bytes per token. `cost_s` is what a step would take, for virtual time."""
+    """Implements `engine.interface.Engine` on a few bytes per token.
+
+    `cost_s` is what a step would take, for virtual time.
+    """
 
     def __init__(
         self,
@@ -129,7 +137,9 @@ def expected_tokens(
         for layer, column in enumerate(columns):
             for token_id in pending:
                 column.append(_value(column[-1] if column else 0, token_id, layer))
-        token = _draw(_fold(v for column in columns for v in column), params, choice, len(output), vocab_size, eos).token_id
+        token = _draw(
+            _fold(v for column in columns for v in column), params, choice, len(output), vocab_size, eos
+        ).token_id
         if token in params.stop_token_ids or (token in eos and not params.ignore_eos):
             return output, "stop"
         output.append(token)

@@ -1,6 +1,7 @@
 """A cluster in one thread: router core, worker cores, any engine, and real hand-off links; no processes, no HTTP.
 
-For tests that compare what different ways through the system answer: with a model, with a fake engine, over shared memory, over TCP.
+For tests that compare what different ways through the system answer: with a model, with a fake engine, over shared
+memory, over TCP.
 """
 
 from __future__ import annotations
@@ -110,7 +111,10 @@ def _mesh_of(worker: _Worker) -> Mesh:
 
 
 class InProcessCluster:
-    """`engines` by worker name; a name starts with its role (`prefill-0`, `decode-0`, `both-0`). Use as a context manager."""
+    """`engines` by worker name;
+
+    a name starts with its role (`prefill-0`, `decode-0`, `both-0`). Use as a context manager.
+    """
 
     def __init__(
         self,
@@ -161,7 +165,7 @@ class InProcessCluster:
             if worker.mesh is not None:
                 worker.mesh.close()
 
-    # ---- running ----------------------------------------------------------------------------------------------------------------
+    # ---- running ----
 
     def run(self, requests: list[GenerateRequest], timeout_s: float = 120.0) -> dict[str, Result]:
         """Submit all at once and turn until every one has ended. Raises TimeoutError."""
@@ -179,11 +183,15 @@ class InProcessCluster:
         wanted = {n: sum(m.split("-")[0] not in ("both", n.split("-")[0]) for m in names) for n in names}
         wanted |= dict.fromkeys((n for n in names if n.startswith("both")), 0)
         self._until(lambda: all(len(_mesh_of(w).linked()) >= wanted[n] for n, w in self.workers.items()), timeout_s)
-        self._until(lambda: all(w.inbox.empty() for w in self.workers.values()) and not self._network.deliver_all(), timeout_s)
+        self._until(
+            lambda: all(w.inbox.empty() for w in self.workers.values()) and not self._network.deliver_all(), timeout_s
+        )
         self._beat()
 
     def _at_rest(self) -> bool:
-        return all(w.core.is_idle and w.core.pool.num_free_blocks == w.core.pool.num_blocks for w in self.workers.values())
+        return all(
+            w.core.is_idle and w.core.pool.num_free_blocks == w.core.pool.num_blocks for w in self.workers.values()
+        )
 
     def _until(self, is_done: Callable[[], bool], timeout_s: float) -> None:
         deadline = self._clock.now() + timeout_s
@@ -216,7 +224,9 @@ class InProcessCluster:
             snapshot = worker.core.snapshot()
             linked = [(peer.worker_id, peer.epoch, transport) for peer, transport in worker.mesh.linked()]
             active = [(key.request_id, key.attempt) for key in snapshot.active]
-            self._tell(FromWorker(*worker.key, Heartbeat(snapshot.handled, snapshot.state, snapshot.load, active, linked)))
+            self._tell(
+                FromWorker(*worker.key, Heartbeat(snapshot.handled, snapshot.state, snapshot.load, active, linked))
+            )
 
     def _tell(self, frame: FromWorker) -> None:
         self._perform(self.router.on_message(frame))

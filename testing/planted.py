@@ -51,7 +51,8 @@ def _skip_index(original: Any) -> Any:
 
 
 BUGS: dict[str, tuple[type, str, Callable[[Any], Any]]] = {
-    "free-early": (PrefillRole, "_advance", _free_early),  # blocks go back when they are pushed, not when they are acknowledged
+    # blocks go back when they are pushed, not when they are acknowledged
+    "free-early": (PrefillRole, "_advance", _free_early),
     "lose-failed": (SourceTable, "_give_up", _lose_failed),  # a hand-off ends at its source and nobody tells decode
     "skip-index": (DecodeRole, "_accept", _skip_index),  # one token never reaches the stream
 }

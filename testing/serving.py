@@ -94,7 +94,17 @@ def free_port() -> int:
 def serving(*arguments: str, model: str | None = None) -> Iterator[Serving]:
     """`penstock serve [MODEL] ARGUMENTS` on a free port; drained at the end, killed if that takes too long."""
     port = free_port()
-    command = [sys.executable, "-P", "-m", "penstock", "serve", *([model] if model else []), "--port", str(port), *arguments]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "penstock",
+        "serve",
+        *([model] if model else []),
+        "--port",
+        str(port),
+        *arguments,
+    ]
     with tempfile.TemporaryDirectory(prefix="penstock-serving-") as folder:
         log = Path(folder) / "serve.log"
         with log.open("wb") as output:

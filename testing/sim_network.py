@@ -1,4 +1,7 @@
-"""Hand-off links between simulated workers: the in-process meshes, on virtual time, with faults and with checks of every write."""
+"""Hand-off links between simulated workers:
+
+the in-process meshes, on virtual time, with faults and with checks of every write.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,10 @@ CopyCheck = Callable[[InprocMesh, InprocMesh, Push, int, int], None]
 
 
 class SimNetwork(InprocNetwork):
-    """Plans each delivery on the event queue. `check_copy(source, target, push, slot, block)` runs before a block is written."""
+    """Plans each delivery on the event queue.
+
+    `check_copy(source, target, push, slot, block)` runs before a block is written.
+    """
 
     def __init__(self, events: EventQueue, profile: ChaosProfile, rng: random.Random, faults: Counter[str]) -> None:
         super().__init__()
@@ -37,7 +43,7 @@ class SimNetwork(InprocNetwork):
         for wire in self._wires.values():
             wire.is_calm = True
 
-    # ---- carrying -------------------------------------------------------------------------------------------------------------
+    # ---- carrying ----
 
     def send(self, delivery: Delivery) -> None:
         item = delivery.item
@@ -62,7 +68,8 @@ class SimNetwork(InprocNetwork):
         self.deliver(Delivery(delivery.source, delivery.target, delivery.link, item))
 
     def post(self, mesh: InprocMesh, event: LinkEvent) -> None:
-        delay_s = self._profile.delay_s if isinstance(event, Revoked) else 0.0  # a copy in progress goes on for a moment
+        # a copy in progress goes on for a moment
+        delay_s = self._profile.delay_s if isinstance(event, Revoked) else 0.0
         self._events.after(delay_s, lambda: mesh.report(event))
 
     def cut(self, one: WorkerKey, other: WorkerKey, seconds: float) -> None:
@@ -78,7 +85,7 @@ class SimNetwork(InprocNetwork):
             wire.is_calm = self.is_calm
         return wire
 
-    # ---- copying --------------------------------------------------------------------------------------------------------------
+    # ---- copying ----
 
     def move(self, source: InprocMesh, target: InprocMesh, push: Push, slot: int, block: int) -> None:
         if self.check_copy is not None:
@@ -89,7 +96,7 @@ class SimNetwork(InprocNetwork):
             view = target.memory.block(block)
             view[self._rng.randrange(len(view))] ^= 1 << self._rng.randrange(8)
 
-    # ---- who was told what ----------------------------------------------------------------------------------------------------
+    # ---- who was told what ----
 
     def _note_sent(self, source: WorkerKey, target: WorkerKey, item: HandoffMessage) -> None:
         offers = self._open_offers.setdefault((source, target), set())

@@ -1,4 +1,7 @@
-"""One simulated worker process: the real `WorkerCore` with both roles' real code, a FakeEngine, heartbeats and a busy loop."""
+"""One simulated worker process:
+
+the real `WorkerCore` with both roles' real code, a FakeEngine, heartbeats and a busy loop.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +68,7 @@ class SimWorker:
         events.after(0.0, self._beat)
         events.after(TICK_S, self._tick)
 
-    # ---- the process's threads ------------------------------------------------------------------------------------------------
+    # ---- the process's threads ----
 
     def on_frame(self, frame: FromRouter) -> None:
         """A command reaches the I/O thread."""
@@ -88,7 +91,9 @@ class SimWorker:
         if not self._is_frozen:
             has_router = self._router_epoch is not None
             snapshot = self.core.snapshot() if has_router else None
-            self._say(self._heartbeat.build(snapshot, self.mesh.linked()) if has_router else hello_of(self.core, self.mesh))
+            self._say(
+                self._heartbeat.build(snapshot, self.mesh.linked()) if has_router else hello_of(self.core, self.mesh)
+            )
         self._events.after(HEARTBEAT_S, self._beat)
 
     def _tick(self) -> None:
@@ -111,7 +116,7 @@ class SimWorker:
         self.is_alive = False
         self._network.kill(self.key)
 
-    # ---- the loop -------------------------------------------------------------------------------------------------------------
+    # ---- the loop ----
 
     def _turn(self) -> None:
         if self._is_busy or not self.is_alive or self._is_frozen:

@@ -1,7 +1,7 @@
 """Run seeds of the cluster simulation.
 
-    python -m penstock.testing.simulate --seeds 0..1000          a range; the rate, and one line to replay for each failure
-    python -m penstock.testing.simulate --seed 42 --trace        the story of one seed
+python -m penstock.testing.simulate --seeds 0..1000          a range; the rate, and one line to replay for each failure
+python -m penstock.testing.simulate --seed 42 --trace        the story of one seed
 """
 
 from __future__ import annotations
@@ -29,14 +29,19 @@ def run_seed(seed: int, *, bug: str | None = None, trace: bool = False) -> Outco
     logging.disable(logging.CRITICAL)
     try:
         with planted(bug) if bug else nullcontext():
-            return run_scenario(draw_scenario(seed), (lambda line: print(line, file=sys.stderr)) if trace else None)
+            return run_scenario(draw_scenario(seed), _tell if trace else None)
     except Exception as error:  # a crash of the system under test is a finding like any other
         logging.getLogger(__name__).debug("seed %d", seed, exc_info=True)
         where = traceback.extract_tb(error.__traceback__)[-1]
         kind = type(error).__name__
-        return f"seed {seed}: {kind}: {error} ({where.filename.rsplit('/', 1)[-1]}:{where.lineno})\n  {replay_command(seed, bug)}"
+        place = f"{where.filename.rsplit('/', 1)[-1]}:{where.lineno}"
+        return f"seed {seed}: {kind}: {error} ({place})\n  {replay_command(seed, bug)}"
     finally:
         logging.disable(logging.NOTSET)
+
+
+def _tell(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
 
 
 def run_seeds(seeds: Iterable[int], *, bug: str | None = None, processes: int = 1) -> tuple[list[Outcome], list[str]]:
@@ -88,8 +93,9 @@ def _summarise(outcomes: list[Outcome], failures: list[str], seconds: float) -> 
     requests, errors = sum(o.num_requests for o in outcomes), sum(o.num_errors for o in outcomes)
     retries, preemptions = sum(o.num_retries for o in outcomes), sum(o.num_preemptions for o in outcomes)
     sys.stdout.write(
-        f"{total} seeds, {len(failures)} failed, {total / seconds:.1f} seeds/s; {requests} requests, {errors} clean errors, "
-        f"{retries} retries, {preemptions} preemptions, {sum(faults.values())} faults of {len(faults)} kinds\n"
+        f"{total} seeds, {len(failures)} failed, {total / seconds:.1f} seeds/s; {requests} requests, "
+        f"{errors} clean errors, {retries} retries, "
+        f"{preemptions} preemptions, {sum(faults.values())} faults of {len(faults)} kinds\n"
     )
 
 

@@ -12,7 +12,10 @@ from ..protocol.sampling import SamplingParams
 
 
 class Stepper:
-    """Sequences over the blocks of one pool. Block ids are dealt out in a seeded random order, so neighbours never touch."""
+    """Sequences over the blocks of one pool.
+
+    Block ids are dealt out in a seeded random order, so neighbours never touch.
+    """
 
     def __init__(self, num_blocks: int, block_size: int, seed: int = 0) -> None:
         self.block_size = block_size
@@ -20,11 +23,15 @@ class Stepper:
         random.Random(seed).shuffle(self.free)
         self._count = 0
 
-    def add(self, prompt_ids: list[int], params: SamplingParams | None = None, output_ids: list[int] | None = None) -> Sequence:
+    def add(
+        self, prompt_ids: list[int], params: SamplingParams | None = None, output_ids: list[int] | None = None
+    ) -> Sequence:
         """A sequence that has computed nothing yet."""
         self._count += 1
         greedy = SamplingParams(temperature=0, ignore_eos=True)
-        return Sequence(AttemptKey(f"seq-{self._count}", 0), 0, list(prompt_ids), params or greedy, b"", 0.0, 1e9, output_ids or [])
+        return Sequence(
+            AttemptKey(f"seq-{self._count}", 0), 0, list(prompt_ids), params or greedy, b"", 0.0, 1e9, output_ids or []
+        )
 
     def schedule(self, seq: Sequence, num_new_tokens: int | None = None) -> ScheduledSeq:
         """The next `num_new_tokens` tokens of `seq` (by default all that are left), with blocks for them."""

@@ -41,7 +41,9 @@ def tiny_config(architecture: str = "llama", **changes: object) -> ModelConfig:
 
 
 def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
-    """float32 weights by canonical name, scaled so that logits spread over several units and attention is not uniform."""
+    """float32 weights by canonical name, scaled so that logits spread over several units and attention is not
+    uniform.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(name: str, shape: tuple[int, ...]) -> torch.Tensor:

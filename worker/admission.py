@@ -13,7 +13,10 @@ from .role import Budget
 
 def cache_namespace(fingerprint: Fingerprint) -> tuple[str, str]:
     """(model, layout) part of a prefix-cache key: everything that changes the bytes of a block."""
-    return f"{fingerprint.model}/{fingerprint.weights}", f"{fingerprint.layout}/{fingerprint.dtype}/{fingerprint.block_size}"
+    return (
+        f"{fingerprint.model}/{fingerprint.weights}",
+        f"{fingerprint.layout}/{fingerprint.dtype}/{fingerprint.block_size}",
+    )
 
 
 def refuse(prompt_ids: list[int], output_ids: list[int], params: SamplingParams, spec: EngineSpec) -> str | None:
@@ -35,7 +38,10 @@ def refuse(prompt_ids: list[int], output_ids: list[int], params: SamplingParams,
 
 
 def match_blocks(seq: Sequence, pool: BlockPool, *, keep_last: bool) -> list[BlockId]:
-    """Cached blocks that cover the head of `seq`. With `keep_last` at least one token stays to be computed, for its logits."""
+    """Cached blocks that cover the head of `seq`.
+
+    With `keep_last` at least one token stays to be computed, for its logits.
+    """
     hashes = seq.hashes(pool.block_size)
     usable = (seq.num_tokens - 1) // pool.block_size if keep_last else len(hashes)
     return pool.match_prefix(hashes[:usable])

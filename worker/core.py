@@ -2,7 +2,8 @@
 
     commands and link events → roles → one ragged batch → engine → roles → effects
 
-The process (`worker.process`) feeds it frames and carries its effects out; the simulation does the same on virtual time.
+The process (`worker.process`) feeds it frames and carries its effects out; the simulation does the same on virtual
+time.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class WorkerCore:
         self._steps = 0
         self.is_welcome = False
 
-    # ---- inputs -------------------------------------------------------------------------------------------------------------
+    # ---- inputs ----
 
     def on_frame(self, frame: FromRouter) -> list[CoreEffect]:
         """A command. A router that was restarted voids whatever the old one asked for."""
@@ -136,7 +137,7 @@ class WorkerCore:
     def _collect(self) -> list[CoreEffect]:
         return [effect for role in self.roles for effect in role.take_effects()]
 
-    # ---- a step -------------------------------------------------------------------------------------------------------------
+    # ---- a step ----
 
     def begin_step(self) -> tuple[list[tuple[Role, ScheduledSeq]], list[CoreEffect]]:
         """Schedule. The effects (offers, grants) must leave before the step computes, so that peers work meanwhile."""
@@ -183,7 +184,7 @@ class WorkerCore:
     def has_work(self) -> bool:
         return any(role.has_work() for role in self.roles)
 
-    # ---- views --------------------------------------------------------------------------------------------------------------
+    # ---- views ----
 
     @property
     def is_idle(self) -> bool:
@@ -195,7 +196,9 @@ class WorkerCore:
 
     def snapshot(self) -> Snapshot:
         active = dict.fromkeys(key for role in self.roles for key in role.active())
-        return Snapshot(self._router_epoch, self._handled, "draining" if self._is_draining else "ready", self._load(), tuple(active))
+        return Snapshot(
+            self._router_epoch, self._handled, "draining" if self._is_draining else "ready", self._load(), tuple(active)
+        )
 
     def _load(self) -> WorkerLoad:
         total = _sum_loads(role.load() for role in self.roles)

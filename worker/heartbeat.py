@@ -1,5 +1,6 @@
-"""What a heartbeat says. Commands that have arrived but were not handled yet count as received and active, so a long step
-never looks like a lost command."""
+"""What a heartbeat says. Commands that have arrived but were not handled yet count as received and active, so a long
+step never looks like a lost command.
+"""
 
 from __future__ import annotations
 

@@ -53,7 +53,9 @@ def load_engine(topology: Topology, spec: WorkerSpec) -> Engine:
     )
 
 
-def _make_core(topology: Topology, spec: WorkerSpec, key: WorkerKey, make_roles: MakeRoles, engine: Engine, clock: Clock) -> WorkerCore:
+def _make_core(
+    topology: Topology, spec: WorkerSpec, key: WorkerKey, make_roles: MakeRoles, engine: Engine, clock: Clock
+) -> WorkerCore:
     pool = BlockPool(engine.spec.num_blocks, engine.spec.block_size)
     return WorkerCore(
         key,
@@ -67,7 +69,9 @@ def _make_core(topology: Topology, spec: WorkerSpec, key: WorkerKey, make_roles:
     )
 
 
-def _make_mesh(topology: Topology, spec: WorkerSpec, key: WorkerKey, engine: Engine, on_event: Callable[[LinkEvent], None]) -> Mesh:
+def _make_mesh(
+    topology: Topology, spec: WorkerSpec, key: WorkerKey, engine: Engine, on_event: Callable[[LinkEvent], None]
+) -> Mesh:
     chosen = topology.transfer.transport
     return SocketMesh(
         key,

@@ -1,10 +1,10 @@
 """The worker process: three kinds of threads around one `WorkerCore`.
 
-    main thread   the loop: drain the inbox → schedule → compute → commit → carry effects out. The only one that touches the core.
-    I/O thread    the socket to the router: commands in, messages out, a heartbeat every 0.25 s whatever the loop does
-    link threads  one pair for each peer, inside the mesh: hand-off messages, block bytes, liveness
+main thread   the loop: drain the inbox → schedule → compute → commit → carry effects out; alone touches the core
+I/O thread    the socket to the router: commands in, messages out, a heartbeat every 0.25 s whatever the loop does
+link threads  one pair for each peer, inside the mesh: hand-off messages, block bytes, liveness
 
-    commands ─▶ inbox ─▶ loop ─▶ outbox ─▶ router          link events ─▶ inbox ─▶ loop ─▶ mesh
+commands ─▶ inbox ─▶ loop ─▶ outbox ─▶ router          link events ─▶ inbox ─▶ loop ─▶ mesh
 """
 
 from __future__ import annotations
@@ -117,7 +117,9 @@ class RouterLink:
 class WorkerLoop:
     """The main thread's loop."""
 
-    def __init__(self, core: WorkerCore, mesh: Mesh, router: RouterLink, inbox: Inbox, clock: Clock, drain_s: float) -> None:
+    def __init__(
+        self, core: WorkerCore, mesh: Mesh, router: RouterLink, inbox: Inbox, clock: Clock, drain_s: float
+    ) -> None:
         self._core, self._mesh, self._router, self._inbox, self._clock = core, mesh, router, inbox, clock
         self._drain_s = drain_s
         self._next_tick = clock.now()

@@ -1,4 +1,7 @@
-"""What a worker asks of a role, and what a role may ask for. A worker hosts the prefill role, the decode role, or both."""
+"""What a worker asks of a role, and what a role may ask for.
+
+A worker hosts the prefill role, the decode role, or both.
+"""
 
 from __future__ import annotations
 

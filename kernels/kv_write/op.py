@@ -1,8 +1,8 @@
 """Storing the keys and values of a step in the pool.
 
-The pool is [num_blocks, num_layers, 2 (K, V), block_size, num_kv_heads, head_dim], contiguous. A token's key is one row of
-num_kv_heads · head_dim numbers, its value the row `block_size` further on. `kv_rows` finds these rows once for a step, counted
-from the layer's first row, so all layers share them.
+The pool is [num_blocks, num_layers, 2 (K, V), block_size, num_kv_heads, head_dim], contiguous. A token's key is one
+row of num_kv_heads · head_dim numbers, its value the row `block_size` further on. `kv_rows` finds these rows once for
+a step, counted from the layer's first row, so all layers share them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from ...core.errors import InternalError
 
 
 def kv_rows(slot_mapping: torch.Tensor, kv_pool: torch.Tensor) -> torch.Tensor:
-    """Rows of key and value for each token, [2 · num_tokens], in the order K, V, K, V. slot_mapping [num_tokens] int64."""
+    """Rows of key and value for each token, [2 · num_tokens], in the order K, V, K, V.
+
+    slot_mapping [num_tokens] int64.
+    """
     _, num_layers, _, block_size, _, _ = kv_pool.shape
     blocks = torch.div(slot_mapping, block_size, rounding_mode="floor")
     key_rows = slot_mapping + blocks * (block_size * (2 * num_layers - 1))
@@ -28,7 +31,9 @@ def store_kv(kv: torch.Tensor, kv_pool: torch.Tensor, layer: int, rows: torch.Te
     _, _, _, block_size, num_kv_heads, head_dim = kv_pool.shape
     width = num_kv_heads * head_dim
     if kv.shape != (rows.shape[0] // 2, 2, width) or kv.dtype != kv_pool.dtype:
-        raise InternalError(f"kv is {list(kv.shape)} {kv.dtype}, the pool takes [{rows.shape[0] // 2}, 2, {width}] {kv_pool.dtype}")
+        raise InternalError(
+            f"kv is {list(kv.shape)} {kv.dtype}, the pool takes [{rows.shape[0] // 2}, 2, {width}] {kv_pool.dtype}"
+        )
     layer_rows = kv_pool.view(-1, width)[2 * block_size * layer :]
     layer_rows.index_copy_(0, rows, kv.reshape(-1, width))
 
@@ -36,7 +41,7 @@ def store_kv(kv: torch.Tensor, kv_pool: torch.Tensor, layer: int, rows: torch.Te
 def clear_blocks(kv_pool: torch.Tensor, block_ids: torch.Tensor) -> None:
     """Zero all layers of these blocks; block_ids [n] int64.
 
-    Done for a block that a step enters and does not fill: what another request left there is gone before anyone reads or
-    sends the block, and the slots still to come hold numbers that attention can multiply by zero.
+    Done for a block that a step enters and does not fill: what another request left there is gone before anyone reads
+    or sends the block, and the slots still to come hold numbers that attention can multiply by zero.
     """
     kv_pool.view(kv_pool.shape[0], -1).index_fill_(0, block_ids, 0)

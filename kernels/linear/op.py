@@ -1,8 +1,9 @@
 """A projection whose weight lies in the layout that this machine multiplies fastest.
 
-On x86 oneDNN repacks the weight into tiles once, at load. A decode step reads each weight for a handful of rows, and from a
-packed weight it does so at about twice the speed of `F.linear`, which finds the plain layout anew in each call. One packing
-serves every number of rows. Where oneDNN cannot pack (another CPU, another device), the plain weight and `F.linear` are used.
+On x86 oneDNN repacks the weight into tiles once, at load. A decode step reads each weight for a handful of rows, and
+from a packed weight it does so at about twice the speed of `F.linear`, which finds the plain layout anew in each
+call. One packing serves every number of rows. Where oneDNN cannot pack (another CPU, another device), the plain
+weight and `F.linear` are used.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-# The rows that oneDNN is told to expect. Packed for 128 rows, products with 1 to 1024 rows are within a few per cent of the
+# The rows that oneDNN is told to expect. Packed for 128 rows, products with 1 to 1024 rows are within a few per cent
+# of the
 # best packing for each; packed for 1 row, those with 32 rows take twice as long.
 _EXPECTED_ROWS = 128
 

@@ -12,7 +12,8 @@ from .plan import AttentionPlan
 
 Implementation = Callable[[torch.Tensor, torch.Tensor, int, AttentionPlan, float, int | None], torch.Tensor]
 
-# A faster implementation for a kind of device (a Triton kernel for "cuda", a native one for "cpu") is named here; it reads
+# A faster implementation for a kind of device (a Triton kernel for "cuda", a native one for "cpu") is named here; it
+# reads
 # the pool and the plan's arrays as they are. Without an entry a device uses torch's own parts.
 _BY_DEVICE: dict[str, Implementation] = {}
 
@@ -24,8 +25,8 @@ def paged_attention(
 
     q [num_tokens, num_heads, head_dim], rows may be strided; kv_pool [num_blocks, num_layers, 2 (K, V), block_size,
     num_kv_heads, head_dim], contiguous, with the new tokens' keys and values already in it. Returns a tensor like q.
-    `window`: a token sees the last `window` tokens, itself included; None for all. Unused slots of a sequence's blocks must
-    be finite (`kv_write.clear_blocks`). Raises InternalError when shapes or types do not fit. Reference:
+    `window`: a token sees the last `window` tokens, itself included; None for all. Unused slots of a sequence's
+    blocks must be finite (`kv_write.clear_blocks`). Raises InternalError when shapes or types do not fit. Reference:
     `reference.paged_attention`.
     """
     _check(q, kv_pool, layer, plan, window)

@@ -1,11 +1,12 @@
-"""Paged attention out of torch's own parts: gather the blocks, then one padded fused attention for each bucket of the plan.
+"""Paged attention out of torch's own parts: gather the blocks, then one padded fused attention for each bucket of the
+plan.
 
-A bucket's q is laid out [batch, num_kv_heads, queries · group, head_dim]: the query heads that share a KV head become queries of
-it, so keys are read once for all of them, and torch's fused CPU kernel takes it as it is.
+A bucket's q is laid out [batch, num_kv_heads, queries · group, head_dim]: the query heads that share a KV head become
+queries of it, so keys are read once for all of them, and torch's fused CPU kernel takes it as it is.
 
-Scores of padding are -inf, so its weights are 0; but 0 · NaN is NaN. Hence what padding reads must be finite: a padded table
-entry names a block of the same sequence, and the slots behind a sequence's last token were zeroed when the step entered the
-block (`kv_write.clear_blocks`). What another request left in the pool is never read.
+Scores of padding are -inf, so its weights are 0; but 0 · NaN is NaN. Hence what padding reads must be finite: a
+padded table entry names a block of the same sequence, and the slots behind a sequence's last token were zeroed when
+the step entered the block (`kv_write.clear_blocks`). What another request left in the pool is never read.
 """
 
 from __future__ import annotations
@@ -70,7 +71,10 @@ def _attend_short(
 def _attend_long(
     q: torch.Tensor, keys_values: torch.Tensor, query: LongQuery, scale: float, window: int | None, out: torch.Tensor
 ) -> None:
-    """Fill out[start:stop], tile by tile. KV heads take the place of the batch, so that their keys are shared by a stride of 0."""
+    """Fill out[start:stop], tile by tile.
+
+    KV heads take the place of the batch, so that their keys are shared by a stride of 0.
+    """
     num_tokens = query.stop - query.start
     num_kv_heads, num_keys, head_dim = keys_values.shape[2:]
     group = q.shape[1] // num_kv_heads

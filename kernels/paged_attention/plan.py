@@ -1,8 +1,9 @@
 """What attention needs to know about a ragged batch, worked out once for a step and shared by all layers.
 
-Sequences with few new tokens (`SHORT_QUERY` at most; decode has one) are grouped into buckets by query length (powers of two)
-and by blocks in use (powers of four); a bucket is padded to its longest and computed at once. A longer query (a prompt chunk)
-is computed alone, in tiles of queries, each against the keys up to its own end: half of a causal square is never touched.
+Sequences with few new tokens (`SHORT_QUERY` at most; decode has one) are grouped into buckets by query length (powers
+of two) and by blocks in use (powers of four); a bucket is padded to its longest and computed at once. A longer query
+(a prompt chunk) is computed alone, in tiles of queries, each against the keys up to its own end: half of a causal
+square is never touched.
 
 Padding repeats blocks of the sequence itself, never another's: see `padded`.
 """
@@ -26,8 +27,8 @@ Ints = npt.NDArray[np.int64]
 class ShortQueries:
     """A bucket of sequences, each padded to `query_len` queries and `key_len` keys.
 
-    rows: rows of q, [batch · query_len], or a slice when they follow each other. kept: which of them are no padding; None
-    when all are. mask: added to the scores, [batch, 1, query_len · group (1 when query_len is 1), key_len].
+    rows: rows of q, [batch · query_len], or a slice when they follow each other. kept: which of them are no padding;
+    None when all are. mask: added to the scores, [batch, 1, query_len · group (1 when query_len is 1), key_len].
     """
 
     batch: int
@@ -42,7 +43,10 @@ class ShortQueries:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tile:
-    """Queries [start, stop) of a long query against keys [key_start, key_stop); mask [stop - start, key_stop - key_start]."""
+    """Queries [start, stop) of a long query against keys [key_start, key_stop);
+
+    mask [stop - start, key_stop - key_start].
+    """
 
     start: int
     stop: int
@@ -66,9 +70,9 @@ class LongQuery:
 class AttentionPlan:
     """A ragged batch and how to compute it.
 
-    cu_seqlens_q [num_seqs + 1]: first query row of each sequence, and the end. context_lens [num_seqs]: tokens of the sequence
-    in the pool, those of this step included. block_table [num_seqs, longest]: entries behind a sequence's last block repeat
-    its first one. window: the sliding window the plan is good for.
+    cu_seqlens_q [num_seqs + 1]: first query row of each sequence, and the end. context_lens [num_seqs]: tokens of the
+    sequence in the pool, those of this step included. block_table [num_seqs, longest]: entries behind a sequence's
+    last block repeat its first one. window: the sliding window the plan is good for.
     """
 
     cu_seqlens_q: Ints
@@ -115,7 +119,10 @@ class _Batch:
     window: int | None
 
     def block_rows(self, members: Ints, num_blocks: int) -> torch.Tensor:
-        """Rows of the flat pool [num_blocks · num_layers · 2, …], counted from a layer's first: all keys, then all values."""
+        """Rows of the flat pool [num_blocks · num_layers · 2, …], counted from a layer's first:
+
+        all keys, then all values.
+        """
         keys = self.block_table[members, :num_blocks].ravel() * (2 * self.shape.num_layers)
         return torch.from_numpy(np.concatenate((keys, keys + 1)))
 
@@ -214,7 +221,8 @@ def _tiles(query_len: int, context_len: int, window: int | None, dtype: torch.dt
 
 @lru_cache(maxsize=16)
 def _strip(reach: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-    """The mask of any tile is a view of this: [TILE, reach + TILE], column reach + j holds the key j behind the first query.
+    """The mask of any tile is a view of this: [TILE, reach + TILE], column reach + j holds the key j behind the first
+    query.
 
     What a query sees depends on distance alone, so tiles of all sequences and steps share one strip.
     """

@@ -1,4 +1,7 @@
-"""Paged attention one sequence, one head and one query at a time, in float32: the truth for every other implementation."""
+"""Paged attention one sequence, one head and one query at a time, in float32:
+
+the truth for every other implementation.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,9 @@ def paged_attention(
     return out
 
 
-def _read_kv(kv_pool: torch.Tensor, layer: int, block_ids: list[int], context_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _read_kv(
+    kv_pool: torch.Tensor, layer: int, block_ids: list[int], context_len: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values [context_len, num_kv_heads, head_dim] in float32."""
     block_size = kv_pool.shape[3]
     slots = [(block_ids[i // block_size], i % block_size) for i in range(context_len)]

@@ -42,19 +42,22 @@ class Echo:
     made: ClassVar[list[tuple[Any, ...]]] = []
     asked: ClassVar[list[Any]] = []
 
-    def __init__(self, *settings: Any) -> None:
-        self.made.append(settings)
+    @classmethod
+    def open(cls, *settings: Any) -> Echo:
+        cls.made.append(settings)
+        return cls()
 
     def stream(self, prompt_ids: list[int], params: Any) -> Iterator[SimpleNamespace]:
         self.asked.append(params)
-        return (SimpleNamespace(token_id=token_id) for token_id in prompt_ids[: params.max_tokens])
+        for token_id in prompt_ids[: params.max_tokens]:
+            yield SimpleNamespace(tokens=(SimpleNamespace(token_id=token_id),))
 
 
 @pytest.fixture
 def echo(monkeypatch: pytest.MonkeyPatch) -> type[Echo]:
     monkeypatch.setattr(Echo, "made", [])
     monkeypatch.setattr(Echo, "asked", [])
-    monkeypatch.setitem(sys.modules, "penstock.worker.local", SimpleNamespace(LocalRunner=Echo))
+    monkeypatch.setitem(sys.modules, "penstock.decode_node.local", SimpleNamespace(LocalRunner=Echo))
     monkeypatch.setattr(model_files, "local_model", lambda source: ModelPath("tiny", Path("/tiny.gguf")))
     monkeypatch.setattr(tokenizer_module, "load_tokenizer", lambda path: Letters())
     monkeypatch.setattr("penstock.core.logging.setup_logging", lambda *_: None)

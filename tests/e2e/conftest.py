@@ -55,8 +55,9 @@ PROMPTS = (
     "Translate to plain English: the party of the first part shall indemnify the party of the second part.",
     "Write a haiku about rain.",
     "def fibonacci(n):\n    # complete this function\n",
-    "Summarise: The meeting began at nine. Anna presented the budget, which was over plan by 4 %. Ben asked for the reasons; the main one "
-    "was the price of steel. It was agreed to look for a second supplier before June, and to report back at the next meeting.",
+    "Summarise: The meeting began at nine. Anna presented the budget, which was over plan by 4 %. Ben asked for the "
+    "reasons; the main one was the price of steel. It was agreed to look for a second supplier before June, and to "
+    "report back at the next meeting.",
     "Which is heavier, a kilogram of feathers or a kilogram of iron? Explain.",
     "Give me a recipe for pancakes with three ingredients.",
     "Correct the grammar: he go to school yesterday and forget him book",

@@ -1,6 +1,7 @@
 """Prefill → transfer → decode equals colocated, token by token and logprob by logprob, on the real model in float32.
 
-Sums of different batch shapes differ in the last bits, so logprobs are compared within LOGPROB_TOLERANCE; tokens exactly.
+Sums of different batch shapes differ in the last bits, so logprobs are compared within LOGPROB_TOLERANCE; tokens
+exactly.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0, logprobs=3, ignore_eos=True)
 SEEDED = SamplingParams(max_tokens=12, temperature=0.8, top_p=0.95, seed=5, logprobs=3, ignore_eos=True)
-PENALISED = SamplingParams(max_tokens=12, temperature=0, repetition_penalty=1.3, frequency_penalty=0.5, logprobs=1, ignore_eos=True)
+PENALISED = SamplingParams(
+    max_tokens=12, temperature=0, repetition_penalty=1.3, frequency_penalty=0.5, logprobs=1, ignore_eos=True
+)
 FORKED = SamplingParams(max_tokens=10, temperature=1.0, n=3, seed=8, logprobs=1, ignore_eos=True)
 
 
@@ -133,7 +136,9 @@ def test_disaggregated_equals_colocated_after_a_retried_prefill(
 ) -> None:
     requests = requests_of(odd_lengths, GREEDY)
     failing = FailsOnce(base_engine.decoder, model_name="smollm2", identity="test", num_blocks=64)
-    with InProcessCluster({"prefill-0": failing, "decode-0": make_engine(64)}, transport="shm", runtime_dir=tmp_path) as cluster:
+    with InProcessCluster(
+        {"prefill-0": failing, "decode-0": make_engine(64)}, transport="shm", runtime_dir=tmp_path
+    ) as cluster:
         found = cluster.run(requests)
     failing.memory.close()
     assert all(result.attempts > 1 for result in found.values())
@@ -141,7 +146,9 @@ def test_disaggregated_equals_colocated_after_a_retried_prefill(
 
 
 @pytest.mark.slow
-def test_32_concurrent_streams_equal_one_by_one(make_engine: MakeEngine, chats: list[list[int]], tmp_path: Path) -> None:
+def test_32_concurrent_streams_equal_one_by_one(
+    make_engine: MakeEngine, chats: list[list[int]], tmp_path: Path
+) -> None:
     prompts = [chats[i % len(chats)] + [100 + i] * (i // len(chats)) for i in range(32)]
     requests = [
         GenerateRequest(f"r{i}", prompt, SamplingParams(max_tokens=4 + i % 13, temperature=0, ignore_eos=True), 300.0)

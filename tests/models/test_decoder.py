@@ -25,7 +25,9 @@ NUM_BLOCKS = 96
 class Network:
     """A decoder with a poisoned pool, driven step by step for logits."""
 
-    def __init__(self, config: ModelConfig, weights: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32
+    ) -> None:
         decoder = build_decoder(config, weights.items(), dtype)
         memory = KVMemory(NUM_BLOCKS, config.num_layers, layer_bytes(config, BLOCK_SIZE, dtype))
         self.pool = pool_view(memory, config, BLOCK_SIZE, dtype)

@@ -10,7 +10,18 @@ from penstock.engine.block_pool import BlockPool
 from penstock.kvtransfer.effects import MessageArrived, PeerLost, PeerUp, SendBlocks, SendMessage
 from penstock.kvtransfer.source import SourceTable
 from penstock.prefill_node.role import PrefillRole
-from penstock.protocol.messages import Abort, Ack, Cancel, Done, Failed, Grant, Offer, PrefillEnded, StartPrefill, pack_ids
+from penstock.protocol.messages import (
+    Abort,
+    Ack,
+    Cancel,
+    Done,
+    Failed,
+    Grant,
+    Offer,
+    PrefillEnded,
+    StartPrefill,
+    pack_ids,
+)
 from penstock.protocol.sampling import SamplingParams
 from penstock.testing.clock import FakeClock
 from penstock.testing.fake_engine import FakeEngine, expected_tokens
@@ -45,7 +56,8 @@ class Bench:
             "prompt_ids": pack_ids(PROMPT), "params": SamplingParams(max_tokens=4, temperature=0), "timeout_s": 10.0,
             "decode_worker": DECODE.worker_id, "decode_epoch": DECODE.epoch,
         }  # fmt: skip
-        self.role.on_command(StartPrefill(request_id, 1, ticket, **(values | changes)), self.clock.now())  # type: ignore[arg-type]
+        # type: ignore[arg-type]
+        self.role.on_command(StartPrefill(request_id, 1, ticket, **(values | changes)), self.clock.now())
         self.take(self.role.take_effects())
 
     def hear(self, message: object) -> None:
@@ -119,7 +131,9 @@ def test_prefill_n_choices_samples_each_first_token() -> None:
     bench.step()
     bench.hear(Grant(TICKET, 1, 0))
     [done] = bench.of(Done)
-    expected = [expected_tokens(PROMPT, SamplingParams(max_tokens=4, n=3, seed=9, ignore_eos=True), c)[0][0] for c in range(3)]
+    expected = [
+        expected_tokens(PROMPT, SamplingParams(max_tokens=4, n=3, seed=9, ignore_eos=True), c)[0][0] for c in range(3)
+    ]
     assert [t.token_id for t in done.first_tokens] == expected  # type: ignore[attr-defined]
 
 

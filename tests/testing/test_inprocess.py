@@ -1,4 +1,7 @@
-"""The one-thread cluster with the fake engine, over every transport: the quick twin of the parity tests with a model."""
+"""The one-thread cluster with the fake engine, over every transport:
+
+the quick twin of the parity tests with a model.
+"""
 
 from __future__ import annotations
 
