@@ -223,7 +223,7 @@ def main() -> int:
         }
         results = asyncio.run(measure(clusters, args.repeats))
     now = datetime.now(UTC)
-    record = {
+    record: dict[str, Any] = {
         "date": now.isoformat(timespec="seconds"),
         "commit": commit(),
         "machine": machine(),

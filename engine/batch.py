@@ -87,4 +87,5 @@ def _block_table(entries: list[ScheduledSeq], width: int, block_size: int) -> In
 def _fresh_blocks(starts: Ints, context_lens: Ints, block_table: Ints, block_size: int) -> Ints:
     last = context_lens // block_size
     entered = (context_lens % block_size != 0) & (starts <= last * block_size)
-    return block_table[entered, last[entered]]
+    fresh: Ints = block_table[entered, last[entered]]
+    return fresh

@@ -76,7 +76,7 @@ def _pairs(rows: list[int], seqs: list[Sequence], vocab_size: int) -> _Pairs:
     return _Pairs(
         rows=np.array(rows)[owner],
         token_ids=unique % vocab_size,
-        generated=np.bincount(place, weights=is_generated, minlength=len(unique)),
+        generated=np.bincount(place, weights=is_generated, minlength=len(unique)).astype(np.float64),
         repetition=np.array([p.repetition_penalty for p in params])[owner],
         presence=np.array([p.presence_penalty for p in params])[owner],
         frequency=np.array([p.frequency_penalty for p in params])[owner],

@@ -11,7 +11,7 @@ a row depends on its logits and its request, never on the rows beside it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -63,9 +63,10 @@ def sample(logits: torch.Tensor, rows: list[SampledRow], eos_token_ids: frozense
 
 
 def _spread(logits: torch.Tensor, rows: list[SampledRow]) -> torch.Tensor:
-    """float32 logits with one row for each of `rows`; several choices may share a row of `logits`."""
+    """float32 logits in main memory with one row for each of `rows`; several choices may share a row of `logits`."""
     index = [row.row for row in rows]
-    return (logits if index == list(range(logits.shape[0])) else logits[index]).float()
+    picked = logits if index == list(range(logits.shape[0])) else logits[index]
+    return picked.to("cpu", torch.float32)
 
 
 def _check_finite(logits: torch.Tensor, rows: list[SampledRow]) -> None:
@@ -117,10 +118,7 @@ def _cutoffs(scaled: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor
 
 
 def _rank_cutoffs(scaled: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
-    """The cutoff of top-k and top-p.
-
-    Most rows find it among their likeliest tokens, the others are sorted as a whole.
-    """
+    """The cutoff of top-k and top-p: most rows find it among their likeliest tokens, others are sorted as a whole."""
     vocab_size = scaled.shape[1]
     top_k = torch.tensor([min(p.top_k, vocab_size) or vocab_size for p in params])
     top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64)
@@ -136,14 +134,13 @@ def _rank_cutoffs(scaled: torch.Tensor, params: list[SamplingParams]) -> torch.T
 def _cutoffs_in(
     head: torch.Tensor, scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cutoffs as far as `head` shows them:
+    """Cutoffs as far as `head` shows them, and which of them are final.
 
-    the highest logits of each row, best first. Second: which rows' are final.
+    head [rows, width]: the highest logits of each row, best first.
     """
     width, vocab_size = head.shape[1], scaled.shape[1]
-    k_in_head = (top_k <= width) & ((width == vocab_size) | (head[:, -1] < head.gather(1, _at(top_k, width))[:, 0]))
     k_cutoff = torch.where(top_k < vocab_size, head.gather(1, _at(top_k, width))[:, 0], -torch.inf)
-    is_known = k_in_head | (top_k == vocab_size)
+    is_known = (top_k <= width) | (top_k == vocab_size)
     if bool((top_p == 1).all()):
         return k_cutoff, is_known
     mass = _mass_from(scaled, k_cutoff)
@@ -199,8 +196,7 @@ def _logprobs(raw: torch.Tensor, rows: list[SampledRow], token_ids: list[int]) -
     counts = [rows[i].params.logprobs or 0 for i in asking]
     best = some.topk(min(max(counts), some.shape[1]), dim=-1)
     ids, values = best.indices.tolist(), (best.values - total).tolist()
-    top = partial(zip, strict=True)
     return {
-        index: TokenLogprob(chosen[n], tuple(top(ids[n][: counts[n]], values[n][: counts[n]])))
+        index: TokenLogprob(chosen[n], tuple(islice(zip(ids[n], values[n], strict=True), counts[n])))
         for n, index in enumerate(asking)
     }

@@ -1,8 +1,8 @@
 """The decoder network of all our architectures: what differs between them is in `ModelConfig`, not in code.
 
     token ids → embedding → [ norm → q,k,v → rotate → store KV → paged attention → o + residual
-                              norm → gate,up → silu · → down + residual ] × num_layers → norm → head, for sampled rows
-                              alone
+                              norm → gate,up → silu · → down + residual ] × num_layers
+              → norm → head, for sampled rows alone
 
 Projections that share an input are one product (q,k,v and gate,up), additions of the residual happen inside the
 product, and what depends only on positions is worked out once for a step. Sums, norms and softmax run in float32

@@ -1,7 +1,4 @@
-"""From named tensors to a network:
-
-cast, fuse and pack, one layer at a time, so that a model is never in memory twice.
-"""
+"""From named tensors to a network, layer by layer (cast, fuse, pack), so that a model is never in memory twice."""
 
 from __future__ import annotations
 

@@ -119,10 +119,7 @@ class _Batch:
     window: int | None
 
     def block_rows(self, members: Ints, num_blocks: int) -> torch.Tensor:
-        """Rows of the flat pool [num_blocks · num_layers · 2, …], counted from a layer's first:
-
-        all keys, then all values.
-        """
+        """Rows of the flat pool [num_blocks · num_layers · 2, …] from a layer's first on: all keys, then all values."""
         keys = self.block_table[members, :num_blocks].ravel() * (2 * self.shape.num_layers)
         return torch.from_numpy(np.concatenate((keys, keys + 1)))
 
@@ -221,8 +218,7 @@ def _tiles(query_len: int, context_len: int, window: int | None, dtype: torch.dt
 
 @lru_cache(maxsize=16)
 def _strip(reach: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-    """The mask of any tile is a view of this: [TILE, reach + TILE], column reach + j holds the key j behind the first
-    query.
+    """The mask of any tile is a view of this, [TILE, reach + TILE]; column reach + j is the key j behind the first query.
 
     What a query sees depends on distance alone, so tiles of all sequences and steps share one strip.
     """

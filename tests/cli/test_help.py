@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -55,10 +56,10 @@ def test_every_option_with_a_value_says_its_default_or_is_required(command: str)
             assert "(default: " in action.help, action.option_strings
 
 
-def _parser_of(command: str) -> object:
-    parser = build_parser()
+def _parser_of(command: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = build_parser()
     for word in command.split():
-        parser = next(a for a in parser._actions if a.dest == "command" or a.metavar == "COMMAND").choices[word]
+        parser = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices[word]
     return parser
 
 

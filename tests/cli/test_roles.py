@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from penstock.cli import roles
 from penstock.cli.errors import CliError
 from penstock.cli.main import main
 from penstock.cli.roles import find_worker, role_topology
@@ -70,12 +69,15 @@ def test_roles_of_one_file_share_a_private_folder_and_a_local_model(topology_fil
 def test_prefill_command_sets_threads_before_it_runs_the_worker(
     topology_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[tuple[str, str | None]] = []
-    monkeypatch.setattr(
-        prefill_main, "main", lambda topology, name: seen.append((name, os.environ["OMP_NUM_THREADS"])) or 0
-    )
+    seen: list[tuple[str, str]] = []
+
+    def run_worker(_: Topology, name: str) -> int:
+        seen.append((name, os.environ["OMP_NUM_THREADS"]))
+        return 0
+
+    monkeypatch.setattr(prefill_main, "main", run_worker)
     monkeypatch.setattr("penstock.core.logging.setup_logging", lambda *_: None)
-    monkeypatch.setattr(roles.os, "environ", {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"})
+    monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"})
     assert main(["prefill", "--topology", str(topology_file)]) == 0
     assert seen == [("prefill-0", "3")]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from penstock.core.errors import BadRequest
@@ -22,8 +24,10 @@ PROMPT = [5, 6, 7, 8, 9, 10, 11]
 PEER = WorkerKey("prefill-0", "a" * 16)
 
 
-def run(prompt: list[int], params: SamplingParams, **engine: int) -> tuple[dict[int, list[int]], dict[int, str | None]]:
-    runner = LocalRunner(FakeEngine(**engine), FakeClock(), max_batch_tokens=8)
+def run(
+    prompt: list[int], params: SamplingParams, num_blocks: int = 64
+) -> tuple[dict[int, list[int]], dict[int, str | None]]:
+    runner = LocalRunner(FakeEngine(num_blocks), FakeClock(), max_batch_tokens=8)
     tokens: dict[int, list[int]] = {c: [] for c in range(params.n)}
     reasons: dict[int, str | None] = {}
     for item in runner.stream(prompt, params):
@@ -71,8 +75,8 @@ def role() -> DecodeRole:
     return DecodeRole(engine.spec, BlockPool(64, 4), DestinationTable(5.0))
 
 
-def start(request_id: str = "r", *, attempt: int = 1, ticket: bytes | None = None, **changes: object) -> StartDecode:
-    values: dict[str, object] = {
+def start(request_id: str = "r", *, attempt: int = 1, ticket: bytes | None = None, **changes: Any) -> StartDecode:
+    values: dict[str, Any] = {
         "prompt_ids": pack_ids(PROMPT),
         "params": SamplingParams(max_tokens=4),
         "choices": [ChoiceState(0)],
@@ -80,7 +84,7 @@ def start(request_id: str = "r", *, attempt: int = 1, ticket: bytes | None = Non
     }
     if ticket is not None:
         values |= {"ticket": ticket, "prefill_worker": PEER.worker_id, "prefill_epoch": PEER.epoch}
-    return StartDecode(request_id, attempt, **(values | changes))  # type: ignore[arg-type]
+    return StartDecode(request_id, attempt, **(values | changes))
 
 
 def failures(decode: DecodeRole) -> list[AttemptFailed]:
@@ -99,7 +103,7 @@ def failures(decode: DecodeRole) -> list[AttemptFailed]:
         ({"choices": [ChoiceState(0, pack_ids([1, 2, 3, 4]))]}, "max_tokens"),
     ],
 )
-def test_start_bad_input_fails_only_that_attempt(changes: dict[str, object], word: str) -> None:
+def test_start_bad_input_fails_only_that_attempt(changes: dict[str, Any], word: str) -> None:
     decode = role()
     decode.on_command(start("good"), 0.0)
     decode.on_command(start("bad", **changes), 0.0)

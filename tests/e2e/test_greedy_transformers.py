@@ -31,18 +31,20 @@ def oracle(model_path: Path) -> Any:
     checkpoint = open_checkpoint(model_path)
     config = checkpoint.config
     model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            rms_norm_eps=config.rms_norm_eps,
-            rope_theta=config.rope_theta,
-            max_position_embeddings=config.max_position,
-            tie_word_embeddings=True,
+        LlamaConfig.from_dict(  # takes rope_theta, which is no argument of newer releases
+            {
+                "vocab_size": config.vocab_size,
+                "hidden_size": config.hidden_size,
+                "intermediate_size": config.intermediate_size,
+                "num_hidden_layers": config.num_layers,
+                "num_attention_heads": config.num_heads,
+                "num_key_value_heads": config.num_kv_heads,
+                "head_dim": config.head_dim,
+                "rms_norm_eps": config.rms_norm_eps,
+                "rope_theta": config.rope_theta,
+                "max_position_embeddings": config.max_position,
+                "tie_word_embeddings": True,
+            }
         )
     )
     state = {name: tensor.float() for name, tensor in checkpoint.tensors()}

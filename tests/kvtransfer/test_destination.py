@@ -60,7 +60,7 @@ def offered() -> DestinationTable:
 def granted() -> DestinationTable:
     table = offered()
     assert table.grant(TICKET, 1, BLOCKS, 0.0) == [
-        AcceptBlocks(PREFILL, TICKET, 1, {1: 5, 2: 6, 3: 2}),
+        AcceptBlocks(PREFILL, TICKET, 1, {1: BlockId(5), 2: BlockId(6), 3: BlockId(2)}),
         SendMessage(PREFILL, Grant(ticket=TICKET, generation=1, held=1)),
     ]
     return table
@@ -370,24 +370,23 @@ def test_random_messages_never_raise_and_keep_the_invariants() -> None:
     for _ in range(5000):
         now += rng.random()
         ticket, small = rng.choice(tickets), rng.randint(0, 4)
-        message = rng.choice(
-            [
-                Offer(ticket=ticket, num_tokens=small, num_blocks=small),
-                Grant(ticket=ticket, generation=small, held=small),
-                Failed(ticket=ticket, code="", message=""),
-                Ack(ticket=ticket, generation=small),
-                Cancel(ticket=ticket, code="", message=""),
-                Renew(tickets=[ticket, rng.choice(tickets)]),
-                Done(
-                    ticket=ticket,
-                    generation=small,
-                    num_blocks=small,
-                    num_tokens=small,
-                    first_tokens=(),
-                    phases=Phases(),
-                ),
-            ]
-        )
+        messages: list[HandoffMessage] = [
+            Offer(ticket=ticket, num_tokens=small, num_blocks=small),
+            Grant(ticket=ticket, generation=small, held=small),
+            Failed(ticket=ticket, code="", message=""),
+            Ack(ticket=ticket, generation=small),
+            Cancel(ticket=ticket, code="", message=""),
+            Renew(tickets=[ticket, rng.choice(tickets)]),
+            Done(
+                ticket=ticket,
+                generation=small,
+                num_blocks=small,
+                num_tokens=small,
+                first_tokens=(),
+                phases=Phases(),
+            ),
+        ]
+        message = rng.choice(messages)
         effects = table.on_message(rng.choice([PREFILL, OTHER]), message, now)
         effects += table.on_arrived(BlocksArrived(PREFILL, ticket, small, (small,)), now)
         effects += table.on_revoked(Revoked(PREFILL, ticket), now)

@@ -28,7 +28,7 @@ from penstock.kvtransfer.effects import (
 )
 from penstock.kvtransfer.source import SourceTable
 from penstock.kvtransfer.transports.inproc import Delivery, InprocMesh, InprocNetwork, LinkEnd
-from penstock.protocol.messages import Fingerprint, Peer, Phases
+from penstock.protocol.messages import Fingerprint, Peer, Phases, Role
 
 FINGERPRINT = Fingerprint(
     model="m", weights="w", dtype="f4", num_layers=2, num_kv_heads=1, head_dim=1, block_size=4, layout="l"
@@ -64,7 +64,7 @@ class FaultyNetwork(InprocNetwork):
 @dataclass
 class Worker:
     key: WorkerKey
-    role: str
+    role: Role
     mesh: InprocMesh
     memory: KVMemory
     free: list[BlockId]
@@ -110,11 +110,11 @@ class World:
     def workers(self) -> list[Worker]:
         return self.sources + self.destinations
 
-    def _worker(self, role: str, number: int) -> Worker:
+    def _worker(self, role: Role, number: int) -> Worker:
         key, memory = WorkerKey(f"{role}-{number}", new_epoch(self.ids)), KVMemory(NUM_BLOCKS, 2, 16)
         memory.buffer[:] = POISON * memory.nbytes
         inbox: deque = deque()
-        mesh = InprocMesh(key, role, FINGERPRINT, memory, inbox.append, self.network)  # type: ignore[arg-type]
+        mesh = InprocMesh(key, role, FINGERPRINT, memory, inbox.append, self.network)
         return Worker(key, role, mesh, memory, [BlockId(n) for n in range(NUM_BLOCKS)], inbox)
 
     # actions of the roles
@@ -173,14 +173,15 @@ class World:
             self._apply(worker, self.destination_tables[worker.key].grant(ticket, held, blocks, self.now))
 
     def abort(self) -> None:
-        if self.rng.random() < 0.5:
-            worker = self.rng.choice(self.sources)
-            table, action = self.source_tables[worker.key], SourceTable.fail
+        worker = self.rng.choice(self.sources if self.rng.random() < 0.5 else self.destinations)
+        table = self.table(worker)
+        if not table.active():
+            return
+        ticket = self.rng.choice(table.active())
+        if isinstance(table, SourceTable):
+            self._apply(worker, table.fail(ticket, "cancelled", "abort", self.now))
         else:
-            worker = self.rng.choice(self.destinations)
-            table, action = self.destination_tables[worker.key], DestinationTable.cancel
-        if table.active():
-            self._apply(worker, action(table, self.rng.choice(table.active()), "cancelled", "abort", self.now))
+            self._apply(worker, table.cancel(ticket, "cancelled", "abort", self.now))
 
     def disconnect(self) -> None:
         self.network.disconnect(self.rng.choice(self.sources).key, self.rng.choice(self.destinations).key)

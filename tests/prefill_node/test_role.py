@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
 import pytest
 
 from penstock.core.errors import InternalError
@@ -17,6 +20,7 @@ from penstock.protocol.messages import (
     Done,
     Failed,
     Grant,
+    HandoffMessage,
     Offer,
     PrefillEnded,
     StartPrefill,
@@ -31,6 +35,7 @@ from penstock.worker.role import Tell
 PROMPT = list(range(1, 12))  # 11 tokens: two full blocks of 4 and a part
 DECODE = WorkerKey("decode-0", "d" * 16)
 TICKET = b"t" * 16
+M = TypeVar("M")
 
 
 class Bench:
@@ -47,21 +52,20 @@ class Bench:
         self.sent: list[object] = []
         self.take(self.core.on_link(PeerUp(DECODE, "test")))
 
-    def take(self, effects: list[object]) -> None:  # type: ignore[type-arg]
+    def take(self, effects: Sequence[object]) -> None:
         self.sent += [e.message if isinstance(e, Tell | SendMessage) else e for e in effects]
         self.core.check_invariants()
 
-    def start(self, request_id: str = "r", ticket: bytes = TICKET, **changes: object) -> None:
-        values: dict[str, object] = {
+    def start(self, request_id: str = "r", ticket: bytes = TICKET, **changes: Any) -> None:
+        values: dict[str, Any] = {
             "prompt_ids": pack_ids(PROMPT), "params": SamplingParams(max_tokens=4, temperature=0), "timeout_s": 10.0,
             "decode_worker": DECODE.worker_id, "decode_epoch": DECODE.epoch,
         }  # fmt: skip
-        # type: ignore[arg-type]
         self.role.on_command(StartPrefill(request_id, 1, ticket, **(values | changes)), self.clock.now())
         self.take(self.role.take_effects())
 
-    def hear(self, message: object) -> None:
-        self.take(self.core.on_link(MessageArrived(DECODE, message)))  # type: ignore[arg-type]
+    def hear(self, message: HandoffMessage) -> None:
+        self.take(self.core.on_link(MessageArrived(DECODE, message)))
 
     def step(self) -> None:
         batch, effects = self.core.begin_step()
@@ -69,7 +73,7 @@ class Bench:
         if batch:
             self.take(self.core.end_step(batch, self.core.compute(batch)))
 
-    def of(self, kind: type) -> list[object]:
+    def of(self, kind: type[M]) -> list[M]:
         return [m for m in self.sent if isinstance(m, kind)]
 
 
@@ -83,11 +87,11 @@ def test_prefill_offer_leaves_before_the_first_chunk_and_done_after_the_last() -
     for _ in range(2):
         bench.step()
     pushes = bench.of(SendBlocks)
-    assert [o for p in pushes for o in p.ordinals] == [0, 1, 2]  # type: ignore[attr-defined]
+    assert [o for p in pushes for o in p.ordinals] == [0, 1, 2]
     assert len(pushes) > 1, "full blocks leave before the prompt is done"
     [done] = bench.of(Done)
     expected = expected_tokens(PROMPT, SamplingParams(max_tokens=4, temperature=0))[0][0]
-    assert (done.num_blocks, done.first_tokens[0].token_id) == (3, expected)  # type: ignore[attr-defined]
+    assert (done.num_blocks, done.first_tokens[0].token_id) == (3, expected)
     assert isinstance(bench.sent[-1], Done)
 
 
@@ -112,7 +116,7 @@ def test_prefill_same_prompt_again_reuses_its_blocks() -> None:
     bench.start("again", b"u" * 16)
     bench.step()
     bench.hear(Grant(b"u" * 16, 2, 0))
-    assert bench.of(Done)[-1].phases.cached_tokens == 8  # type: ignore[attr-defined]
+    assert bench.of(Done)[-1].phases.cached_tokens == 8
 
 
 def test_prefill_held_blocks_do_not_travel() -> None:
@@ -121,7 +125,7 @@ def test_prefill_held_blocks_do_not_travel() -> None:
     bench.step()
     bench.hear(Grant(TICKET, 1, 2))
     [push] = bench.of(SendBlocks)
-    assert push.ordinals == (2,)  # type: ignore[attr-defined]
+    assert push.ordinals == (2,)
 
 
 def test_prefill_n_choices_samples_each_first_token() -> None:
@@ -134,7 +138,7 @@ def test_prefill_n_choices_samples_each_first_token() -> None:
     expected = [
         expected_tokens(PROMPT, SamplingParams(max_tokens=4, n=3, seed=9, ignore_eos=True), c)[0][0] for c in range(3)
     ]
-    assert [t.token_id for t in done.first_tokens] == expected  # type: ignore[attr-defined]
+    assert [t.token_id for t in done.first_tokens] == expected
 
 
 @pytest.mark.parametrize("moment", ["waiting", "computing", "handing"])
@@ -160,7 +164,7 @@ def test_prefill_every_way_out_tells_once_and_frees_all(moment: str, cause: str)
     bench.take(bench.core.tick())
     bench.step()
     [ended] = bench.of(PrefillEnded)
-    assert not ended.ok  # type: ignore[attr-defined]
+    assert not ended.ok
     assert bench.pool.num_free_blocks == 16
     assert bench.role.active() == []
     if cause in ("abort", "deadline", "router gone") and moment != "waiting":
@@ -172,11 +176,11 @@ def test_prefill_full_pool_makes_the_next_wait_until_blocks_return() -> None:
     bench.start("a", b"a" * 16)
     bench.start("b", b"b" * 16, prompt_ids=pack_ids(list(range(100, 111))))
     bench.step()
-    assert [o.ticket for o in bench.of(Offer)] == [b"a" * 16]  # type: ignore[attr-defined]
+    assert [o.ticket for o in bench.of(Offer)] == [b"a" * 16]
     bench.hear(Grant(b"a" * 16, 1, 0))
     bench.hear(Ack(b"a" * 16, 1))
     bench.step()
-    assert [o.ticket for o in bench.of(Offer)] == [b"a" * 16, b"b" * 16]  # type: ignore[attr-defined]
+    assert [o.ticket for o in bench.of(Offer)] == [b"a" * 16, b"b" * 16]
 
 
 def test_prefill_engine_failure_ends_only_that_request() -> None:
@@ -187,12 +191,12 @@ def test_prefill_engine_failure_ends_only_that_request() -> None:
     bench.step()
     bench.hear(Grant(b"g" * 16, 1, 0))
     [ended] = bench.of(PrefillEnded)
-    assert (ended.request_id, ended.code) == ("bad", InternalError.code)  # type: ignore[attr-defined]
-    assert [d.ticket for d in bench.of(Done)] == [b"g" * 16]  # type: ignore[attr-defined]
+    assert (ended.request_id, ended.code) == ("bad", InternalError.code)
+    assert [d.ticket for d in bench.of(Done)] == [b"g" * 16]
 
 
 def test_prefill_without_a_link_fails_at_once() -> None:
     bench = Bench()
     bench.start(decode_epoch="e" * 16)
     [ended] = bench.of(PrefillEnded)
-    assert ended.code == "node_lost"  # type: ignore[attr-defined]
+    assert ended.code == "node_lost"

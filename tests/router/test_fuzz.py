@@ -29,6 +29,8 @@ from penstock.protocol.messages import (
 STEPS = 150
 EXPECTED_CODES = {"bad_request", "deadline_exceeded", "transfer_failed", "node_lost", "protocol_error"}
 
+Attempt = tuple[str, int]  # request and number
+
 
 class FuzzWorker:
     """Holds attempts, makes progress when poked, and forgets, fails or dies at will."""
@@ -37,11 +39,11 @@ class FuzzWorker:
         self.fuzz, self.key, self.role = fuzz, worker, role
         self.received = 0
         self.is_frozen = False
-        self.decodes = {}  # (request, attempt) → {choice: next index}
-        self.starts = {}
-        self.prefills = {}
-        self.aborted = set()
-        self.inbox = deque()
+        self.decodes: dict[Attempt, dict[int, int]] = {}  # the next index of each choice
+        self.starts: dict[Attempt, StartDecode] = {}
+        self.prefills: dict[Attempt, StartPrefill] = {}
+        self.aborted: set[Attempt] = set()
+        self.inbox: deque[bytes] = deque()
 
     def read(self):
         while self.inbox and not self.is_frozen:
@@ -87,7 +89,7 @@ class FuzzWorker:
         if rng.random() < 0.5:
             self.beat()
 
-    def decode(self, key, rng, trouble):
+    def decode(self, key: Attempt, rng, trouble):
         start = self.starts[key]
         if start.ticket is not None and (start.ticket, True) not in self.fuzz.handed_over:
             if (start.ticket, False) in self.fuzz.handed_over:
@@ -112,7 +114,7 @@ class FuzzWorker:
             del self.decodes[key]
         self.fuzz.to_router(self.key, Output(items))
 
-    def fail(self, key, retriable):
+    def fail(self, key: Attempt, retriable):
         del self.decodes[key]
         self.fuzz.to_router(
             self.key, AttemptFailed(*key, "transfer_failed" if retriable else "bad_request", "x", retriable)
@@ -133,8 +135,10 @@ class Fuzz:
         self.trouble = self.rng.choice([0.0, 0.1, 0.3])
         self.loss = self.rng.choice([0.0, 0.05, 0.2])
         self.had_trouble = self.trouble > 0 or self.loss > 0
-        self.workers, self.generation, self.handed_over = {}, 0, set()
-        self.up = deque()
+        self.workers: dict[str, FuzzWorker] = {}
+        self.generation = 0
+        self.handed_over: set[tuple[bytes, bool]] = set()
+        self.up: deque[bytes] = deque()
         roles = [("p", "prefill", self.rng.randint(0, 2)), ("d", "decode", self.rng.randint(1, 2)), ("b", "both", 1)]
         self.roles = {f"{name}{i}": role for name, role, count in roles for i in range(count)}
         for worker_id in self.roles:
@@ -148,7 +152,7 @@ class Fuzz:
         self.rig.hello(worker.key, worker.role, blocks=60)
         self.route()
 
-    def to_router(self, key, body):
+    def to_router(self, key: WorkerKey, body):
         self.up.append(codec.from_worker.encode(FromWorker(*key, body)))
 
     def carry(self):

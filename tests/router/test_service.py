@@ -25,6 +25,7 @@ from penstock.protocol.messages import (
     SampledToken,
     StartDecode,
     Tokens,
+    ToRouter,
     Welcome,
     WorkerLoad,
     unpack_ids,
@@ -48,11 +49,10 @@ class FakeWorker:
         self.pace_s = pace_s
         self.socket = WorkerSocket(address, identity_of(self.key))
         self.received = 0
-        self.running = {}
+        self.running: dict[tuple[str, int], tuple[dict[int, int], int]] = {}
         self.aborted = []
         self.has_abort = asyncio.Event()
-        self.is_mute = False
-        self.is_welcomed = False
+        self.is_mute = self.is_welcomed = False
         self.task = asyncio.create_task(self.run())
 
     def say(self, body):
@@ -337,7 +337,7 @@ def until_welcome(socket):
     raise AssertionError("no Welcome in 30 s")
 
 
-BODIES = [
+BODIES: list[ToRouter] = [
     HELLO,
     Heartbeat(3, "ready", WorkerLoad(10, 10), [("live", 1), ("r", 2)], [("p0", "0" * 16, "shm")]),
     Output([Tokens("other", 1, 0, 0, (SampledToken(5),), "length")]),

@@ -6,7 +6,7 @@ from penstock.router.timers import Timers
 
 
 def test_pop_due_returns_keys_in_order_and_disarms_them():
-    timers = Timers()
+    timers: Timers[str] = Timers()
     for key, when in (("c", 3.0), ("a", 1.0), ("b", 2.0)):
         timers.arm(key, when)
     assert timers.next() == 1.0
@@ -15,7 +15,7 @@ def test_pop_due_returns_keys_in_order_and_disarms_them():
 
 
 def test_arm_again_replaces_and_disarm_forgets():
-    timers = Timers()
+    timers: Timers[str] = Timers()
     timers.arm("a", 1.0)
     timers.arm("a", 5.0)
     assert timers.pop_due(2.0) == []
@@ -27,7 +27,8 @@ def test_arm_again_replaces_and_disarm_forgets():
 
 
 def test_heap_stays_small_and_agrees_with_a_plain_dict():
-    rng, timers, plain = random.Random(1), Timers(), {}
+    rng, timers = random.Random(1), Timers[int]()
+    plain: dict[int, float] = {}
     for step in range(20_000):
         key, when = rng.randrange(50), float(rng.randrange(step, step + 100_000))
         if rng.random() < 0.2:

@@ -1,0 +1,138 @@
+"""Workers that are linked over real sockets in one process, as the tests of the mesh need them."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import random
+import shutil
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from penstock.core.ids import BlockId, SecureIds, Ticket, WorkerKey, new_epoch
+from penstock.engine.kv_memory import KVMemory
+from penstock.kvtransfer.effects import AcceptBlocks, LinkEvent, PeerUp, SendBlocks
+from penstock.kvtransfer.mesh import SocketMesh
+from penstock.protocol.messages import Fingerprint, Peer, Role
+
+FINGERPRINT = Fingerprint(
+    model="m", weights="w", dtype="f4", num_layers=3, num_kv_heads=1, head_dim=8, block_size=4, layout="block-major"
+)
+NUM_BLOCKS, LAYER_BYTES = 32, 256
+TRANSPORTS = [("shm", "tcp"), ("tcp",)]
+WAIT_S = 10.0
+
+
+@dataclass
+class Worker:
+    mesh: SocketMesh
+    memory: KVMemory
+    key: WorkerKey
+    role: Role
+    events: queue.SimpleQueue[LinkEvent] = field(repr=False)
+
+    @property
+    def peer(self) -> Peer:
+        return Peer(worker_id=self.key.worker_id, epoch=self.key.epoch, role=self.role, kv_address=self.mesh.address)
+
+    def wait_for(self, kind: type[LinkEvent], timeout_s: float = WAIT_S) -> LinkEvent:
+        """The next event, which must be of this kind."""
+        event: LinkEvent = self.events.get(timeout=timeout_s)
+        assert isinstance(event, kind), event
+        return event
+
+
+class Cluster:
+    """Workers in one runtime directory; everything is closed at the end."""
+
+    def __init__(self) -> None:
+        self.runtime_dir = Path(tempfile.mkdtemp(prefix="kv-"))
+        self.workers: list[Worker] = []
+
+    def worker(
+        self,
+        role: Role,
+        worker_id: str,
+        transports: tuple[str, ...] = ("shm", "tcp"),
+        fingerprint: Fingerprint = FINGERPRINT,
+        liveness_s: float = 30.0,
+    ) -> Worker:
+        memory = KVMemory(NUM_BLOCKS, FINGERPRINT.num_layers, LAYER_BYTES)
+        events: queue.SimpleQueue[LinkEvent] = queue.SimpleQueue()
+        key = WorkerKey(worker_id, new_epoch(SecureIds()))
+        mesh = SocketMesh(
+            key,
+            role,
+            fingerprint,
+            memory,
+            events.put,
+            runtime_dir=self.runtime_dir,
+            transports=transports,
+            liveness_s=liveness_s,
+            ping_s=min(0.3, liveness_s / 5),
+        )
+        self.workers.append(Worker(mesh, memory, key, role, events))
+        return self.workers[-1]
+
+    def introduce(self) -> None:
+        peers = [worker.peer for worker in self.workers]
+        for worker in self.workers:
+            worker.mesh.set_peers(peers)
+
+    def pair(self, transports: tuple[str, ...], liveness_s: float = 30.0) -> tuple[Worker, Worker]:
+        """A linked prefill and decode worker; the source's pool is random, the destination's zero."""
+        prefill = self.worker("prefill", "prefill-0", transports, liveness_s=liveness_s)
+        decode = self.worker("decode", "decode-0", transports, liveness_s=liveness_s)
+        self.introduce()
+        for worker in (prefill, decode):
+            worker.wait_for(PeerUp)
+        prefill.memory.buffer[:] = random.Random(5).randbytes(prefill.memory.nbytes)
+        return prefill, decode
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.mesh.close()
+            worker.memory.close()
+        shutil.rmtree(self.runtime_dir)
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    with contextlib.closing(Cluster()) as cluster:
+        yield cluster
+
+
+def push(prefill: Worker, decode: Worker, ticket: Ticket, slots: list[int], generation: int = 1) -> None:
+    ordinals = tuple(range(len(slots)))
+    prefill.mesh.perform(SendBlocks(decode.key, ticket, generation, ordinals, tuple(map(BlockId, slots))))
+
+
+def accept(decode: Worker, prefill: Worker, ticket: Ticket, blocks: list[int], generation: int = 1) -> None:
+    decode.mesh.perform(AcceptBlocks(prefill.key, ticket, generation, dict(enumerate(map(BlockId, blocks)))))
+
+
+def knock(worker: Worker, unix: bool) -> socket.socket:
+    """A bare connection to the worker's door."""
+    address = worker.mesh._listener.address
+    if unix:
+        assert address.unix is not None
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(address.unix)
+        return sock
+    assert address.tcp is not None
+    return socket.create_connection(address.tcp)
+
+
+def until(condition: Callable[[], bool], timeout_s: float = WAIT_S) -> None:
+    """Wait for something another thread does and reports to nobody."""
+    deadline, pause = time.monotonic() + timeout_s, threading.Event()
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        pause.wait(0.01)
