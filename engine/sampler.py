@@ -24,7 +24,7 @@ from ..protocol.sampling import SamplingParams
 from .logit_rules import adjust
 from .sequence import Sequence
 
-_HEAD = 128  # likeliest tokens among which a cutoff is sought before the row is sorted as a whole
+_HEADS = (128, 4096)  # likeliest tokens among which a cutoff is sought before the row is sorted as a whole
 _SPAN = 256  # tokens summed together in the first step of a draw
 _LOWEST_TEMPERATURE = 1e-5  # below, float32 logits divided by it would overflow; the draw is greedy long before
 
@@ -110,24 +110,27 @@ def _cutoffs(scaled: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor
     if not any(p.top_k or p.top_p < 1 or p.min_p for p in params):
         return None
     cutoffs = torch.tensor([np.log(p.min_p) if p.min_p else -np.inf for p in params], dtype=torch.float32)
-    ranked = [index for index, p in enumerate(params) if p.top_k or p.top_p < 1]
-    if ranked:
-        some = scaled if len(ranked) == len(params) else scaled[ranked]
-        cutoffs[ranked] = cutoffs[ranked].maximum(_rank_cutoffs(some, [params[i] for i in ranked]))
+    ordered = [index for index, p in enumerate(params) if p.top_k or p.top_p < 1]
+    if ordered:
+        some = scaled if len(ordered) == len(params) else scaled[ordered]
+        cutoffs[ordered] = cutoffs[ordered].maximum(_ordered_cutoffs(some, [params[i] for i in ordered]))
     return cutoffs
 
 
-def _rank_cutoffs(scaled: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
-    """The cutoff of top-k and top-p: most rows find it among their likeliest tokens, others are sorted as a whole."""
+def _ordered_cutoffs(scaled: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+    """The cutoff of top-k and top-p: sought among a few of the likeliest tokens, then among more, then among all."""
     vocab_size = scaled.shape[1]
     top_k = torch.tensor([min(p.top_k, vocab_size) or vocab_size for p in params])
     top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64)
-    head = scaled.topk(min(_HEAD, vocab_size), dim=-1).values
-    cutoffs, is_known = _cutoffs_in(head, scaled, top_k, top_p)
-    if not bool(is_known.all()):
-        rest = ~is_known
-        in_order = scaled[rest].sort(dim=-1, descending=True).values
-        cutoffs[rest] = _cutoffs_in(in_order, scaled[rest], top_k[rest], top_p[rest])[0]
+    cutoffs = torch.empty(len(params))
+    rest = torch.arange(len(params))
+    for width in (*(width for width in _HEADS if width < vocab_size), vocab_size):
+        some = scaled if len(rest) == len(params) else scaled[rest]
+        head = some.topk(width, dim=-1) if width < vocab_size else some.sort(dim=-1, descending=True)
+        cutoffs[rest], is_known = _cutoffs_in(head.values, some, top_k[rest], top_p[rest])
+        rest = rest[~is_known]
+        if not len(rest):
+            break
     return cutoffs
 
 
@@ -145,15 +148,15 @@ def _cutoffs_in(
         return k_cutoff, is_known
     mass = _mass_from(scaled, k_cutoff)
     reached = head.exp().double().cumsum(dim=-1)
-    rank = (reached < (top_p * mass)[:, None]).sum(dim=-1) + 1  # how many tokens it takes to reach top_p
-    p_cutoff = torch.where(top_p < 1, head.gather(1, _at(rank, width))[:, 0], -torch.inf)
-    is_known &= (top_p == 1) | (rank <= width)
+    place = (reached < (top_p * mass)[:, None]).sum(dim=-1) + 1  # how many tokens it takes to reach top_p
+    p_cutoff = torch.where(top_p < 1, head.gather(1, _at(place, width))[:, 0], -torch.inf)
+    is_known &= (top_p == 1) | (place <= width)
     return k_cutoff.maximum(p_cutoff), is_known
 
 
-def _at(rank: torch.Tensor, width: int) -> torch.Tensor:
-    """Column of the token with this rank (from 1), [rows, 1]."""
-    return (rank.clamp(max=width) - 1)[:, None]
+def _at(place: torch.Tensor, width: int) -> torch.Tensor:
+    """Column of the token at this place from the top (1 is the likeliest), [rows, 1]."""
+    return (place.clamp(max=width) - 1)[:, None]
 
 
 def _mass_from(scaled: torch.Tensor, cutoff: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,9 @@ from ..kernels.paged_attention.plan import AttentionPlan
 from .config import ModelConfig
 from .rope import rope_frequencies
 
+# Cosines and sines of each token's angles, [num_tokens, 1, head_dim]; the sines of the first half are negated.
+Rotation = tuple[torch.Tensor, torch.Tensor]
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepInput:
@@ -95,18 +98,18 @@ class Decoder:
             x = self._feed_forward(layer, layer.output.plus(attended, x))
         return self.weights.head(self._norm(x, self.weights.norm))
 
-    def _rotation(self, positions: torch.Tensor) -> torch.Tensor:
-        """[num_tokens, 2 (cos, sin), 1, head_dim]; the sines of the first half are negated, as `rotate` wants them."""
-        angles = torch.outer(positions.float(), self._inv_freq)
+    def _rotation(self, positions: torch.Tensor) -> Rotation:
+        """For tokens at `positions`; the angles are computed in float32."""
+        angles = torch.outer(positions.float(), self._inv_freq).unsqueeze(1)
         cos, sin = angles.cos().mul_(self._gain), angles.sin().mul_(self._gain)
-        return torch.cat((cos, cos, -sin, sin), dim=1).view(-1, 2, 1, self.config.head_dim).to(self.dtype)
+        return torch.cat((cos, cos), dim=-1).to(self.dtype), torch.cat((-sin, sin), dim=-1).to(self.dtype)
 
     def _attend(
         self,
         index: int,
         layer: LayerWeights,
         x: torch.Tensor,
-        rotation: torch.Tensor,
+        rotation: Rotation,
         step: StepInput,
         kv_pool: torch.Tensor,
     ) -> torch.Tensor:
@@ -136,10 +139,11 @@ class Decoder:
         return F.rms_norm(x, x.shape[-1:], weight, self.config.rms_norm_eps)
 
 
-def rotate(x: torch.Tensor, rotation: torch.Tensor) -> None:
-    """Rotary embedding in place: x [num_tokens, heads, head_dim], rotation [num_tokens, 2, 1, head_dim].
+def rotate(x: torch.Tensor, rotation: Rotation) -> None:
+    """Rotary embedding in place: x [num_tokens, heads, head_dim].
 
     Dimension i turns with dimension i + head_dim/2, so the partner of each is x rolled by half.
     """
+    cos, sin = rotation
     partner = x.roll(x.shape[-1] // 2, dims=-1)
-    torch.addcmul(x * rotation[:, 0], partner, rotation[:, 1], out=x)
+    torch.addcmul(x * cos, partner, sin, out=x)

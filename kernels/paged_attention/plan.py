@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 SHORT_QUERY = 16
-TILE = 128  # queries computed against one span of keys
+TILE = 64  # queries computed against one span of keys; larger tiles compute more of what the mask hides
 
 Ints = npt.NDArray[np.int64]
 
@@ -218,7 +218,7 @@ def _tiles(query_len: int, context_len: int, window: int | None, dtype: torch.dt
 
 @lru_cache(maxsize=16)
 def _strip(reach: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-    """The mask of any tile is a view of this, [TILE, reach + TILE]; column reach + j is the key j behind the first query.
+    """[TILE, reach + TILE]: the mask of any tile is a view of it. Column reach + j: the key j behind the first query.
 
     What a query sees depends on distance alone, so tiles of all sequences and steps share one strip.
     """

@@ -115,7 +115,9 @@ def test_head_and_block_shapes_equal_reference(group: int, num_kv_heads: int, bl
 
 @settings(max_examples=60, deadline=None)
 @given(
-    lengths=st.lists(st.tuples(st.integers(0, 150), st.sampled_from([1, 1, 1, 2, 3, 7, 16, 17, 40])), min_size=1, max_size=8),
+    lengths=st.lists(
+        st.tuples(st.integers(0, 150), st.sampled_from([1, 1, 1, 2, 3, 7, 16, 17, 40])), min_size=1, max_size=8
+    ),
     block_size=st.sampled_from([2, 4, 16]),
     window=st.none() | st.integers(1, 60),
     seed=st.integers(0, 1000),
