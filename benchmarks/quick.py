@@ -34,7 +34,7 @@ from penstock import __version__
 from penstock.testing.serving import Serving, serving
 
 RESULTS = Path(__file__).parent / "results"
-PROMPT_TOKENS, NEW_TOKENS = 128, 128
+PROMPT_TOKENS, NEW_TOKENS = 128, 256
 
 
 @dataclass
@@ -44,6 +44,7 @@ class Stream:
     sent: float
     token_times: list[float] = field(default_factory=list)
     usage: dict[str, Any] = field(default_factory=dict)
+    phases: dict[str, Any] = field(default_factory=dict)
 
     @property
     def ttft_s(self) -> float:
@@ -73,6 +74,7 @@ def _note(stream: Stream, chunk: dict[str, Any]) -> None:
     if "error" in chunk:
         raise RuntimeError(chunk["error"])
     stream.usage = chunk.get("usage") or stream.usage
+    stream.phases = chunk.get("penstock") or stream.phases
     now = time.perf_counter()
     stream.token_times += [now] * (int(stream.usage.get("completion_tokens", 0)) - len(stream.token_times))
 
@@ -91,11 +93,13 @@ class Client:
 def decode_rate(streams: list[Stream]) -> float:
     """Tokens of all streams per second while all of them decode."""
     start, stop = max(s.token_times[0] for s in streams), min(s.token_times[-1] for s in streams)
+    if stop <= start:
+        raise RuntimeError("the first stream ended before the last began; raise NEW_TOKENS")
     return sum(start < t <= stop for s in streams for t in s.token_times) / (stop - start)
 
 
 def transfer_share(stream: Stream) -> float:
-    return float(stream.usage["penstock"]["transfer_ms"]) / 1000 / stream.ttft_s
+    return float(stream.phases["transfer_ms"]) / 1000 / stream.ttft_s
 
 
 async def measure(clusters: dict[str, Serving], repeats: int) -> dict[str, Any]:

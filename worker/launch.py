@@ -7,10 +7,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from ..core.clock import Clock
+from ..core.clock import Clock, MonotonicClock
 from ..core.config import Topology, WorkerSpec
 from ..core.ids import SecureIds, WorkerKey, new_epoch
 from ..engine.block_pool import BlockPool
+from ..engine.core_share import MAX_WORKERS, CoreShare, SharingEngine
 from ..engine.interface import Engine, EngineSpec
 from ..kvtransfer.effects import LinkEvent
 from ..kvtransfer.link import Mesh
@@ -22,6 +23,7 @@ from .role import Role
 log = logging.getLogger(__name__)
 
 DEFAULT_KV_BYTES = 1 << 30  # touched only as it fills
+CORES_FILE = "cores"  # in the runtime folder; see engine.core_share
 
 MakeRoles = Callable[[EngineSpec, BlockPool, Topology], list[Role]]
 
@@ -38,10 +40,12 @@ def launch(topology: Topology, name: str, make_roles: MakeRoles) -> int:
 
 def load_engine(topology: Topology, spec: WorkerSpec) -> Engine:
     """The torch engine for one worker. Imports torch, so only a worker process calls it."""
+    import torch
+
     from ..engine.torch_engine import TorchEngine
 
     pool = spec.config
-    return TorchEngine.load(
+    engine = TorchEngine.load(
         Path(topology.model.source),
         model_name=topology.model.served_name,
         dtype=topology.model.dtype,
@@ -51,6 +55,9 @@ def load_engine(topology: Topology, spec: WorkerSpec) -> Engine:
         max_model_len=topology.model.max_model_len,
         num_threads=pool.threads,
     )
+    path, slot = Path(topology.runtime_dir) / CORES_FILE, topology.workers().index(spec) % MAX_WORKERS
+    share = CoreShare(path, slot, torch.get_num_threads(), MonotonicClock())
+    return SharingEngine(engine, share, torch.set_num_threads)
 
 
 def _make_core(

@@ -52,12 +52,16 @@ def text_of(events: Iterator[dict[str, Any]]) -> str:
 
 def test_chat_is_answered_over_a_hand_off(cluster: Serving) -> None:
     question = [{"role": "user", "content": "Write a haiku about rain."}]
-    answer = cluster.post("/v1/chat/completions", {"model": MODEL, "messages": question, "max_tokens": 24, "temperature": 0})
+    answer = cluster.post(
+        "/v1/chat/completions", {"model": MODEL, "messages": question, "max_tokens": 24, "temperature": 0}
+    )
     assert answer["choices"][0]["message"]["content"].strip()
     assert answer["usage"]["completion_tokens"] <= 24
     phases = answer["penstock"]
     assert phases["transferred_blocks"] > 0, "the prompt was prefilled apart and handed over"
-    parts = sum(phases[name] for name in ("gateway_ms", "route_ms", "queue_ms", "prefill_ms", "transfer_ms", "other_ms"))
+    parts = sum(
+        phases[name] for name in ("gateway_ms", "route_ms", "queue_ms", "prefill_ms", "transfer_ms", "other_ms")
+    )
     assert parts == pytest.approx(phases["ttft_ms"], rel=0.01)
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from penstock.core.random_bits import choice_seed, uniform
 from penstock.engine.torch_engine import TorchEngine, build_decoder, resolve_dtype
 from penstock.models.config import RopeScaling
 from penstock.models.decoder import Decoder
+from penstock.protocol.messages import SampledToken
 from penstock.protocol.sampling import SamplingParams
 from penstock.testing.stepper import Stepper
 from penstock.testing.tiny_model import random_weights, tiny_config
@@ -119,7 +121,7 @@ def test_several_choices_share_one_prefill(decoder: Decoder) -> None:
     seq.sample_choices = (0, 1, 2)
     results = engine.execute([stepper.schedule(other, 10), stepper.schedule(seq), stepper.schedule(stepper.add([4]))])
     assert [len(tokens) for tokens in results] == [0, 3, 1]
-    expected = []
+    expected: list[SampledToken] = []
     for choice in range(3):
         one = stepper.add(prompt(9), params)
         one.choice = choice
@@ -165,7 +167,7 @@ def test_spec_states_the_facts(decoder: Decoder) -> None:
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_caches_rotated_for_other_contexts_do_not_mix(kind: str) -> None:
-    factors = {"short_factor": (1.0,) * 8, "long_factor": (2.0,) * 8} if kind == "longrope" else {}
+    factors: dict[str, Any] = {"short_factor": (1.0,) * 8, "long_factor": (2.0,) * 8} if kind == "longrope" else {}
     config = tiny_config(rope_scaling=RopeScaling(kind=kind, factor=2.0, original_max_position=64, **factors))
     weights = random_weights(config)
     short, long = (
