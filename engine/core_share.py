@@ -2,7 +2,9 @@
 
 Prefill and decode workers of one machine share its cores. Two teams of threads that both want all cores wait for each
 other's descheduled members and lose most of the machine, so a worker takes the cores divided by the number of workers
-that compute just now: all of them when it is alone, its part when it is not.
+that compute just now: all of them when it is alone, its part when it is not. Steps of a few tokens take half of that:
+they are bound by memory, which fewer cores saturate, and made of so many short operators that one descheduled thread
+holds up all others; the cores left over serve the router, the gateway and whatever else the machine does.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from .interface import Engine, ScheduledSeq
 MAX_WORKERS = 256
 GRACE_S = 0.03  # a worker counts as computing for so long after a step: the next one usually follows at once
 STEP_S = 5.0  # and for so long into a step, so that a worker killed in one is forgotten
+MANY_TOKENS = 48  # from here on a step is bound by arithmetic
 _CELL = struct.Struct("<d")
 
 
@@ -55,10 +58,15 @@ class CoreShare:
         return self.num_threads()
 
     def end(self) -> None:
+        """The step is over; the next one is expected at once."""
         self._mark(self._clock.now() + GRACE_S)
 
-    def close(self) -> None:
+    def rest(self) -> None:
+        """No step follows for now."""
         self._mark(0.0)
+
+    def close(self) -> None:
+        self.rest()
         self._cells.close()
 
     def _mark(self, until: float) -> None:
@@ -76,6 +84,8 @@ class SharingEngine:
     def execute(self, batch: list[ScheduledSeq]) -> list[tuple[SampledToken, ...]]:
         """See `Engine.execute`."""
         num_threads = self._share.begin()
+        if sum(entry.num_new_tokens for entry in batch) < MANY_TOKENS:
+            num_threads = max(1, num_threads // 2)
         if num_threads != self._num_threads:
             self._set_num_threads(num_threads)
             self._num_threads = num_threads
@@ -83,3 +93,6 @@ class SharingEngine:
             return self._engine.execute(batch)
         finally:
             self._share.end()
+
+    def rest(self) -> None:
+        self._share.rest()

@@ -52,3 +52,7 @@ class Engine(Protocol):
         entry again writes the same values. Raises for the whole batch; nothing of the sequences has changed then.
         """
         ...
+
+    def rest(self) -> None:
+        """No step follows for now: let go of what is held between steps."""
+        ...

@@ -7,7 +7,7 @@ How many threads a step may use is decided step by step: `core_share`.
 
 from __future__ import annotations
 
-SPIN_COUNT = 1_000_000  # some ten milliseconds: longer than any wake-up, far shorter than an idle moment
+SPIN_COUNT = 200_000  # a few milliseconds: longer than a wake-up, far shorter than an idle moment
 
 
 def thread_environment(num_threads: int) -> dict[str, str]:

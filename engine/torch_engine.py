@@ -98,6 +98,9 @@ class TorchEngine:
         tokens = iter(sample(logits, rows, self.spec.eos_token_ids))
         return [tuple(next(tokens) for _ in entry.seq.choices) if entry.sample else () for entry in batch]
 
+    def rest(self) -> None:
+        """See `Engine.rest`; nothing is held here."""
+
 
 def build_decoder(
     config: ModelConfig,

@@ -90,6 +90,9 @@ class FakeEngine:
     def execute(self, batch: list[ScheduledSeq]) -> list[tuple[SampledToken, ...]]:
         return [self._run(entry) for entry in batch]
 
+    def rest(self) -> None:
+        """Nothing is held."""
+
     def _run(self, entry: ScheduledSeq) -> tuple[SampledToken, ...]:
         seq = entry.seq
         if self._fails is not None and self._fails(entry):

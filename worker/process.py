@@ -168,6 +168,7 @@ class WorkerLoop:
         batch, effects = self._core.begin_step()
         self._perform(effects)
         if not batch:
+            self._core.engine.rest()
             return False
         self._perform(self._core.end_step(batch, self._core.compute(batch)))
         return True

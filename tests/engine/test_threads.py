@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from penstock.core.ids import AttemptKey, BlockId
 from penstock.engine.core_share import GRACE_S, STEP_S, CoreShare, SharingEngine
+from penstock.engine.interface import ScheduledSeq
+from penstock.engine.sequence import Sequence
 from penstock.engine.threads import thread_environment
+from penstock.protocol.sampling import SamplingParams
 from penstock.testing.clock import FakeClock
 from penstock.testing.fake_engine import FakeEngine
 
@@ -41,6 +45,14 @@ def test_share_of_a_worker_that_pauses_returns_to_the_others(tmp_path: Path) -> 
     assert two.begin() == 8
 
 
+def test_share_of_a_worker_that_rests_returns_at_once(tmp_path: Path) -> None:
+    one, two = shares(tmp_path, FakeClock(), 2)
+    one.begin()
+    one.end()
+    one.rest()
+    assert two.begin() == 8
+
+
 def test_share_of_a_worker_killed_in_a_step_returns_to_the_others(tmp_path: Path) -> None:
     clock = FakeClock()
     one, two = shares(tmp_path, clock, 2)
@@ -64,10 +76,23 @@ def test_sharing_engine_sets_threads_only_when_they_change(tmp_path: Path) -> No
     one, two = shares(tmp_path, clock, 2)
     asked: list[int] = []
     engine = SharingEngine(FakeEngine(), one, asked.append)
-    engine.execute([])
-    engine.execute([])
+    prompt = list(range(1, 101))
+    seq = Sequence(
+        AttemptKey("r", 1),
+        0,
+        prompt,
+        SamplingParams(),
+        b"k" * 32,
+        0.0,
+        1e9,
+        block_table=[BlockId(i) for i in range(25)],
+    )
+    engine.execute([ScheduledSeq(seq, 60)])
+    engine.execute([ScheduledSeq(seq, 60)])
     two.begin()
-    engine.execute([])
-    assert asked == [8, 4]
-    one.close()
+    engine.execute([ScheduledSeq(seq, 60)])
+    assert asked == [8, 4], "a step of many tokens takes the whole share"
+    engine.execute([ScheduledSeq(seq, 1)])
+    assert asked == [8, 4, 2], "a step of few tokens takes half of it"
+    engine.rest()
     assert two.num_threads() == 8
