@@ -1,4 +1,4 @@
-"""What this machine does with the real model, in about four minutes: `python benchmarks/quick.py [--threads N]`.
+"""What this machine does with the real model, in about five minutes: `python benchmarks/quick.py [--threads N]`.
 
 Two clusters, one disaggregated (1 prefill, 1 decode), one colocated (1 worker), stand side by side and are measured
 in turn, request by request, so that a drift of the machine meets both. Prompts are random token ids of exact length,
@@ -34,7 +34,7 @@ from penstock import __version__
 from penstock.testing.serving import Serving, serving
 
 RESULTS = Path(__file__).parent / "results"
-PROMPT_TOKENS, NEW_TOKENS = 128, 256
+PROMPT_TOKENS, NEW_TOKENS = 128, 192
 
 
 @dataclass
@@ -216,7 +216,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dtype", default="auto", help="weights and KV cache (default: auto)")
     parser.add_argument("--threads", type=int, default=None, help="compute threads (default: penstock serve's)")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each figure (default: 3)")
+    parser.add_argument("--repeats", type=int, default=2, help="runs of each figure (default: 2)")
     parser.add_argument("--no-save", action="store_true", help="do not write benchmarks/results/")
     args = parser.parse_args()
     options = ["--dtype", args.dtype, *(["--threads", str(args.threads)] if args.threads else [])]

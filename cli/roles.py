@@ -67,8 +67,10 @@ def run_worker(args: argparse.Namespace) -> int:
         os.environ.setdefault(name, value)
     if worker.role == "prefill":
         from ..prefill_node.main import main
-    else:
+    elif worker.role == "decode":
         from ..decode_node.main import main
+    else:
+        from ..deploy.colocated import main
     return main(topology, worker.name)
 
 
