@@ -7,7 +7,6 @@ an error event, and the process may exit.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import signal
 import ssl
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
+from ..core.config import is_loopback
 from ..core.errors import ConfigError, Unavailable
 from .connection import connection_factory
 from .context import GATEWAY, Gateway
@@ -36,15 +36,6 @@ class ServeOptions:
     grace_s: float = 30.0
     ssl_context: ssl.SSLContext | None = None
     allows_open_bind: bool = False
-
-
-def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def check_bind(options: ServeOptions, has_keys: bool) -> None:
