@@ -85,7 +85,6 @@ class WorkerCore:
         self._handled = 0
         self._is_draining = False
         self._steps = 0
-        self.is_welcome = False
 
     # ---- inputs ----
 
@@ -103,11 +102,11 @@ class WorkerCore:
     def _on_command(self, message: ToWorker, now: float) -> list[CoreEffect]:
         match message:
             case Welcome():
-                self.is_welcome = True
+                return []
             case Peers(peers=peers):
                 return [SetPeers(tuple(peers))]
             case Drain():
-                self._is_draining = True
+                self.drain()
             case ResetPrefixCache():
                 self.pool.reset_prefix_cache()
             case StartPrefill() if self.role_name == "decode":
@@ -120,6 +119,10 @@ class WorkerCore:
                 for role in self.roles:
                     role.on_command(message, now)
         return []
+
+    def drain(self) -> None:
+        """Say so in every heartbeat from now on: the router sends nothing new."""
+        self._is_draining = True
 
     def on_link(self, event: LinkEvent) -> list[CoreEffect]:
         if isinstance(event, PeerUp | PeerLost):
@@ -189,10 +192,6 @@ class WorkerCore:
     @property
     def is_idle(self) -> bool:
         return not any(role.active() for role in self.roles)
-
-    @property
-    def is_draining(self) -> bool:
-        return self._is_draining
 
     def snapshot(self) -> Snapshot:
         active = dict.fromkeys(key for role in self.roles for key in role.active())

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..core.clock import Clock, MonotonicClock
-from ..core.errors import ProtocolError
+from ..core.errors import InternalError, ProtocolError
 from ..core.ids import WorkerKey
 from ..engine.interface import Engine
 from ..kvtransfer.effects import LinkEvent
@@ -58,6 +58,7 @@ class RouterLink:
         self._stop = threading.Event()
         self._router_epoch: str | None = None
         self.snapshot: Snapshot | None = None  # replaced as a whole by the loop
+        self.is_broken = False
         self._thread = threading.Thread(target=self._run, name="router-io", daemon=True)
         self._thread.start()
 
@@ -84,6 +85,10 @@ class RouterLink:
                 self._receive()
                 self._flush()
             self._flush()
+        except Exception:
+            log.exception("the connection to the router broke")
+            self.is_broken = True
+            self._inbox.put(None)
         finally:
             self._socket.close()
 
@@ -127,12 +132,15 @@ class WorkerLoop:
 
     def drain(self) -> None:
         """Take nothing new and end when all is done, or after `drain_s`. Safe to call from a signal handler."""
+        self._core.drain()
         self._drain_until = self._clock.now() + self._drain_s
         self._inbox.put(None)
 
     def run(self) -> None:
         progressed = False
         while not self._is_over():
+            if self._router.is_broken:
+                raise InternalError("the thread that talks to the router has ended; the log has the cause")
             self._take_inbox(wait=not progressed)
             self._tick()
             progressed = self._step()

@@ -1,0 +1,110 @@
+"""The worker core: router epochs, wrong roles, draining, and the errors of a step."""
+
+from __future__ import annotations
+
+from penstock.core.ids import WorkerKey
+from penstock.decode_node.role import DecodeRole
+from penstock.engine.block_pool import BlockPool
+from penstock.engine.interface import ScheduledSeq
+from penstock.kvtransfer.destination import DestinationTable
+from penstock.protocol.messages import (
+    AttemptFailed,
+    ChoiceState,
+    Drain,
+    FromRouter,
+    Output,
+    PrefillEnded,
+    Role,
+    StartDecode,
+    StartPrefill,
+    ToRouter,
+    ToWorker,
+    pack_ids,
+)
+from penstock.protocol.sampling import SamplingParams
+from penstock.testing.clock import FakeClock
+from penstock.testing.fake_engine import FakeEngine, expected_tokens
+from penstock.worker.core import CoreEffect, WorkerCore
+from penstock.worker.role import Tell
+
+PROMPT = [3, 4, 5, 6, 7]
+PARAMS = SamplingParams(max_tokens=5, temperature=0, ignore_eos=True)
+
+
+class Bench:
+    """A decode worker whose engine refuses the requests named in `poison`."""
+
+    def __init__(self, role: Role = "decode", poison: frozenset[str] = frozenset()) -> None:
+        engine = FakeEngine(fails=lambda entry: self.refuses(entry))
+        pool = BlockPool(64, 4)
+        roles = [DecodeRole(engine.spec, pool, DestinationTable(5.0))]
+        self.core = WorkerCore(WorkerKey("w", "0" * 16), role, engine, pool, list(roles), FakeClock())
+        self.poison, self.number = poison, 0
+
+    def refuses(self, entry: ScheduledSeq) -> bool:
+        return entry.seq.key.request_id in self.poison
+
+    def command(self, body: ToWorker, epoch: str = "a" * 16) -> list[ToRouter]:
+        self.number += 1
+        return told(self.core.on_frame(FromRouter(epoch, self.number, body)))
+
+    def run(self) -> list[ToRouter]:
+        messages: list[ToRouter] = []
+        while self.core.has_work():
+            batch, effects = self.core.begin_step()
+            messages += told(effects + self.core.end_step(batch, self.core.compute(batch)))
+            self.core.check_invariants()
+        return messages
+
+
+def told(effects: list[CoreEffect]) -> list[ToRouter]:
+    return [effect.message for effect in effects if isinstance(effect, Tell)]
+
+
+def start(request_id: str) -> StartDecode:
+    return StartDecode(request_id, 1, pack_ids(PROMPT), PARAMS, [ChoiceState(0)], 60.0)
+
+
+def tokens_of(messages: list[ToRouter], request_id: str) -> list[int]:
+    items = [item for m in messages if isinstance(m, Output) for item in m.items if item.request_id == request_id]
+    return [token.token_id for item in items for token in item.tokens]
+
+
+def test_step_that_one_request_breaks_ends_only_that_request() -> None:
+    bench = Bench(poison=frozenset({"bad"}))
+    for request_id in ("one", "bad", "two"):
+        bench.command(start(request_id))
+    messages = bench.run()
+    failed = [m for m in messages if isinstance(m, AttemptFailed)]
+    assert [(m.request_id, m.code) for m in failed] == [("bad", "internal_error")]
+    expected = expected_tokens(PROMPT, PARAMS)[0]
+    assert tokens_of(messages, "one") == tokens_of(messages, "two") == expected
+    assert bench.core.pool.num_free_blocks == bench.core.pool.num_blocks
+
+
+def test_new_router_epoch_voids_what_the_old_router_asked_for() -> None:
+    bench = Bench()
+    bench.command(start("old"))
+    messages = bench.command(start("new"), epoch="b" * 16)
+    assert [m.request_id for m in messages if isinstance(m, AttemptFailed)] == ["old"]
+    assert [key.request_id for key in bench.core.snapshot().active] == ["new"]
+    assert tokens_of(bench.run(), "new") == expected_tokens(PROMPT, PARAMS)[0]
+
+
+def test_command_for_a_role_that_is_not_here_is_answered() -> None:
+    prefill = StartPrefill("r", 1, b"t" * 16, pack_ids(PROMPT), PARAMS, "w", "0" * 16, 60.0)
+    [ended] = Bench("decode").command(prefill)
+    assert isinstance(ended, PrefillEnded)
+    assert not ended.ok
+    [failed] = Bench("prefill").command(start("r"))
+    assert isinstance(failed, AttemptFailed)
+    assert failed.retriable
+
+
+def test_drain_shows_in_the_snapshot_and_running_work_ends() -> None:
+    bench = Bench()
+    bench.command(start("r"))
+    bench.command(Drain())
+    assert bench.core.snapshot().state == "draining"
+    assert tokens_of(bench.run(), "r") == expected_tokens(PROMPT, PARAMS)[0]
+    assert bench.core.is_idle
