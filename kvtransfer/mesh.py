@@ -64,6 +64,7 @@ class SocketMesh(Mesh):
         self._on_event, self._liveness_s, self._ping_s = on_event, liveness_s, ping_s
         self._lock = threading.Lock()
         self._links: dict[WorkerKey, SocketLink] = {}
+        self._reported: set[WorkerKey] = set()
         self._knocking: set[socket.socket] = set()  # accepted, not yet a link
         self._dialing: dict[WorkerKey, threading.Event] = {}  # peer → set to stop its dial thread
         self._listed: set[WorkerKey] = set()
@@ -106,8 +107,9 @@ class SocketMesh(Mesh):
             link.perform(effect)
 
     def linked(self) -> list[tuple[WorkerKey, str]]:
+        """Links whose PeerUp is on its way to the worker: what is asked of it because of this list comes behind."""
         with self._lock:
-            return sorted((key, link.transport) for key, link in self._links.items())
+            return sorted((key, link.transport) for key, link in self._links.items() if key in self._reported)
 
     def close(self) -> None:
         """End all links and threads and remove the socket file. Idempotent; not from an `on_event` call."""
@@ -142,11 +144,14 @@ class SocketMesh(Mesh):
             return
         logger.info("hand-off link to %s uses %s: %s", peer, link.transport, established.reason)
         self._on_event(PeerUp(peer, link.transport))
+        with self._lock:
+            self._reported.add(peer)
         try:
             link.run()
         finally:
             with self._lock:
                 del self._links[peer]
+                self._reported.discard(peer)
             logger.info("hand-off link to %s is over: %s", peer, link.why)
             self._on_event(PeerLost(peer, link.why))
             link.over.set()

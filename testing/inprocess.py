@@ -35,7 +35,7 @@ from ..worker.role import Role as RoleCode
 from ..worker.role import Tell
 
 BEAT_S = 0.25
-LEASE_S = 10.0
+PATIENCE_S = 60.0  # for leases, links and heartbeats: a busy machine is no fault here
 
 
 @dataclass(slots=True)
@@ -66,9 +66,9 @@ class _Worker:
         pool = BlockPool(engine.spec.num_blocks, engine.spec.block_size)
         roles: list[RoleCode] = []
         if role != "prefill":
-            roles.append(DecodeRole(engine.spec, pool, DestinationTable(LEASE_S)))
+            roles.append(DecodeRole(engine.spec, pool, DestinationTable(PATIENCE_S)))
         if role != "decode":
-            roles.append(PrefillRole(engine.spec, pool, SourceTable(LEASE_S, LEASE_S)))
+            roles.append(PrefillRole(engine.spec, pool, SourceTable(PATIENCE_S, PATIENCE_S)))
         self.core = WorkerCore(key, role, engine, pool, roles, clock, **sizes)
         self.inbox: queue.SimpleQueue[FromRouter | LinkEvent] = queue.SimpleQueue()
         self.mesh: Mesh | None = None
@@ -127,7 +127,9 @@ class InProcessCluster:
         router: RouterConfig | None = None,
     ) -> None:
         self._clock, ids = MonotonicClock(), SeededIds(0)
-        self.router = RouterCore(router or RouterConfig(worker_timeout_s=60.0, unacknowledged_s=60.0), self._clock, ids)
+        self.router = RouterCore(
+            router or RouterConfig(worker_timeout_s=PATIENCE_S, unacknowledged_s=PATIENCE_S), self._clock, ids
+        )
         self._network = InprocNetwork()
         self._results: dict[str, Result] = {}
         self._next_beat = self._clock.now()
@@ -155,6 +157,7 @@ class InProcessCluster:
             worker.inbox.put,
             runtime_dir=runtime_dir,
             transports=(transport,),
+            liveness_s=PATIENCE_S,
         )
 
     def __enter__(self) -> InProcessCluster:
