@@ -22,7 +22,7 @@ from .interface import Engine, ScheduledSeq
 MAX_WORKERS = 256
 GRACE_S = 0.03  # a worker counts as computing for so long after a step: the next one usually follows at once
 STEP_S = 5.0  # and for so long into a step, so that a worker killed in one is forgotten
-MANY_TOKENS = 48  # from here on a step is bound by arithmetic
+MANY_TOKENS = 16  # from here on a second thread pays even in a decode step
 _CELL = struct.Struct("<d")
 
 
