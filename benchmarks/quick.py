@@ -34,7 +34,7 @@ from penstock import __version__
 from penstock.testing.serving import Serving, serving
 
 RESULTS = Path(__file__).parent / "results"
-PROMPT_TOKENS, NEW_TOKENS = 128, 192
+PROMPT_TOKENS, DECODE_PROMPT_TOKENS, NEW_TOKENS = 128, 64, 192
 
 
 @dataclass
@@ -123,7 +123,7 @@ async def _measure_decode(
     rates: dict[str, list[float]] = {name: [] for name in clusters}
     for _ in range(repeats):
         for name, cluster in clusters.items():
-            rates[name].append(decode_rate(await client.run(cluster, num_streams, PROMPT_TOKENS, NEW_TOKENS)))
+            rates[name].append(decode_rate(await client.run(cluster, num_streams, DECODE_PROMPT_TOKENS, NEW_TOKENS)))
     for name in clusters:
         results[name][f"decode_tok_s_{num_streams}"] = _summary(rates[name])
         _say(f"{name}: {num_streams} streams decode at {statistics.median(rates[name]):.0f} tok/s")
