@@ -19,7 +19,7 @@ from ..core.errors import InternalError, ServeError
 from ..core.ids import AttemptKey, WorkerKey
 from ..engine.block_pool import BlockPool
 from ..engine.interface import Engine, ScheduledSeq
-from ..kvtransfer.effects import LinkEvent, PeerLost, PeerUp
+from ..kvtransfer.effects import LinkEvent
 from ..protocol.messages import (
     AttemptFailed,
     Drain,
@@ -125,8 +125,6 @@ class WorkerCore:
         self._is_draining = True
 
     def on_link(self, event: LinkEvent) -> list[CoreEffect]:
-        if isinstance(event, PeerUp | PeerLost):
-            log.info("%s", event)
         for role in self.roles:
             role.on_link(event, self._clock.now())
         return self._collect()
