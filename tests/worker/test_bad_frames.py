@@ -47,7 +47,7 @@ from penstock.protocol.sampling import SamplingParams
 from penstock.testing.clock import FakeClock
 from penstock.testing.fake_engine import FakeEngine, expected_tokens
 from penstock.worker.core import CoreEffect, WorkerCore
-from penstock.worker.role import Tell
+from penstock.worker.role import Role, Tell
 
 NUM_FRAMES = 2000
 EPOCH, PEER, TICKET = "a" * 16, WorkerKey("peer", "b" * 16), b"t" * 16
@@ -99,11 +99,11 @@ class Bench:
 
     def __init__(self) -> None:
         engine, pool = FakeEngine(num_blocks=256), BlockPool(256, 4)
-        roles = [
+        roles: list[Role] = [
             DecodeRole(engine.spec, pool, DestinationTable(5.0)),
             PrefillRole(engine.spec, pool, SourceTable(5.0, 5.0)),
         ]
-        self.core = WorkerCore(WorkerKey("w", "0" * 16), "both", engine, pool, list(roles), FakeClock())
+        self.core = WorkerCore(WorkerKey("w", "0" * 16), "both", engine, pool, roles, FakeClock())
         self.core.on_link(PeerUp(PEER, "test"))
         self.tokens: list[int] = []
         live = StartDecode("live", 1, pack_ids(PROMPT), PARAMS, [ChoiceState(0)], 1e6)
