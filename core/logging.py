@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 
-LEVELS = ("debug", "info", "warning", "error")
-
 
 def setup_logging(process: str, level: str = "info") -> None:
     """Send all records to stderr. `process` names this process in each line."""

@@ -10,7 +10,7 @@ from ..core.ids import AttemptKey, Ticket, WorkerKey
 from ..engine.interface import EngineSpec
 from ..engine.sequence import Sequence
 from ..protocol.messages import Phases, StartDecode, unpack_ids
-from ..worker.admission import refuse
+from ..worker.admission import cache_key, refuse
 
 
 class GroupState(Enum):
@@ -51,10 +51,10 @@ class Group:
         self.state = state
 
 
-def build_group(message: StartDecode, spec: EngineSpec, hash_key: bytes, now: float) -> Group:
+def build_group(message: StartDecode, spec: EngineSpec, now: float) -> Group:
     """The group a StartDecode asks for; raises BadRequest when it can never run here."""
     key = AttemptKey(message.request_id, message.attempt)
-    prompt_ids = unpack_ids(message.prompt_ids)
+    prompt_ids, hash_key = unpack_ids(message.prompt_ids), cache_key(message.cache_salt, spec.fingerprint)
     seqs: dict[int, Sequence] = {}
     for choice in message.choices:
         output_ids = unpack_ids(choice.output_ids)

@@ -22,7 +22,6 @@ from collections.abc import Iterable
 
 from ..core.errors import DeadlineExceeded, NodeLost, Overloaded, ServeError
 from ..core.ids import AttemptKey, BlockId, Ticket, WorkerKey
-from ..core.prefix_hash import hash_key
 from ..core.recent import RecentSet
 from ..engine.block_pool import BlockPool
 from ..engine.interface import EngineSpec, ScheduledSeq
@@ -54,7 +53,7 @@ from ..protocol.messages import (
     ToWorker,
     WorkerLoad,
 )
-from ..worker.admission import cache_namespace, release
+from ..worker.admission import release
 from ..worker.role import Budget, Computed, Effect, Tell
 from .finish import close_with
 from .group import Group, GroupState, build_group
@@ -108,8 +107,7 @@ class DecodeRole:
         try:
             if len(self._groups) >= self._max_waiting:
                 raise Overloaded(f"this worker holds {len(self._groups)} requests, its bound")
-            salted = hash_key(message.cache_salt, *cache_namespace(self._spec.fingerprint))
-            group = build_group(message, self._spec, salted, now)
+            group = build_group(message, self._spec, now)
             if group.source is not None and group.source not in self._peers:
                 raise NodeLost(f"no link to prefill worker {group.source}")
             expected = self._expect(group, now)

@@ -23,7 +23,7 @@ from .model_runner import ModelRunner, layer_bytes, pool_view
 from .sampler import SampledRow, sample
 
 LAYOUT = "block-major"
-DEFAULT_KV_BYTES = 1 << 30
+DEFAULT_KV_BYTES = 1 << 30  # touched only as it fills
 
 Progress = Callable[[int, int], None]
 

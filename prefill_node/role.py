@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 from ..core.errors import BadRequest, DeadlineExceeded, NodeLost, ProtocolError, ServeError
 from ..core.ids import AttemptKey, BlockId, Ticket, WorkerKey
-from ..core.prefix_hash import hash_key
 from ..core.recent import RecentSet
 from ..engine.block_pool import BlockPool
 from ..engine.interface import EngineSpec, ScheduledSeq
@@ -39,7 +38,7 @@ from ..protocol.messages import (
     WorkerLoad,
     unpack_ids,
 )
-from ..worker.admission import cache_namespace, next_chunk, publish_computed, refuse, release, try_admit
+from ..worker.admission import cache_key, next_chunk, publish_computed, refuse, release, try_admit
 from ..worker.role import Budget, Computed, Effect, Tell
 
 
@@ -111,16 +110,13 @@ class PrefillRole:
             0,
             prompt_ids,
             message.params,
-            self._hash_key(message.cache_salt),
+            cache_key(message.cache_salt, self._spec.fingerprint),
             now,
             now + message.timeout_s,
             output_ids,
         )
         seq.sample_choices = tuple(range(message.params.n)) if not output_ids else ()
         return PrefillTask(seq, Ticket(message.ticket), decode)
-
-    def _hash_key(self, salt: str) -> bytes:
-        return hash_key(salt, *cache_namespace(self._spec.fingerprint))
 
     def _abort(self, key: AttemptKey, now: float) -> None:
         task = self._tasks.get(key)

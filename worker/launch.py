@@ -22,7 +22,6 @@ from .role import Role
 
 log = logging.getLogger(__name__)
 
-DEFAULT_KV_BYTES = 1 << 30  # touched only as it fills
 CORES_FILE = "cores"  # in the runtime folder; see engine.core_share
 
 MakeRoles = Callable[[EngineSpec, BlockPool, Topology], list[Role]]
@@ -42,7 +41,7 @@ def load_engine(topology: Topology, spec: WorkerSpec) -> Engine:
     """The torch engine for one worker. Imports torch, so only a worker process calls it."""
     import torch
 
-    from ..engine.torch_engine import TorchEngine
+    from ..engine.torch_engine import DEFAULT_KV_BYTES, TorchEngine
 
     pool = spec.config
     engine = TorchEngine.load(

@@ -23,7 +23,6 @@ class Linear:
     """y = x · weightᵀ + bias for x [rows, in], contiguous. Keeps the weight [out, in] packed, not as it was given."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        self.out_features, self.in_features = weight.shape
         self.bias = bias
         self.is_packed = weight.device.type == "cpu" and can_pack(weight.dtype)
         self.weight = _pack(weight) if self.is_packed else weight.contiguous()
