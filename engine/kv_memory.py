@@ -10,6 +10,7 @@ be hit by a shrink.
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import mmap
 import os
@@ -18,18 +19,27 @@ _ADD_SEALS, _SEAL, _SHRINK, _GROW = 1033, 1, 2, 4  # fcntl(2): F_ADD_SEALS, F_SE
 
 
 class KVMemory:
-    """`num_blocks` blocks of `num_layers` · `layer_bytes`.
+    """`num_blocks` blocks of `num_layers` · `layer_bytes`, and `staging_bytes` behind them for what is converted on its
+    way to another worker.
 
-    `buffer` is a writable view of all of it. Closing is idempotent.
+    `buffer` is a writable view of the blocks, `region` of everything: what a transport registers. Untouched parts take
+    no memory. Closing is idempotent.
     """
 
-    def __init__(self, num_blocks: int, num_layers: int, layer_bytes: int) -> None:
+    def __init__(self, num_blocks: int, num_layers: int, layer_bytes: int, staging_bytes: int = 0) -> None:
         self.num_blocks, self.num_layers, self.layer_bytes = num_blocks, num_layers, layer_bytes
         self.block_bytes = num_layers * layer_bytes
         self.nbytes = num_blocks * self.block_bytes
-        self._fd = _sealed_memfd(self.nbytes)
-        self._map = mmap.mmap(-1 if self._fd is None else self._fd, self.nbytes)
-        self.buffer = memoryview(self._map)
+        self.staging_bytes = staging_bytes
+        self._fd = _sealed_memfd(self.nbytes + staging_bytes)
+        self._map = mmap.mmap(-1 if self._fd is None else self._fd, self.nbytes + staging_bytes)
+        self.region = memoryview(self._map)
+        self.buffer = self.region[: self.nbytes]
+
+    @property
+    def address(self) -> int:
+        """Where the region begins in this process; for libraries that register memory by address."""
+        return ctypes.addressof(ctypes.c_char.from_buffer(self._map))
 
     def fileno(self) -> int | None:
         """The memfd, to be sent over a Unix socket; None where the system has none."""
@@ -50,6 +60,7 @@ class KVMemory:
         if fd is not None:
             os.close(fd)
         self.buffer.release()
+        self.region.release()
         try:
             self._map.close()
         except BufferError:
