@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 CORES_FILE = "cores"  # in the runtime folder; see engine.core_share
 
-MakeRoles = Callable[[EngineSpec, BlockPool, Topology], list[Role]]
+MakeRoles = Callable[[WorkerKey, EngineSpec, BlockPool, Topology], list[Role]]
 
 
 def launch(topology: Topology, name: str, make_roles: MakeRoles) -> int:
@@ -68,7 +68,7 @@ def _make_core(
         spec.role,
         engine,
         pool,
-        make_roles(engine.spec, pool, topology),
+        make_roles(key, engine.spec, pool, topology),
         clock,
         max_batch_tokens=spec.config.max_num_batched_tokens,
         max_batch_seqs=spec.config.max_num_seqs,
