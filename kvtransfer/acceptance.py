@@ -144,6 +144,6 @@ def check_push(push: Push, num_source_blocks: int, num_layers: int) -> None:
     if push.num_layers < 1 or push.first_layer + push.num_layers > num_layers:
         stop = push.first_layer + push.num_layers
         raise ProtocolError(f"push of layers [{push.first_layer}, {stop}); the model has {num_layers}")
-    if len(push.source_slots) != count or max(push.source_slots) >= num_source_blocks:
+    if push.staged is None and (len(push.source_slots) != count or max(push.source_slots) >= num_source_blocks):
         found = f"{len(push.source_slots)} source slots for {count} ordinals"
         raise ProtocolError(f"push with {found}; every slot must be below {num_source_blocks}")

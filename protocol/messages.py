@@ -345,6 +345,7 @@ class KvHello(Message, frozen=True):
     transports: Annotated[list[Code], msgspec.Meta(max_length=16)]  # from the listener: the one chosen
     host_id: Text
     num_blocks: Count
+    block_bytes: Sequence64
     nonce: Mac  # fresh for each connection; the link's session is derived from both
     staging_bytes: Sequence64 = 0
     wire_dtypes: Annotated[list[Code], msgspec.Meta(max_length=16)] = []  # allowed, the preferred one first
@@ -358,6 +359,12 @@ class KvProof(Message, frozen=True):
     """Shows knowledge of the cluster's key: a MAC over both hellos. Every later frame carries one of its own."""
 
     mac: Mac
+
+
+class KvReady(Message, frozen=True):
+    """The end of the handshake, both ways. The dialer has measured the link and says what travels on it."""
+
+    wire_dtype: Code = ""  # empty: blocks as they are
 
 
 class KvRefuse(Message, frozen=True):
@@ -419,7 +426,7 @@ class Taken(Message, frozen=True):
 
 
 class Measure(Message, frozen=True):
-    """decode → prefill: push so many bytes of your pool on the ticket of zeros, for the link's figures."""
+    """dialer → listener, within the handshake: send so many bytes of your staging memory, for the link's figures."""
 
     nbytes: Count
 
@@ -475,6 +482,7 @@ class KvPing(Message, frozen=True):
 HandoffMessage = (
     KvHello
     | KvProof
+    | KvReady
     | KvRefuse
     | Offer
     | Reached

@@ -21,7 +21,8 @@ from ..engine.interface import Engine, ScheduledSeq
 from ..kvtransfer.destination import DestinationTable
 from ..kvtransfer.effects import LinkEvent, MessageArrived
 from ..kvtransfer.link import Mesh
-from ..kvtransfer.mesh import SocketMesh
+from ..kvtransfer.mesh import MeshSettings, SocketMesh
+from ..kvtransfer.socket_link import LinkTimes
 from ..kvtransfer.source import PushSizes, SourceTable
 from ..kvtransfer.transports.inproc import InprocMesh, InprocNetwork
 from ..prefill_node.role import PrefillRole
@@ -176,8 +177,9 @@ class InProcessCluster:
             engine.memory,
             worker.inbox.put,
             runtime_dir=runtime_dir,
-            transports=(transport,),
-            liveness_s=PATIENCE_S,
+            cluster_key=CLUSTER_KEY,
+            settings=MeshSettings((transport,)),
+            times=LinkTimes(liveness_s=PATIENCE_S),
         )
 
     def __enter__(self) -> InProcessCluster:

@@ -15,11 +15,10 @@ from ...core.errors import ProtocolError
 from ...core.ids import Ticket, WorkerKey
 from ...engine.kv_memory import KVMemory
 from ...protocol.messages import Done, Fingerprint, HandoffMessage, Peer, Push, Renew, Role
-from ..acceptance import Acceptances, Outcome, check_push, digest_at
+from ..acceptance import Acceptances, check_push
 from ..digest import block_digest
 from ..effects import (
     AcceptBlocks,
-    BlocksArrived,
     LinkEffect,
     LinkEvent,
     MessageArrived,
@@ -34,8 +33,8 @@ from ..effects import (
 )
 from ..link import Mesh, OnEvent
 from ..linking import dials
+from ..push_receiver import arrived_event, corrupt_ordinals
 from ..vouching import Vouchers
-from .runs import run_view
 
 TRANSPORT = "inproc"
 
@@ -88,7 +87,8 @@ class InprocNetwork:
 
     def move(self, source: InprocMesh, target: InprocMesh, push: Push, slot: int, block: int) -> None:
         """Copy what `push` says of one block; a place to look on, or to spoil the bytes."""
-        run_view(target.memory, push, block, 1)[:] = run_view(source.memory, push, slot, 1)
+        layers = (push.first_layer, push.num_layers)
+        target.memory.block(block, *layers)[:] = source.memory.block(slot, *layers)
 
     # ---- running ----
 
@@ -313,26 +313,12 @@ class InprocMesh(Mesh):
         claim = link.acceptances.claim(push)
         if claim is None:
             return
-        corrupt: list[int] = []
-        for at, (ordinal, slot) in enumerate(zip(push.ordinals, push.source_slots, strict=True)):
-            block = claim.table[ordinal]
+        blocks = [claim.table[ordinal] for ordinal in push.ordinals]
+        for slot, block in zip(push.source_slots, blocks, strict=True):
             self.network.move(source, self, push, slot, block)
-            if block_digest(run_view(self.memory, push, block, 1)) != digest_at(push, at):
-                corrupt.append(ordinal)
+        views = [self.memory.block(block, push.first_layer, push.num_layers) for block in blocks]
+        corrupt = corrupt_ordinals(push, views)
         self.network.post(self, arrived_event(peer, push, link.acceptances.finish(push), corrupt))
-
-
-def arrived_event(peer: WorkerKey, push: Push, outcome: Outcome, corrupt: list[int]) -> BlocksArrived:
-    """What the destination's table hears of a push that was written."""
-    good = [at for at, ordinal in enumerate(outcome.arrived) if ordinal not in corrupt]
-    return BlocksArrived(
-        peer,
-        Ticket(push.ticket),
-        push.generation,
-        tuple(outcome.arrived[at] for at in good),
-        tuple(corrupt),
-        tuple(outcome.digests[at] for at in good),
-    )
 
 
 def _key(peer: Peer) -> WorkerKey:
