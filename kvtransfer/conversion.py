@@ -140,7 +140,7 @@ class Decoder:
         self._span = staging.take(_SLOT_BYTES)
 
     def spans(self, push: Push) -> tuple[Span, Span]:
-        """Where the push lies at the peer and where it comes to lie here; raises ProtocolError for an impossible one."""
+        """Where the push lies at the peer and where it comes to here; raises ProtocolError for an impossible one."""
         nbytes = len(push.ordinals) * push.num_layers * self._codec.layer_bytes
         region, staged = region_bytes(self._hello), push.staged
         if staged is None or staged < region - self._hello.staging_bytes or staged + nbytes > region:

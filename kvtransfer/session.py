@@ -2,7 +2,7 @@
 
 session key = MAC(cluster key; hello of the dialer, hello of the listener)      both hellos carry a fresh nonce
 proof       = MAC(session key; which side)                                      each side shows it before anything else
-frame MAC   = MAC(session key of the direction; number of the frame, body)      so no frame is changed, replayed or moved
+frame MAC   = MAC(session key of the direction; number of the frame, body)      no frame is changed or replayed
 """
 
 from __future__ import annotations

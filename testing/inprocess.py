@@ -71,8 +71,8 @@ class _Worker:
         if role != "prefill":
             roles.append(DecodeRole(key, engine.spec, pool, DestinationTable(PATIENCE_S), CLUSTER_KEY))
         if role != "decode":
-            sizes = PushSizes.of(engine.spec.fingerprint.num_layers, engine.spec.layer_bytes)
-            source = SourceTable(PATIENCE_S, PATIENCE_S, sizes)
+            pushes = PushSizes.of(engine.spec.fingerprint.num_layers, engine.spec.layer_bytes)
+            source = SourceTable(PATIENCE_S, PATIENCE_S, pushes)
             roles.append(PrefillRole(key, engine.spec, pool, source, CLUSTER_KEY))
         self.core = WorkerCore(key, role, engine, pool, roles, clock, **sizes)
         self.inbox: queue.SimpleQueue[FromRouter | LinkEvent] = queue.SimpleQueue()
