@@ -131,7 +131,9 @@ class NixlTransport(Transport):
     def _forget_others(self, peer: WorkerKey) -> None:
         """Earlier incarnations of a worker are gone when a new one connects."""
         with self._changed:
-            old = [name for name, linked in self._is_linked.items() if not linked and _worker_of(name) == peer.worker_id]
+            old = [
+                name for name, linked in self._is_linked.items() if not linked and _worker_of(name) == peer.worker_id
+            ]
             for name in old:
                 del self._is_linked[name]
         for name in old:
@@ -147,7 +149,9 @@ class NixlTransport(Transport):
 
         def check() -> None:
             if time.monotonic() >= until:
-                raise TransferFailed(f"NIXL agent {name} does not answer; is it reachable over {os.environ['UCX_TLS']}?")
+                raise TransferFailed(
+                    f"NIXL agent {name} does not answer; is it reachable over {os.environ['UCX_TLS']}?"
+                )
 
         pairs = [(offer.sign_address, self._seen_region.address, _SIGN_BYTES)]
         with self._changed:
@@ -254,8 +258,7 @@ class NixlBulk(Bulk):
         ends = np.cumsum([nbytes for _, _, nbytes in pieces]).tolist()
         address = self._buffer.region.address
         pairs = [
-            (base + there, address + end - nbytes, nbytes)
-            for (there, _, nbytes), end in zip(pieces, ends, strict=True)
+            (base + there, address + end - nbytes, nbytes) for (there, _, nbytes), end in zip(pieces, ends, strict=True)
         ]
         self._agent.read(self._peer, pairs, self._check, self._like, _nothing)
         self._place(pieces, ends)
