@@ -41,8 +41,7 @@ def digest_of(ordinal: int) -> bytes:
 
 
 def offer(**changes: Any) -> Offer:
-    fields: dict[str, Any] = {"num_tokens": NUM_TOKENS, "num_blocks": NUM_BLOCKS, "block_size": 4, "reached": 2}
-    return Offer(ticket=TICKET, proof=PROOF, **(fields | changes))
+    return msgspec.structs.replace(Offer(TICKET, NUM_TOKENS, NUM_BLOCKS, 4, 2, PROOF), **changes)
 
 
 def arrived(*ordinals: int, generation: int = 1) -> BlocksArrived:
