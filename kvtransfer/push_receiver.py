@@ -11,7 +11,7 @@ from ..protocol.messages import KvHello, Push, Taken
 from .acceptance import Acceptances, Outcome, check_push, digest_at
 from .bulk import Bulk, Span
 from .conversion import Decoder
-from .digest import block_digest
+from .digest import Digest, block_digest
 from .effects import BlocksArrived, Revoked
 from .link import OnEvent
 from .outbox import Outbox
@@ -32,9 +32,10 @@ class PushReceiver:
         decoder: Decoder | None,
         on_event: OnEvent,
         reply: Callable[[Taken], None],
+        digest: Digest = block_digest,
     ) -> None:
         self._peer, self._hello, self._memory, self._bulk, self._decoder = peer, hello, memory, bulk, decoder
-        self._on_event, self._reply = on_event, reply
+        self._on_event, self._reply, self._digest = on_event, reply, digest
         self._announced: Outbox[Push] = Outbox(MAX_QUEUED)
         self.acceptances = Acceptances(memory.num_layers)
 
@@ -89,7 +90,7 @@ class PushReceiver:
         self._bulk.receive([source], [target], lambda: self.acceptances.is_wanted(push))
         self._reply(Taken())
         views = decoder.digest_views(target, len(push.ordinals))
-        corrupt = corrupt_ordinals(push, views)
+        corrupt = corrupt_ordinals(push, views, self._digest)
         if not corrupt and self.acceptances.is_wanted(push):
             decoder.decode(push, claim)
         self._tell(push, self.acceptances.finish(push), corrupt)
@@ -100,7 +101,7 @@ class PushReceiver:
 
     def _report(self, push: Push, views: list[memoryview]) -> None:
         """Check the copies that are now in our own blocks, and report."""
-        corrupt = corrupt_ordinals(push, views)
+        corrupt = corrupt_ordinals(push, views, self._digest)
         self._tell(push, self.acceptances.finish(push), corrupt)
 
     def _tell(self, push: Push, outcome: Outcome, corrupt: list[int]) -> None:
@@ -110,12 +111,12 @@ class PushReceiver:
             self._on_event(arrived_event(self._peer, push, outcome, corrupt))
 
 
-def corrupt_ordinals(push: Push, views: list[memoryview]) -> list[int]:
+def corrupt_ordinals(push: Push, views: list[memoryview], digest: Digest = block_digest) -> list[int]:
     """Ordinals whose bytes are not those that were digested."""
     return [
         ordinal
         for at, (ordinal, view) in enumerate(zip(push.ordinals, views, strict=True))
-        if block_digest(view) != digest_at(push, at)
+        if digest(view) != digest_at(push, at)
     ]
 
 
