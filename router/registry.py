@@ -53,6 +53,7 @@ class WorkerRecord:
     linked: dict[WorkerKey, str] = field(default_factory=dict)
     received: int = 0
     last_number: int = 0
+    turn_age_s: float = 0.0  # since its loop began its last turn
     peers_sent_at: float = 0.0
     attempts: dict[AttemptKey, None] = field(default_factory=dict)  # in order of dispatch
     used_blocks: int = 0  # of the attempts it decodes
@@ -66,6 +67,10 @@ class WorkerRecord:
     @property
     def is_ready(self) -> bool:
         return self.is_live and self.state == "ready"
+
+    @property
+    def is_stalled(self) -> bool:
+        return self.is_live and self.state == "stalled"
 
     @property
     def can_decode(self) -> bool:
@@ -90,6 +95,7 @@ class WorkerRecord:
         if beat.received < self.received:
             return
         self.received, self.state, self.load = beat.received, beat.state, beat.load
+        self.turn_age_s = beat.turn_age_s
         self.linked = {WorkerKey(worker_id, epoch): transport for worker_id, epoch, transport in beat.linked}
 
     def note_abort(self, attempt: AttemptKey, choice: int | None, now: float, repeat_s: float) -> bool:
@@ -104,7 +110,7 @@ class WorkerRecord:
         self._aborts[(attempt, choice)] = now
         return True
 
-    def status(self) -> WorkerStatus:
+    def status(self, expected_blocks: int = 0) -> WorkerStatus:
         state = self.state if self.is_live else self.standing.value
         has_load = self.load.total_blocks > 0
         return WorkerStatus(
@@ -121,6 +127,9 @@ class WorkerRecord:
             transports={peer.worker_id: transport for peer, transport in sorted(self.linked.items())},
             restarts=self.restarts,
             dtype=self.hello.fingerprint.dtype,
+            turn_age_s=self.turn_age_s,
+            num_attempts=len(self.attempts),
+            expected_blocks=expected_blocks,
         )
 
 

@@ -31,7 +31,15 @@ def launch(topology: Topology, name: str, make_roles: MakeRoles) -> int:
     """Run worker `name` of `topology` until SIGTERM; the exit status."""
     spec = topology.worker(name)
     key = WorkerKey(name, new_epoch(SecureIds()))
-    who = Incarnation(key, spec.role, topology.router_address, drain_s=topology.gateway.drain_s)
+    liveness = topology.liveness
+    who = Incarnation(
+        key,
+        spec.role,
+        topology.router_address,
+        drain_s=topology.gateway.drain_s,
+        heartbeat_s=liveness.heartbeat_s,
+        max_step_s=liveness.max_step_s,
+    )
     engine = load_engine(topology, spec)
     make_core = partial(_make_core, topology, spec, key, make_roles)
     return run_worker(who, engine, make_core, partial(_make_mesh, topology, spec, key))

@@ -1,7 +1,7 @@
 """The worker process: three kinds of threads around one `WorkerCore`.
 
 main thread   the loop: drain the inbox → schedule → compute → commit → carry effects out; alone touches the core
-I/O thread    the socket to the router: commands in, messages out, a heartbeat every 0.25 s whatever the loop does
+I/O thread    the socket to the router: commands in, messages out, heartbeats whatever the loop does
 link threads  one pair for each peer, inside the mesh: hand-off messages, block bytes, liveness
 
 commands ─▶ inbox ─▶ loop ─▶ outbox ─▶ router          link events ─▶ inbox ─▶ loop ─▶ mesh
@@ -27,12 +27,12 @@ from ..protocol import codec
 from ..protocol.messages import FromRouter, FromWorker, Goodbye, Hello, Role, ToRouter
 from ..protocol.sockets import WorkerSocket
 from .core import CoreEffect, SetPeers, Snapshot, WorkerCore
-from .heartbeat import HeartbeatBuilder
+from .heartbeat import MAX_STEP_S, HeartbeatBuilder
 from .role import Tell
 
 log = logging.getLogger(__name__)
 
-HEARTBEAT_S = 0.25
+HEARTBEAT_S = 0.1
 TICK_S = 0.05
 Inbox = queue.SimpleQueue[FromRouter | LinkEvent | None]
 
@@ -45,6 +45,8 @@ class Incarnation:
     role: Role
     router_address: str
     drain_s: float = 60.0
+    heartbeat_s: float = HEARTBEAT_S
+    max_step_s: float = MAX_STEP_S  # a step that lasts longer counts as hung
 
 
 class RouterLink:
@@ -52,12 +54,13 @@ class RouterLink:
 
     def __init__(self, who: Incarnation, hello: Hello, inbox: Inbox, mesh: Mesh, clock: Clock) -> None:
         self._who, self._hello, self._inbox, self._mesh, self._clock = who, hello, inbox, mesh, clock
-        self._heartbeat = HeartbeatBuilder()
+        self._heartbeat = HeartbeatBuilder(who.max_step_s)
         self._socket = WorkerSocket(who.router_address, str(who.key))
         self._outbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._stop = threading.Event()
         self._router_epoch: str | None = None
         self.snapshot: Snapshot | None = None  # replaced as a whole by the loop
+        self.turned_at = clock.now()  # when the loop began its last turn
         self.is_broken = False
         self._thread = threading.Thread(target=self._run, name="router-io", daemon=True)
         self._thread.start()
@@ -80,7 +83,7 @@ class RouterLink:
                 now = self._clock.now()
                 if now >= next_beat:
                     self._beat()
-                    next_beat = now + HEARTBEAT_S
+                    next_beat = now + self._who.heartbeat_s
                 self._socket.poll(max(0.0, next_beat - now))
                 self._receive()
                 self._flush()
@@ -96,7 +99,8 @@ class RouterLink:
         if self._router_epoch is None:
             self._send(self._hello)
         else:
-            self._send(self._heartbeat.build(self.snapshot, self._mesh.linked()))
+            turn_age_s = max(0.0, self._clock.now() - self.turned_at)
+            self._send(self._heartbeat.build(self.snapshot, self._mesh.linked(), turn_age_s))
 
     def _send(self, message: ToRouter) -> None:
         self._socket.send(codec.from_worker.encode(FromWorker(*self._who.key, message)))
@@ -141,6 +145,7 @@ class WorkerLoop:
         while not self._is_over():
             if self._router.is_broken:
                 raise InternalError("the thread that talks to the router has ended; the log has the cause")
+            self._router.turned_at = self._clock.now()
             self._take_inbox(wait=not progressed)
             self._tick()
             progressed = self._step()
