@@ -16,9 +16,9 @@ from ..kvtransfer.effects import LinkEvent
 from ..kvtransfer.source import SourceTable
 from ..kvtransfer.transports.inproc import InprocMesh
 from ..prefill_node.role import PrefillRole
-from ..protocol.messages import FromRouter, FromWorker, Role, ToRouter
+from ..protocol.messages import FromRouter, FromWorker, Heartbeat, Role, ToRouter
 from ..worker.core import CoreEffect, SetPeers, WorkerCore
-from ..worker.heartbeat import HeartbeatBuilder
+from ..worker.heartbeat import MAX_STEP_S, HeartbeatBuilder
 from ..worker.process import hello_of
 from ..worker.role import Role as RoleCode
 from ..worker.role import Tell
@@ -46,6 +46,7 @@ class SimWorker:
         lease_s: float,
         max_batch_tokens: int,
         max_running: int,
+        max_step_s: float = MAX_STEP_S,
     ) -> None:
         self.key, self.role, self.engine = key, role, engine
         self._events, self._to_router, self._after_event = events, to_router, after_event
@@ -59,11 +60,12 @@ class SimWorker:
         self.core = WorkerCore(key, role, engine, self.pool, roles, events.clock, max_batch_tokens=max_batch_tokens)
         self.mesh = InprocMesh(key, role, engine.spec.fingerprint, engine.memory, self._on_link, network)
         self._network = network
-        self._heartbeat = HeartbeatBuilder()
+        self._heartbeat = HeartbeatBuilder(max_step_s)
         self._inbox: list[FromRouter | LinkEvent] = []
         self._router_epoch: str | None = None
         self._is_busy = False
-        self._frozen_until = 0.0
+        self._frozen_until = self._hung_until = 0.0
+        self._turned_at = events.clock.now()
         self.is_alive = True
         events.after(0.0, self._beat)
         events.after(TICK_S, self._tick)
@@ -88,13 +90,15 @@ class SimWorker:
     def _beat(self) -> None:
         if not self.is_alive:
             return
-        if not self._is_frozen:
+        if not self._is_silent:
             has_router = self._router_epoch is not None
-            snapshot = self.core.snapshot() if has_router else None
-            self._say(
-                self._heartbeat.build(snapshot, self.mesh.linked()) if has_router else hello_of(self.core, self.mesh)
-            )
+            self._say(self._build_heartbeat() if has_router else hello_of(self.core, self.mesh))
         self._events.after(HEARTBEAT_S, self._beat)
+
+    def _build_heartbeat(self) -> Heartbeat:
+        now = self._events.clock.now()
+        age_s = now - self._turned_at if self._is_busy or now < self._hung_until else 0.0
+        return self._heartbeat.build(self.core.snapshot(), self.mesh.linked(), age_s)
 
     def _tick(self) -> None:
         if not self.is_alive:
@@ -107,8 +111,19 @@ class SimWorker:
         self._frozen_until = self._events.clock.now() + seconds
         self._events.after(seconds, self._turn)
 
+    def hang(self, seconds: float) -> None:
+        """The engine hangs: its step, or the next turn of the loop, lasts so long, while the heartbeats go on."""
+        self._hung_until = self._events.clock.now() + seconds
+        self._events.after(seconds, self._turn)
+
     @property
     def _is_frozen(self) -> bool:
+        """The loop does not go on."""
+        return self._events.clock.now() < max(self._frozen_until, self._hung_until)
+
+    @property
+    def _is_silent(self) -> bool:
+        """The whole process stands still."""
         return self._events.clock.now() < self._frozen_until
 
     def kill(self) -> None:
@@ -121,6 +136,7 @@ class SimWorker:
     def _turn(self) -> None:
         if self._is_busy or not self.is_alive or self._is_frozen:
             return
+        self._turned_at = self._events.clock.now()
         while self._inbox:
             item = self._inbox.pop(0)
             self._perform(self.core.on_frame(item) if isinstance(item, FromRouter) else self.core.on_link(item))

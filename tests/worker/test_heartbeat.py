@@ -46,3 +46,17 @@ def test_new_router_epoch_starts_the_count_anew() -> None:
 def test_before_the_first_snapshot_the_worker_is_starting() -> None:
     beat = HeartbeatBuilder().build(None, [])
     assert (beat.state, beat.active) == ("starting", [])
+
+
+def test_loop_that_turns_slowly_is_ready_and_tells_its_age() -> None:
+    beat = HeartbeatBuilder(max_step_s=5.0).build(snapshot(0), [], turn_age_s=4.9)
+    assert (beat.state, beat.turn_age_s) == ("ready", 4.9)
+
+
+def test_loop_that_does_not_turn_is_stalled_until_it_turns_again() -> None:
+    builder = HeartbeatBuilder(max_step_s=5.0)
+    builder.on_frame(start(1, "one"))
+    assert builder.build(snapshot(0), [], turn_age_s=5.1).state == "stalled"
+    assert builder.build(None, [], turn_age_s=5.1).state == "stalled"
+    beat = builder.build(snapshot(1, "one"), [], turn_age_s=0.0)
+    assert (beat.state, beat.active) == ("ready", [("one", 1)])
