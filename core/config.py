@@ -20,6 +20,7 @@ VERSION = 1
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DTypeName = Literal["auto", "float32", "bfloat16"]
 TransportName = Literal["auto", "shm", "tcp"]
+WireDtypeName = Literal["lossless", "auto", "float32", "bfloat16", "float16", "fp8_e4m3", "int8"]
 PolicyName = Literal["prefix-affinity", "least-loaded", "round-robin"]
 Disaggregate = Literal["auto", "always", "never"]
 LevelName = Literal["debug", "info", "warning", "error"]
@@ -97,7 +98,9 @@ class LivenessConfig:
 @dataclass(frozen=True, slots=True)
 class TransferConfig:
     transport: TransportName = "auto"  # auto: shared memory on one host, else TCP
+    wire_dtype: WireDtypeName = "lossless"  # what travels where cache formats differ; auto may choose 8 bits
     lease_s: float = setting(5.0, 0.5, 600)
+    key_file: str | None = None  # 64 hex digits that all processes share; None: made in the runtime folder
 
 
 class WorkerSpec(NamedTuple):

@@ -27,8 +27,8 @@ class LocalRunner:
 
     def __init__(self, engine: Engine, clock: Clock | None = None, max_batch_tokens: int = 512) -> None:
         pool = BlockPool(engine.spec.num_blocks, engine.spec.block_size)
-        role = DecodeRole(engine.spec, pool, DestinationTable(lease_s=60.0))
         key = WorkerKey("local", _EPOCH)
+        role = DecodeRole(key, engine.spec, pool, DestinationTable(lease_s=60.0), cluster_key=b"")
         self.core = WorkerCore(
             key, "both", engine, pool, [role], clock or MonotonicClock(), max_batch_tokens=max_batch_tokens
         )

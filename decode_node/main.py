@@ -8,7 +8,9 @@ Tokens go to the router after every step. The loop around it, with its threads, 
 
 from __future__ import annotations
 
+from ..core.cluster_key import cluster_key
 from ..core.config import Topology
+from ..core.ids import WorkerKey
 from ..engine.block_pool import BlockPool
 from ..engine.interface import EngineSpec
 from ..kvtransfer.destination import DestinationTable
@@ -17,9 +19,10 @@ from ..worker.role import Role
 from .role import DecodeRole
 
 
-def make_roles(spec: EngineSpec, pool: BlockPool, topology: Topology) -> list[Role]:
+def make_roles(me: WorkerKey, spec: EngineSpec, pool: BlockPool, topology: Topology) -> list[Role]:
     destination = DestinationTable(topology.transfer.lease_s)
-    return [DecodeRole(spec, pool, destination, max_running=topology.decode.max_num_seqs)]
+    key = cluster_key(topology)
+    return [DecodeRole(me, spec, pool, destination, key, max_running=topology.decode.max_num_seqs)]
 
 
 def main(topology: Topology, name: str) -> int:

@@ -20,14 +20,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..core.errors import DeadlineExceeded, NodeLost, Overloaded, ServeError
+from ..core.errors import DeadlineExceeded, NodeLost, Overloaded, ProtocolError, ServeError
 from ..core.ids import AttemptKey, BlockId, Ticket, WorkerKey
 from ..core.recent import RecentSet
+from ..core.tickets import TicketFacts, is_proven
 from ..engine.block_pool import BlockPool
 from ..engine.interface import EngineSpec, ScheduledSeq
 from ..engine.sequence import Sequence
 from ..kvtransfer.destination import DestinationTable
 from ..kvtransfer.effects import (
+    Advanced,
     BlocksArrived,
     DestinationEffect,
     LinkEvent,
@@ -37,6 +39,7 @@ from ..kvtransfer.effects import (
     PeerUp,
     Received,
     ReceiveFailed,
+    Revoke,
     Revoked,
 )
 from ..protocol.messages import (
@@ -46,6 +49,7 @@ from ..protocol.messages import (
     Failed,
     Offer,
     Output,
+    Reached,
     Renew,
     SampledToken,
     StartDecode,
@@ -64,16 +68,24 @@ FINAL_CODES = frozenset({"bad_request", "cancelled", "deadline_exceeded"})  # an
 
 
 class DecodeRole:
-    """Continuous batching over received and locally prefilled sequences."""
+    """Continuous batching over received and locally prefilled sequences.
+
+    `me` and `cluster_key`: tickets for other workers, or made without the key, are refused.
+    """
+
+    hands_off = False
 
     def __init__(
         self,
+        me: WorkerKey,
         spec: EngineSpec,
         pool: BlockPool,
         destination: DestinationTable,
+        cluster_key: bytes,
         max_running: int = 64,
         max_waiting: int = 1024,
     ) -> None:
+        self._me, self._cluster_key = me, cluster_key
         self._spec, self._pool, self._destination, self._max_waiting = spec, pool, destination, max_waiting
         self._scheduler = DecodeScheduler(pool, max_running)
         self._groups: dict[AttemptKey, Group] = {}
@@ -110,7 +122,7 @@ class DecodeRole:
             group = build_group(message, self._spec, now)
             if group.source is not None and group.source not in self._peers:
                 raise NodeLost(f"no link to prefill worker {group.source}")
-            expected = self._expect(group, now)
+            expected = self._expect(group, message, now)
         except ServeError as error:
             self._tell_failed(key, error.code, str(error), error.retriable or isinstance(error, Overloaded))
             return
@@ -121,10 +133,14 @@ class DecodeRole:
         else:
             self._scheduler.add_waiting([group.lead] if group.lead.sample_choices else list(group.seqs.values()))
 
-    def _expect(self, group: Group, now: float) -> list[DestinationEffect]:
+    def _expect(self, group: Group, message: StartDecode, now: float) -> list[DestinationEffect]:
         if group.ticket is None or group.source is None:
             return []
-        return self._destination.expect(group.ticket, group.source, now)
+        tokens = message.prompt_ids + (message.choices[0].output_ids if message.params.n == 1 else b"")
+        facts = TicketFacts(group.ticket, group.source, self._me, group.key, tokens, message.timeout_s)
+        if not is_proven(self._cluster_key, facts, message.proof):
+            raise ProtocolError("the ticket was not made for this; are all processes of this cluster using one key?")
+        return self._destination.expect(group.ticket, group.source, now, message.proof)
 
     def _tell_failed(self, key: AttemptKey, code: str, message: str, retriable: bool) -> None:
         self._effects.append(Tell(AttemptFailed(*key, code=code, message=message[:1000], retriable=retriable)))
@@ -155,7 +171,7 @@ class DecodeRole:
             case PeerLost(peer=peer):
                 self._peers.discard(peer)
                 self._take(self._destination.peer_lost(peer, now), now)
-            case MessageArrived(peer=peer, message=Offer() | Done() | Failed() | Renew() as message):
+            case MessageArrived(peer=peer, message=Offer() | Reached() | Done() | Failed() | Renew() as message):
                 self._take(self._destination.on_message(peer, message, now), now)
             case BlocksArrived():
                 self._take(self._destination.on_arrived(event, now), now)
@@ -169,6 +185,11 @@ class DecodeRole:
             match effect:
                 case Offered():
                     self._scheduler.add_offer(effect, self._by_ticket[effect.ticket].lead)
+                case Advanced(ticket=ticket, reached=reached):
+                    self._scheduler.incoming.advance(ticket, reached)
+                case Revoke(ticket=ticket):
+                    self._scheduler.incoming.revoke(ticket)
+                    self._effects.append(effect)
                 case Received():
                     self._received(self._by_ticket.pop(effect.ticket), effect.done, now)
                 case ReceiveFailed():
@@ -178,12 +199,19 @@ class DecodeRole:
         self._grant_offers(now)
 
     def _grant_offers(self, now: float) -> None:
-        for offer, lead, held in self._scheduler.admit_offers():
-            if held is None:
-                message = f"prefill offers {offer.num_tokens} tokens, this attempt has {lead.num_tokens}"
-                self._take(self._destination.cancel(offer.ticket, "protocol_error", message, now), now)
+        for item, granting in self._scheduler.admit_offers():
+            ticket = item.offer.ticket
+            if granting is None:
+                message = f"prefill offers {item.offer.num_tokens} tokens, this attempt has {item.lead.num_tokens}"
+                self._take(self._destination.cancel(ticket, "protocol_error", message, now), now)
             else:
-                self._take(self._destination.grant(offer.ticket, held, lead.block_table[held:], now), now)
+                self._take(self._destination.grant(ticket, granting, now), now)
+
+    def layers_computed(self, entries: list[ScheduledSeq], num_layers: int, now: float) -> None:
+        """Nothing leaves from here."""
+
+    def on_grant(self, event: MessageArrived, now: float) -> None:
+        """Nothing leaves from here."""
 
     def _received(self, group: Group, done: Done, now: float) -> None:
         lead = group.lead

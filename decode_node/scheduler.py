@@ -10,12 +10,14 @@ from collections import deque
 from ..core.ids import BlockId, Ticket
 from ..engine.block_pool import BlockPool
 from ..engine.interface import ScheduledSeq
-from ..engine.sequence import Sequence, blocks_for
+from ..engine.sequence import Sequence
 from ..kvtransfer.effects import Offered
+from ..kvtransfer.incoming import Granting
 from ..worker.admission import next_chunk, publish_computed, release, try_admit, try_grow
 from ..worker.role import Budget
+from .receiving import Receiving, ReceivingQueue
 
-Admitted = tuple[Offered, Sequence, int | None]
+Admitted = tuple[Receiving, Granting | None]
 
 
 class DecodeScheduler:
@@ -31,12 +33,19 @@ class DecodeScheduler:
     def __init__(self, pool: BlockPool, max_running: int) -> None:
         self._pool, self._max_running = pool, max_running
         self.waiting: deque[Sequence] = deque()
-        self.offers: deque[tuple[Offered, Sequence]] = deque()
         self.running: list[Sequence] = []
-        self.receiving: list[Sequence] = []
+        self.incoming = ReceivingQueue(pool)
         self.num_preemptions = 0
         self.queried_tokens = 0
         self.hit_tokens = 0
+
+    @property
+    def offers(self) -> deque[Receiving]:
+        return self.incoming.offers
+
+    @property
+    def receiving(self) -> list[Receiving]:
+        return self.incoming.receiving
 
     # ---- entering and leaving ----
 
@@ -48,15 +57,14 @@ class DecodeScheduler:
         self.waiting.extendleft(reversed(seqs))
 
     def add_offer(self, offer: Offered, lead: Sequence) -> None:
-        self.offers.append((offer, lead))
+        self.incoming.add(offer, lead)
 
     def forget_offer(self, ticket: Ticket) -> None:
-        self.offers = deque(o for o in self.offers if o[0].ticket != ticket)
+        self.incoming.forget(ticket)
 
     def end_receiving(self, lead: Sequence) -> None:
         """The hand-off lets go of `lead`, whose blocks stay with it."""
-        if lead in self.receiving:
-            self.receiving.remove(lead)
+        self.incoming.end(lead)
 
     def join(self, seq: Sequence) -> None:
         """Run `seq`, whose cache is complete."""
@@ -87,31 +95,24 @@ class DecodeScheduler:
         return self._occupied < self._max_running
 
     def admit_offers(self) -> list[Admitted]:
-        """Offers that get blocks now, with the number of leading blocks already here (None:
-
-        the offer does not fit its sequence).
-        """
-        admitted: list[Admitted] = []
-        while self.offers and (not self.waiting or self.offers[0][1].arrival <= self.waiting[0].arrival):
-            offer, lead = self.offers[0]
-            if offer.num_tokens != lead.num_tokens or offer.num_blocks != blocks_for(
-                lead.num_tokens, self._pool.block_size
-            ):
-                self.offers.popleft()
-                admitted.append((offer, lead, None))
-                continue
-            held = self._try_admit(lead, keep_last=False) if self._has_seat() else None
-            if held is None:
+        """Hand-offs that get blocks now, or more of them (None: the offer does not fit its sequence)."""
+        admitted: list[Admitted] = [(item, item.granting) for item in self.incoming.extend(len(self.running))]
+        while self.offers and (not self.waiting or self.offers[0].lead.arrival <= self.waiting[0].arrival):
+            item = self.offers[0]
+            fits = self.incoming.fits(item)
+            if fits and not (self._has_seat() and self.incoming.try_enter(item, reserve=len(self.running))):
                 break
             self.offers.popleft()
-            self.receiving.append(lead)
-            admitted.append((offer, lead, held))
+            admitted.append((item, item.granting if fits else None))
+            if fits:
+                self.queried_tokens += item.lead.num_tokens
+                self.hit_tokens += item.lead.num_cached_tokens
         return admitted
 
     def _admit_waiting(self) -> Sequence | None:
         if not self.waiting or not self._has_seat():
             return None
-        if self.offers and self.offers[0][1].arrival < self.waiting[0].arrival:
+        if self.offers and self.offers[0].lead.arrival < self.waiting[0].arrival:
             return None
         if self._try_admit(self.waiting[0], keep_last=True) is None:
             return None
@@ -120,7 +121,8 @@ class DecodeScheduler:
         return seq
 
     def _try_admit(self, seq: Sequence, *, keep_last: bool) -> int | None:
-        held = try_admit(seq, self._pool, reserve=len(self.running), keep_last=keep_last)
+        reserve = len(self.running) + self.incoming.num_owed_blocks
+        held = try_admit(seq, self._pool, reserve=reserve, keep_last=keep_last)
         if held is not None:
             self.queried_tokens += seq.num_tokens
             self.hit_tokens += seq.num_cached_tokens
@@ -165,4 +167,5 @@ class DecodeScheduler:
         return bool(self.running or self.waiting or self.offers)
 
     def owners(self) -> list[list[BlockId]]:
-        return [s.block_table for s in (*self.running, *self.receiving) if s.block_table]
+        owners = [*self.running, *(item.lead for item in self.receiving)]
+        return [seq.block_table for seq in owners if seq.block_table]

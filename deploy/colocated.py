@@ -6,6 +6,7 @@ Its own requests are prefilled where they decode, with a hand-off that moves not
 from __future__ import annotations
 
 from ..core.config import Topology
+from ..core.ids import WorkerKey
 from ..decode_node.main import make_roles as decode_roles
 from ..engine.block_pool import BlockPool
 from ..engine.interface import EngineSpec
@@ -14,8 +15,8 @@ from ..worker.launch import launch
 from ..worker.role import Role
 
 
-def make_roles(spec: EngineSpec, pool: BlockPool, topology: Topology) -> list[Role]:
-    return [*decode_roles(spec, pool, topology), *prefill_roles(spec, pool, topology)]
+def make_roles(me: WorkerKey, spec: EngineSpec, pool: BlockPool, topology: Topology) -> list[Role]:
+    return [*decode_roles(me, spec, pool, topology), *prefill_roles(me, spec, pool, topology)]
 
 
 def main(topology: Topology, name: str) -> int:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TextIO
 
 from ..core.clock import MonotonicClock
+from ..core.cluster_key import cluster_key
 from ..core.config import Topology, read_api_keys
 from ..core.errors import ConfigError, ModelFileError
 from ..core.ids import SecureIds
@@ -61,7 +62,9 @@ async def run_front(topology: Topology, reports: TextIO) -> None:
     tokenizer = load_tokenizer(Path(topology.model.source))
     gateway = topology.gateway
     options = ServeOptions(gateway.host, gateway.port, grace_s=gateway.drain_s)
-    service = RouterService(router_config(topology), topology.router_address, clock=clock, ids=ids)
+    service = RouterService(
+        router_config(topology), topology.router_address, clock=clock, ids=ids, cluster_key=cluster_key(topology)
+    )
     await service.start()
     try:
         app = create_app(gateway_config(topology), service, tokenizer, clock, ids)

@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 from types import TracebackType
 
+from ..core.cluster_key import KEY_FILE
 from ..core.errors import ConfigError
 
 PREFIX = "penstock-"
@@ -44,7 +45,7 @@ class RuntimeDir:
             return
         if self._is_ours:
             shutil.rmtree(self.path, ignore_errors=True)
-        for leaf in (*self.path.glob("*.sock"), self.path / "lock"):
+        for leaf in (*self.path.glob("*.sock"), self.path / KEY_FILE, self.path / "lock"):
             leaf.unlink(missing_ok=True)
         os.close(self._lock)
         self._lock = -1

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..core.clock import Clock
 from ..protocol.messages import SampledToken
-from .interface import Engine, ScheduledSeq
+from .interface import Engine, OnLayers, ScheduledSeq
 
 MAX_WORKERS = 256
 GRACE_S = 0.03  # a worker counts as computing for so long after a step: the next one usually follows at once
@@ -81,7 +81,7 @@ class SharingEngine:
         self._engine, self._share, self._set_num_threads = engine, share, set_num_threads
         self._num_threads = 0
 
-    def execute(self, batch: list[ScheduledSeq]) -> list[tuple[SampledToken, ...]]:
+    def execute(self, batch: list[ScheduledSeq], on_layers: OnLayers | None = None) -> list[tuple[SampledToken, ...]]:
         """See `Engine.execute`."""
         num_threads = self._share.begin()
         if sum(entry.num_new_tokens for entry in batch) < MANY_TOKENS:
@@ -90,7 +90,7 @@ class SharingEngine:
             self._set_num_threads(num_threads)
             self._num_threads = num_threads
         try:
-            return self._engine.execute(batch)
+            return self._engine.execute(batch, on_layers)
         finally:
             self._share.end()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,6 +27,9 @@ class ScheduledSeq:
         return self.seq.num_computed_tokens + self.num_new_tokens == self.seq.num_tokens
 
 
+OnLayers = Callable[[int], None]
+
+
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
     """The fixed facts of an engine."""
@@ -38,6 +42,11 @@ class EngineSpec:
     eos_token_ids: frozenset[int]
     bytes_per_token: int
 
+    @property
+    def layer_bytes(self) -> int:
+        """Of one layer of one block."""
+        return self.bytes_per_token * self.block_size // self.fingerprint.num_layers
+
 
 class Engine(Protocol):
     """Computes steps. Never touches the sequences' bookkeeping: the scheduler advances them when the step is done."""
@@ -45,8 +54,10 @@ class Engine(Protocol):
     spec: EngineSpec
     memory: KVMemory
 
-    def execute(self, batch: list[ScheduledSeq]) -> list[tuple[SampledToken, ...]]:
+    def execute(self, batch: list[ScheduledSeq], on_layers: OnLayers | None = None) -> list[tuple[SampledToken, ...]]:
         """Run one step over a ragged batch; for each entry the sampled tokens (empty when it does not sample).
+
+        `on_layers(n)` is called within the step, on its thread, when the first n layers of all new KV are written.
 
         Writes the KV of the new tokens into the entry's blocks and reads those of all earlier ones. Running the same
         entry again writes the same values. Raises for the whole batch; nothing of the sequences has changed then.

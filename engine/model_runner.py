@@ -11,6 +11,7 @@ from ..kernels.paged_attention.plan import PoolShape, build_plan
 from ..models.config import ModelConfig
 from ..models.decoder import Decoder, StepInput
 from .batch import Batch
+from .interface import OnLayers
 from .kv_memory import KVMemory
 
 
@@ -40,13 +41,13 @@ class ModelRunner:
         )
         self._window = config.sliding_window if any(config.window_layers) else None
 
-    def run(self, batch: Batch) -> torch.Tensor:
+    def run(self, batch: Batch, on_layers: OnLayers | None = None) -> torch.Tensor:
         """Logits [sampled rows, vocab_size] in the type of the weights.
 
         Raises InternalError for an id or position out of range.
         """
         self._check(batch)
-        return self._decoder.forward(self._step_input(batch), self._pool)
+        return self._decoder.forward(self._step_input(batch), self._pool, on_layers)
 
     def _step_input(self, batch: Batch) -> StepInput:
         return StepInput(

@@ -17,13 +17,14 @@ from ..models.decoder import Decoder
 from ..models.weights import load_weights
 from ..protocol.messages import Fingerprint, SampledToken
 from .batch import build_batch
-from .interface import EngineSpec, ScheduledSeq
+from .interface import EngineSpec, OnLayers, ScheduledSeq
 from .kv_memory import KVMemory
 from .model_runner import ModelRunner, layer_bytes, pool_view
 from .sampler import SampledRow, sample
 
 LAYOUT = "block-major"
 DEFAULT_KV_BYTES = 1 << 30  # touched only as it fills
+STAGING_BYTES = 256 << 20  # likewise: only links that convert what they carry use it
 
 Progress = Callable[[int, int], None]
 
@@ -36,7 +37,7 @@ class TorchEngine:
     ) -> None:
         config, dtype = decoder.config, decoder.dtype
         self.decoder = decoder
-        self.memory = KVMemory(num_blocks, config.num_layers, layer_bytes(config, block_size, dtype))
+        self.memory = KVMemory(num_blocks, config.num_layers, layer_bytes(config, block_size, dtype), STAGING_BYTES)
         self._runner = ModelRunner(decoder, pool_view(self.memory, config, block_size, dtype))
         self._block_size = block_size
         self.spec = EngineSpec(
@@ -86,11 +87,11 @@ class TorchEngine:
             decoder, model_name=model_name, identity=checkpoint.identity, num_blocks=blocks, block_size=block_size
         )
 
-    def execute(self, batch: list[ScheduledSeq]) -> list[tuple[SampledToken, ...]]:
+    def execute(self, batch: list[ScheduledSeq], on_layers: OnLayers | None = None) -> list[tuple[SampledToken, ...]]:
         """See `Engine.execute`."""
         if not batch:
             return []
-        logits = self._runner.run(build_batch(batch, self._block_size))
+        logits = self._runner.run(build_batch(batch, self._block_size), on_layers)
         sampling = [entry for entry in batch if entry.sample]
         rows = [
             SampledRow(row, entry.seq, choice) for row, entry in enumerate(sampling) for choice in entry.seq.choices

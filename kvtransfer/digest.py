@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import xxhash
 
 DIGEST_BYTES = 8
@@ -11,3 +13,9 @@ def block_digest(block: memoryview) -> bytes:
     """Eight bytes (big endian) for the contiguous bytes of `block`."""
     digest: bytes = xxhash.xxh3_64_digest(block)
     return digest
+
+
+def combined_digest(pieces: Iterable[tuple[int, int, bytes]]) -> bytes:
+    """One digest for a block that came in pieces (first layer, number of layers, digest), in the order of layers."""
+    parts = (first.to_bytes(4, "big") + count.to_bytes(4, "big") + digest for first, count, digest in sorted(pieces))
+    return bytes(xxhash.xxh3_64_digest(b"".join(parts)))

@@ -24,23 +24,48 @@ class SendMessage:
 
 @dataclass(frozen=True, slots=True)
 class SendBlocks:
-    """Source: digest these blocks, send the Push and make the bytes reach the peer. Order with SendMessage is kept."""
+    """Source: digest these blocks, send the Push and make the bytes reach the peer. Order with Done is kept."""
 
     peer: WorkerKey
     ticket: Ticket
     generation: int
     ordinals: tuple[int, ...]
     block_ids: tuple[BlockId, ...]  # one for each ordinal
+    first_layer: int
+    num_layers: int
+
+
+@dataclass(frozen=True, slots=True)
+class Withdraw:
+    """Source: this ticket is over. What waits for it is dropped; a push whose digests are not sent yet never leaves."""
+
+    peer: WorkerKey
+    ticket: Ticket
+
+
+@dataclass(frozen=True, slots=True)
+class Renewing:
+    """Both: from now on (or no more) the link's own thread tells the peer that this ticket is alive here."""
+
+    peer: WorkerKey
+    ticket: Ticket
+    is_alive: bool
 
 
 @dataclass(frozen=True, slots=True)
 class AcceptBlocks:
-    """Destination: from now on ordinals of this ticket may be written into these blocks, and nowhere else."""
+    """Destination: from now on ordinals [first, stop) may be written too, into the blocks of `table` and nowhere else.
+
+    `table` is the sequence's own: block t // block_size holds token t. Blocks before the first one granted are shared.
+    """
 
     peer: WorkerKey
     ticket: Ticket
     generation: int
-    blocks: dict[int, BlockId]  # ordinal → block
+    first: int
+    stop: int
+    table: tuple[BlockId, ...]
+    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +97,17 @@ class Offered:
 
     ticket: Ticket
     num_tokens: int
-    num_blocks: int
+    num_blocks: int  # of the source, of its `block_size`
+    block_size: int
+    reached: int  # blocks below are about to come
+
+
+@dataclass(frozen=True, slots=True)
+class Advanced:
+    """The source has come further: the role may grant up to here."""
+
+    ticket: Ticket
+    reached: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +127,9 @@ class ReceiveFailed:
     message: str
 
 
-LinkEffect = SendMessage | SendBlocks | AcceptBlocks | Revoke
-SourceEffect = SendMessage | SendBlocks | SourceEnded
-DestinationEffect = SendMessage | AcceptBlocks | Revoke | Offered | Received | ReceiveFailed
+LinkEffect = SendMessage | SendBlocks | Withdraw | Renewing | AcceptBlocks | Revoke
+SourceEffect = SendMessage | SendBlocks | Withdraw | Renewing | SourceEnded
+DestinationEffect = SendMessage | Renewing | AcceptBlocks | Revoke | Offered | Advanced | Received | ReceiveFailed
 
 # ---- events from a link ----
 
@@ -124,13 +159,17 @@ class MessageArrived:
 
 @dataclass(frozen=True, slots=True)
 class BlocksArrived:
-    """Destination: these ordinals (all layers) are in their blocks, or `corrupt` ones did not match their digest."""
+    """Destination: these ordinals (all layers) are in their blocks, or `corrupt` ones did not match their digest.
+
+    `digests`: for each of `ordinals` what Done must say of it.
+    """
 
     peer: WorkerKey
     ticket: Ticket
     generation: int
     ordinals: tuple[int, ...]
     corrupt: tuple[int, ...] = ()
+    digests: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,13 @@
 
     dialer (decode)                                       listener (prefill)
     KvHello: who I am, whom I expect, fingerprint,   →
-             transports I allow, descriptor               objection? KvRefuse, else
-                                                     ←    KvHello: the one transport, descriptor or token
-    tcp: data connection with KvHello(token)         →
-    KvPing: I am ready                               →    link is up
-    link is up
+             transports I allow, descriptor, offers       objection? KvRefuse, else
+                                                     ←    KvHello: the one transport, descriptor or token; KvProof
+    KvProof                                          →    a wrong key? KvRefuse
+    the bulk connection is made: tcp, a library, or nothing for a mapped pool
+    Measure …                                        →    bytes, a few times
+    KvReady: what travels on this link               →
+    link is up                                       ←    KvReady: link is up
 
 A side that can be a source passes its pool's descriptor when shm is possible. KvRefuse ends all tries for this epoch.
 """
@@ -16,19 +18,29 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import struct
 from dataclasses import dataclass
+from typing import TypeVar
 
 from ..core.errors import ProtocolError, TransferFailed
-from ..core.ids import WorkerKey
-from ..engine.kv_memory import KVMemory
-from ..protocol.messages import Fingerprint, HandoffMessage, KvHello, KvPing, KvRefuse, Peer, Role
+from ..core.ids import IdSource, SecureIds, WorkerKey
+from ..protocol.codec import handoff
+from ..protocol.messages import HandoffMessage, KvHello, KvProof, KvReady, KvRefuse, Measure, Peer
+from .bulk import Bulk, LinkFacts
+from .figures import MEASURED_BYTES, NO_FIGURES, LinkFigures, answer_measure, can_measure, measure
+from .identity import Identity, boot_id, region_bytes, same_user
 from .linking import SOURCE_ROLES
+from .session import Session
 from .transports.address import KvAddress
-from .transports.shm import MappedPool
-from .transports.tcp import Rendezvous, tune
+from .transports.shm import MappedPool, ShmBulk
+from .transports.tcp import Rendezvous, TcpBulk, tune
 from .transports.wire import MAX_HELLO_BYTES, Deadline, read_body, read_frame, read_header_and_fd, send_frame
+from .wire_format import negotiate
 from .wording import safe_text
+
+__all__ = ["Established", "Identity", "Refused", "answer", "boot_id", "dial"]
+
+_IDS: IdSource = SecureIds()
+M = TypeVar("M", KvProof, KvReady)
 
 
 class Refused(TransferFailed):
@@ -39,51 +51,25 @@ class ShmUnusable(TransferFailed):
     """Shared memory was agreed on and does not work here."""
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """What this worker says about itself."""
-
-    key: WorkerKey
-    role: Role
-    fingerprint: Fingerprint
-    transports: tuple[str, ...]
-    host_id: str
-    memory: KVMemory
-
-    def hello(self, peer_epoch: str | None, transports: tuple[str, ...], token: bytes = b"") -> KvHello:
-        return KvHello(
-            worker_id=self.key.worker_id,
-            epoch=self.key.epoch,
-            peer_epoch=peer_epoch,
-            fingerprint=self.fingerprint,
-            transports=list(transports),
-            host_id=self.host_id,
-            num_blocks=self.memory.num_blocks,
-            token=token,
-        )
-
-    def pool_fd(self) -> int | None:
-        """The descriptor to pass, when this worker can be a source."""
-        return self.memory.fileno() if self.role in SOURCE_ROLES else None
-
-
 @dataclass(slots=True)
 class Established:
-    """An open link. Whoever holds it closes it."""
+    """An open link. Whoever holds it closes it. `wire_dtype`: empty when blocks travel as they are."""
 
     peer: WorkerKey
+    hello: KvHello
     transport: str
     reason: str
     control: socket.socket
-    data: socket.socket | None = None
-    pool: MappedPool | None = None
+    session: Session
+    bulk: Bulk | None = None
+    wire_dtype: str = ""
+    figures: LinkFigures = NO_FIGURES
 
     def close(self) -> None:
         self.control.close()
-        if self.data is not None:
-            self.data.close()
-        if self.pool is not None:
-            self.pool.close()
+        if self.bulk is not None:
+            self.bulk.stop()
+            self.bulk.close()
 
 
 @dataclass(slots=True)
@@ -98,26 +84,9 @@ class _Received:
         if fd is not None:
             os.close(fd)
 
-    def map_pool(self, block_bytes: int) -> MappedPool | None:
+    def map_pool(self) -> MappedPool | None:
         fd, self.fd = self.fd, None
-        return None if fd is None else MappedPool(fd, self.hello.num_blocks, block_bytes)
-
-
-def boot_id() -> str:
-    """Names this boot of this machine; empty where the system does not say, which equals nothing."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            return file.read().strip()
-    except OSError:
-        return ""
-
-
-def same_user(sock: socket.socket) -> bool:
-    """Whether the process at the other end of this Unix socket belongs to this user."""
-    if sock.family != socket.AF_UNIX or not hasattr(socket, "SO_PEERCRED"):
-        return False
-    _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return int(uid) == os.getuid()
+        return None if fd is None else MappedPool(fd, region_bytes(self.hello))
 
 
 # ---- dialer ----
@@ -125,18 +94,19 @@ def same_user(sock: socket.socket) -> bool:
 
 def dial(me: Identity, peer: Peer, timeout_s: float) -> Established:
     """Open a link to `peer`. Raises Refused for good, OSError, ProtocolError or TransferFailed for now."""
-    address, why = KvAddress.parse(peer.kv_address), "shm is not allowed here"
+    address, why = KvAddress.parse(peer.kv_address), ""
     if "shm" in me.transports:
         try:
-            return _agree(_connect_unix(address, timeout_s), me, peer, address, me.transports, "", timeout_s)
+            return _agree(_connect_unix(address, timeout_s), me, peer, me.transports, "", timeout_s)
         except ShmUnusable as err:
-            if "tcp" not in me.transports:
+            if me.transports == ("shm",):
                 raise
             why = f"no shared memory: {err}"
     if address.tcp is None:
-        raise ProtocolError(f"{peer.worker_id} has no tcp address, and {why}")
+        raise ProtocolError(f"{peer.worker_id} has no tcp address; {why or 'shm is not allowed here'}")
     control = socket.create_connection(address.tcp, timeout_s)
-    return _agree(control, me, peer, address, ("tcp",), why, timeout_s)
+    others = tuple(name for name in me.transports if name != "shm")
+    return _agree(control, me, peer, others, why, timeout_s)
 
 
 def _connect_unix(address: KvAddress, timeout_s: float) -> socket.socket:
@@ -157,13 +127,7 @@ def _connect_unix(address: KvAddress, timeout_s: float) -> socket.socket:
 
 
 def _agree(
-    control: socket.socket,
-    me: Identity,
-    peer: Peer,
-    address: KvAddress,
-    transports: tuple[str, ...],
-    why: str,
-    timeout_s: float,
+    control: socket.socket, me: Identity, peer: Peer, transports: tuple[str, ...], why: str, timeout_s: float
 ) -> Established:
     """The dialer's half of the handshake on a fresh control connection, which is closed when it fails."""
     with contextlib.ExitStack() as undo:
@@ -171,37 +135,39 @@ def _agree(
         control.settimeout(timeout_s)
         tune(control)
         deadline = Deadline(timeout_s)
-        send_frame(control, me.hello(peer.epoch, transports), me.pool_fd() if "shm" in transports else None)
+        mine = me.hello(peer.epoch, transports, _IDS.token(16))
+        send_frame(control, mine, fd=me.pool_fd() if "shm" in transports else None)
         received = _receive_hello(control, deadline)
         undo.callback(received.close)
         hello = received.hello
         _refuse_on(control, _objection_to_listener(me, peer, hello, transports))
+        session = Session(me.cluster_key, mine, hello, is_dialer=True)
+        proof = _expect(control, deadline, KvProof)
+        _refuse_on(control, None if session.is_proven(proof.mac) else _key_differs(me, peer.worker_id))
+        send_frame(control, KvProof(mac=session.proof))
         key, chosen = WorkerKey(hello.worker_id, hello.epoch), hello.transports[0]
-        link = Established(key, chosen, why or _REASONS[chosen], control)
-        if chosen == "shm":
-            link.pool = _map_pool(received, me, needed=peer.role in SOURCE_ROLES)
-            undo.callback(link.close)
-        else:
-            link.data = _open_data(me, peer, address, hello.token, timeout_s)
-            undo.callback(link.data.close)
-        send_frame(control, KvPing())
+        link = Established(key, hello, chosen, why or _REASONS.get(chosen, "asked for by name"), control, session)
+        undo.callback(link.close)
+        _open_bulk(link, me, received, deadline, peer)
+        _conclude_dialing(link, me, mine, deadline)
         undo.pop_all()
-    _settle(link)
     received.close()
+    _settle(link)
     return link
 
 
-def _open_data(me: Identity, peer: Peer, address: KvAddress, token: bytes, timeout_s: float) -> socket.socket:
-    if address.tcp is None:
-        raise ProtocolError(f"{peer.worker_id} has no tcp address")
-    data = socket.create_connection(address.tcp, timeout_s)
-    try:
-        tune(data, bulk=True)
-        send_frame(data, me.hello(peer.epoch, ("tcp",), token))
-    except OSError:
-        data.close()
-        raise
-    return data
+def _conclude_dialing(link: Established, me: Identity, mine: KvHello, deadline: Deadline) -> None:
+    """Measure, say what travels, and hear that the listener is ready."""
+    assert link.bulk is not None
+    if can_measure(mine, link.hello):
+
+        def ask(nbytes: int) -> None:
+            send_frame(link.control, Measure(nbytes=nbytes), link.session)
+
+        link.figures = measure(link.bulk, me.staging, link.hello, ask)
+    link.wire_dtype = negotiate(me.fingerprint, link.hello.fingerprint, me.wire_dtype, link.figures)
+    send_frame(link.control, KvReady(wire_dtype=link.wire_dtype), link.session)
+    _expect(link.control, deadline, KvReady, link.session)
 
 
 def _objection_to_listener(me: Identity, peer: Peer, hello: KvHello, transports: tuple[str, ...]) -> str | None:
@@ -227,65 +193,87 @@ def answer(control: socket.socket, me: Identity, rendezvous: Rendezvous, timeout
         deadline = Deadline(timeout_s)
         received = _receive_hello(control, deadline)
         undo.callback(received.close)
-        hello = received.hello
-        if hello.token:
-            _deliver(control, hello.token, rendezvous)
+        if received.hello.token:
+            _deliver(control, received.hello.token, rendezvous)
             undo.pop_all()
             received.close()
             return None
-        _refuse_on(control, _objection_to_dialer(me, hello))
-        link = _choose(me, received, control)
-        undo.callback(link.close)
-        _refuse_on(control, None if link.transport else f"transports differs: no common one; {link.reason}")
-        if link.transport == "shm":
-            send_frame(control, me.hello(None, ("shm",)), me.pool_fd())
-            _expect_ready(control, deadline)
-        else:
-            link.data = _await_data(control, me, rendezvous, deadline)
+        _refuse_on(control, _objection_to_dialer(me, received.hello))
+        link = _answer_hello(control, me, received, rendezvous, deadline, undo)
+        _conclude_answering(link, me, deadline)
         undo.pop_all()
-    _settle(link)
     received.close()
+    _settle(link)
     return link
 
 
 _REASONS = {
-    "shm": "same host and user, pool mapped over the Unix socket",
+    "shm": "same host and user, memory mapped over the Unix socket",
     "tcp": "chosen by the peer",
 }
 
 
-def _choose(me: Identity, received: _Received, control: socket.socket) -> Established:
-    """The link to be, with transport and reason; an empty transport when there is none."""
+def _answer_hello(
+    control: socket.socket,
+    me: Identity,
+    received: _Received,
+    rendezvous: Rendezvous,
+    deadline: Deadline,
+    undo: contextlib.ExitStack,
+) -> Established:
+    """Choose a transport, exchange proofs, and make the bulk connection."""
     hello = received.hello
-    peer = WorkerKey(hello.worker_id, hello.epoch)
-    obstacle = _shm_obstacle(me, hello, control)
-    if obstacle is None:
-        try:
-            return Established(peer, "shm", _REASONS["shm"], control, pool=_map_pool(received, me, needed=False))
-        except ShmUnusable as err:
-            obstacle = str(err)
-    if "tcp" in me.transports and "tcp" in hello.transports:
-        return Established(peer, "tcp", f"no shared memory: {obstacle}", control)
-    return Established(peer, "", f"{list(me.transports)} here, {hello.transports} there, {obstacle}", control)
-
-
-def _await_data(control: socket.socket, me: Identity, rendezvous: Rendezvous, deadline: Deadline) -> socket.socket:
-    """Agree to tcp and wait for the data connection."""
-    token = rendezvous.open()
-    try:
-        send_frame(control, me.hello(None, ("tcp",), token))
-        _expect_ready(control, deadline)
+    chosen, reason = _choose(me, hello, control)
+    _refuse_on(control, None if chosen else f"transports differs: no common one; {reason}")
+    token = rendezvous.open() if chosen == "tcp" else b""
+    undo.callback(rendezvous.forget, token)
+    mine = me.hello(None, (chosen,), _IDS.token(16), token)
+    session = Session(me.cluster_key, hello, mine, is_dialer=False)
+    send_frame(control, mine, fd=me.pool_fd() if chosen == "shm" else None)
+    send_frame(control, KvProof(mac=session.proof))
+    proof = _expect(control, deadline, KvProof)
+    _refuse_on(control, None if session.is_proven(proof.mac) else _key_differs(me, hello.worker_id))
+    link = Established(WorkerKey(hello.worker_id, hello.epoch), hello, chosen, reason, control, session)
+    undo.callback(link.close)
+    if chosen == "tcp":
         data = rendezvous.collect(token, deadline.remaining)
-    finally:
-        rendezvous.forget(token)
-    if data is None:
-        raise TimeoutError("the peer opened no data connection")
-    return data
+        if data is None:
+            raise TimeoutError("the peer opened no data connection")
+        link.bulk = TcpBulk(me.memory, data)
+    else:
+        _open_bulk(link, me, received, deadline, None)
+    return link
+
+
+def _choose(me: Identity, hello: KvHello, control: socket.socket) -> tuple[str, str]:
+    """The first of our transports that both allow and that works here, and why; empty when there is none."""
+    obstacles: list[str] = []
+    for name in me.transports:
+        if name not in hello.transports:
+            obstacles.append(f"{name} is not allowed, or not reachable, for the peer")
+        elif name == "shm" and (obstacle := _shm_obstacle(me, hello, control)):
+            obstacles.append(f"no shared memory: {obstacle}")
+        else:
+            return name, "; ".join(obstacles) or _REASONS.get(name, "asked for by name")
+    return "", f"{list(me.transports)} here, {hello.transports} there; {'; '.join(obstacles)}"
+
+
+def _conclude_answering(link: Established, me: Identity, deadline: Deadline) -> None:
+    """Send bytes for as long as the dialer measures."""
+    assert link.bulk is not None
+    while True:
+        message = read_frame(link.control, deadline, link.session, MAX_HELLO_BYTES)
+        if isinstance(message, Measure) and message.nbytes <= MEASURED_BYTES:
+            answer_measure(link.bulk, me.memory, message.nbytes)
+        elif isinstance(message, KvReady):
+            link.wire_dtype = message.wire_dtype
+            send_frame(link.control, KvReady(), link.session)
+            return
+        else:
+            raise _unexpected(message)
 
 
 def _shm_obstacle(me: Identity, hello: KvHello, control: socket.socket) -> str | None:
-    if "shm" not in me.transports or "shm" not in hello.transports:
-        return "not allowed, or not reachable for the peer"
     if not me.host_id or me.host_id != hello.host_id:
         return "another boot id"
     if not same_user(control):
@@ -306,11 +294,47 @@ def _objection_to_dialer(me: Identity, hello: KvHello) -> str | None:
 
 def _deliver(data: socket.socket, token: bytes, rendezvous: Rendezvous) -> None:
     tune(data, bulk=True)
+    data.settimeout(None)
     if not rendezvous.deliver(token, data):
         raise ProtocolError("a data connection with an unknown token")
 
 
 # ---- both ----
+
+
+def _open_bulk(link: Established, me: Identity, received: _Received, deadline: Deadline, peer: Peer | None) -> None:
+    """Make what moves the bytes. `peer` is set at the dialer, which opens the data connection of tcp."""
+    hello = link.hello
+    if link.transport == "shm":
+        needed = peer is not None and peer.role in SOURCE_ROLES
+        link.bulk = ShmBulk(me.memory, _map_pool(received, needed))
+    elif link.transport == "tcp":
+        assert peer is not None
+        link.bulk = TcpBulk(me.memory, _open_data(me, peer, hello.token, deadline.remaining))
+    else:
+        facts = LinkFacts(
+            me.key, link.peer, link.session.session_id, peer is not None, region_bytes(hello), deadline.remaining
+        )
+        link.bulk = me.libraries[link.transport].connect(facts, hello.offers.get(link.transport, b""))
+
+
+def _open_data(me: Identity, peer: Peer, token: bytes, timeout_s: float) -> socket.socket:
+    address = KvAddress.parse(peer.kv_address)
+    if address.tcp is None:
+        raise ProtocolError(f"{peer.worker_id} has no tcp address")
+    data = socket.create_connection(address.tcp, timeout_s)
+    try:
+        tune(data, bulk=True)
+        send_frame(data, me.hello(peer.epoch, ("tcp",), _IDS.token(16), token))
+        data.settimeout(None)
+    except OSError:
+        data.close()
+        raise
+    return data
+
+
+def _key_differs(me: Identity, peer: str) -> str:
+    return f"key differs: {me.key.worker_id} and {peer} do not share one cluster key; give both the same key file"
 
 
 def _receive_hello(control: socket.socket, deadline: Deadline) -> _Received:
@@ -319,22 +343,23 @@ def _receive_hello(control: socket.socket, deadline: Deadline) -> _Received:
     if control.family == socket.AF_UNIX:
         header, fd = read_header_and_fd(control, deadline)
         try:
-            message = read_body(control, header, deadline, MAX_HELLO_BYTES)
+            message = handoff.decode(memoryview(read_body(control, header, deadline, MAX_HELLO_BYTES)))
         except (OSError, ProtocolError):
             _close_fd(fd)
             raise
     else:
-        message = read_frame(control, deadline, MAX_HELLO_BYTES)
+        message = read_frame(control, deadline, limit=MAX_HELLO_BYTES)
     if isinstance(message, KvHello):
         return _Received(message, fd)
     _close_fd(fd)
     raise _unexpected(message)
 
 
-def _expect_ready(control: socket.socket, deadline: Deadline) -> None:
-    message = read_frame(control, deadline, MAX_HELLO_BYTES)
-    if not isinstance(message, KvPing):
+def _expect(control: socket.socket, deadline: Deadline, kind: type[M], session: Session | None = None) -> M:
+    message = read_frame(control, deadline, session, MAX_HELLO_BYTES)
+    if not isinstance(message, kind):
         raise _unexpected(message)
+    return message
 
 
 def _unexpected(message: HandoffMessage) -> Refused | ProtocolError:
@@ -352,9 +377,9 @@ def _refuse_on(control: socket.socket, objection: str | None) -> None:
     raise Refused(objection)
 
 
-def _map_pool(received: _Received, me: Identity, needed: bool) -> MappedPool | None:
+def _map_pool(received: _Received, needed: bool) -> MappedPool | None:
     try:
-        pool = received.map_pool(me.memory.block_bytes)
+        pool = received.map_pool()
     except (OSError, ValueError, ProtocolError) as err:
         raise ShmUnusable(f"mapping the peer's pool failed: {err}") from err
     if pool is None and needed:
@@ -365,8 +390,6 @@ def _map_pool(received: _Received, me: Identity, needed: bool) -> MappedPool | N
 def _settle(link: Established) -> None:
     """From now on reads and writes block; liveness is watched by polling, and shutdown ends them."""
     link.control.settimeout(None)
-    if link.data is not None:
-        link.data.settimeout(None)
 
 
 def _close_fd(fd: int | None) -> None:

@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -21,13 +22,17 @@ from ..core.errors import ConfigError, ProtocolError, TransferFailed
 from ..core.ids import WorkerKey
 from ..engine.kv_memory import KVMemory
 from ..protocol.messages import Fingerprint, Peer, Role
+from .bulk import Transport, Unusable
 from .effects import LinkEffect, PeerLost, PeerUp
-from .handshake import Established, Identity, Refused, answer, boot_id, dial
+from .handshake import Established, Refused, answer, dial
+from .identity import Identity, boot_id
 from .link import Mesh, OnEvent
 from .linking import dials
 from .listener import Listener
-from .socket_link import SocketLink, shut
+from .socket_link import LinkTimes, SocketLink
+from .staging import StagingArea
 from .transports.tcp import Rendezvous
+from .transports.wire import shut
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +42,21 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
 _MAX_KNOCKING = 64  # connections that have not said who they are
 
 
+@dataclass(frozen=True, slots=True)
+class MeshSettings:
+    """`transports`: those allowed, the preferred one first, or one alone to force it. `wire_dtype`: `wire_format`."""
+
+    transports: tuple[str, ...] = TRANSPORTS
+    wire_dtype: str = "lossless"
+
+
+DEFAULT_SETTINGS, DEFAULT_TIMES = MeshSettings(), LinkTimes()
+
+
 class SocketMesh(Mesh):
     """A `Mesh` over sockets. `on_event` is called from the links' threads and from `perform`: it must only queue.
 
-    `transports`: those allowed, ("shm", "tcp") or one alone to force it. `liveness_s`: silence that ends a link.
+    `settings`: what may carry blocks, and in which form; `times`: when a silent peer is given up.
     `memory` must outlive `close`.
     """
 
@@ -53,15 +69,25 @@ class SocketMesh(Mesh):
         on_event: OnEvent,
         *,
         runtime_dir: Path,
-        transports: tuple[str, ...] = TRANSPORTS,
+        cluster_key: bytes,
+        settings: MeshSettings = DEFAULT_SETTINGS,
+        times: LinkTimes = DEFAULT_TIMES,
         host: str = "127.0.0.1",
-        liveness_s: float = 1.5,
-        ping_s: float = 0.3,
     ) -> None:
-        if not transports or not set(transports) <= set(TRANSPORTS):
-            raise ConfigError(f"transports {list(transports)}: choose from {list(TRANSPORTS)}")
-        self._me = Identity(key, role, fingerprint, tuple(transports), boot_id(), memory)
-        self._on_event, self._liveness_s, self._ping_s = on_event, liveness_s, ping_s
+        libraries = _open_libraries(settings.transports, key, memory)
+        self._me = Identity(
+            key,
+            role,
+            fingerprint,
+            settings.transports,
+            boot_id(),
+            memory,
+            StagingArea(memory),
+            cluster_key,
+            settings.wire_dtype,
+            libraries,
+        )
+        self._on_event, self._times = on_event, times
         self._lock = threading.Lock()
         self._links: dict[WorkerKey, SocketLink] = {}
         self._reported: set[WorkerKey] = set()
@@ -126,6 +152,8 @@ class SocketMesh(Mesh):
         for link in links:
             link.stop("this worker ends")
         self._join()
+        for transport in self._me.libraries.values():
+            transport.close()
 
     @property
     def refused_pushes(self) -> int:
@@ -138,11 +166,11 @@ class SocketMesh(Mesh):
     def _run_link(self, established: Established, dialed: bool) -> None:
         """Hold the link until it is over. PeerLost of an older link to the same worker comes before its PeerUp."""
         peer = established.peer
-        link = SocketLink(established, self._me.memory, self._on_event, self._liveness_s, self._ping_s)
+        link = SocketLink(established, self._me, self._on_event, self._times)
         if not self._install(link, dialed):
             established.close()
             return
-        logger.info("hand-off link to %s uses %s: %s", peer, link.transport, established.reason)
+        _log_link(peer, established)
         self._on_event(PeerUp(peer, link.transport))
         with self._lock:
             self._reported.add(peer)
@@ -166,7 +194,7 @@ class SocketMesh(Mesh):
             if old is link:
                 return True
             old.stop("the peer has opened a newer link")
-            old.over.wait(self._liveness_s)
+            old.over.wait(self._times.liveness_s)
 
     # ---- dialing ----
 
@@ -232,3 +260,22 @@ class SocketMesh(Mesh):
             threads = list(self._threads)
         for thread in threads:
             thread.join()
+
+
+def _open_libraries(names: tuple[str, ...], key: WorkerKey, memory: KVMemory) -> dict[str, Transport]:
+    """Register the memory with every library that may be asked to move it. Raises ConfigError for one that cannot."""
+    from .transports.catalog import LIBRARIES, open_transport
+
+    unknown = [name for name in names if name not in TRANSPORTS and name not in LIBRARIES]
+    if unknown or not names:
+        raise ConfigError(f"transports {list(names)}: choose from {[*TRANSPORTS, *LIBRARIES]}")
+    try:
+        return {name: open_transport(name, memory, key) for name in names if name in LIBRARIES}
+    except Unusable as err:
+        raise ConfigError(f"transfer.transport: {err}") from err
+
+
+def _log_link(peer: WorkerKey, link: Established) -> None:
+    travels = link.wire_dtype or "blocks as they are"
+    text = "hand-off link to %s uses %s (%s); %s; %s"
+    logger.info(text, peer, link.transport, link.reason, link.figures, travels)

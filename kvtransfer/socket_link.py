@@ -1,4 +1,9 @@
-"""One live link over sockets: a reader (the caller's thread), a writer, and with tcp a reader of the data connection.
+"""One live link. The control connection has a reader (the caller's thread) and a writer; bytes have two of their own:
+
+    reader     messages → events; announced pushes → receiver        its silence or end is the peer's end
+    writer     messages, pings, and the renewal of tickets that live here, whatever the worker's loop does
+    sender     blocks → digests → Push → bytes                       (push_sender.py)
+    receiver   Push → bytes → digests → BlocksArrived                (push_receiver.py)
 
 `run` returns when the link is over and no thread of it can touch a block any more.
 """
@@ -6,13 +11,13 @@
 from __future__ import annotations
 
 import logging
-import socket
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from ..core.errors import ProtocolError
-from ..core.ids import BlockId, Ticket
-from ..engine.kv_memory import KVMemory
+from ..core.errors import ProtocolError, TransferFailed
+from ..core.ids import Ticket
 from ..protocol.messages import (
     Ack,
     Cancel,
@@ -23,36 +28,62 @@ from ..protocol.messages import (
     KvPing,
     Offer,
     Push,
+    Reached,
     Renew,
+    Taken,
 )
-from .acceptance import Acceptances, check_push, check_source_slots
-from .digest import block_digest
-from .effects import AcceptBlocks, BlocksArrived, LinkEffect, MessageArrived, Revoke, Revoked, SendBlocks, SendMessage
+from .conversion import Decoder, Encoder, WireCodec
+from .effects import (
+    AcceptBlocks,
+    LinkEffect,
+    MessageArrived,
+    Renewing,
+    Revoke,
+    Revoked,
+    SendBlocks,
+    SendMessage,
+    Withdraw,
+)
 from .handshake import Established
+from .identity import Identity
 from .link import OnEvent
 from .outbox import Outbox
-from .transports.shm import pull
-from .transports.tcp import receive_push, send_push
-from .transports.wire import Arrivals, Liveness, read_frame, send_frame
+from .push_receiver import PushReceiver
+from .push_sender import PushSender
+from .transports.wire import Liveness, read_frame, send_frame, shut
 
 logger = logging.getLogger(__name__)
 
-MAX_QUEUED = 16384  # effects waiting for the writer; a peer that lets so many pile up is as good as gone
-_FOR_THE_TABLES = Offer | Grant | Done | Failed | Ack | Cancel | Renew
+MAX_QUEUED = 16384  # messages waiting for the writer; a peer that lets so many pile up is as good as gone
+
+
+@dataclass(frozen=True, slots=True)
+class LinkTimes:
+    """`liveness_s`: silence that ends a link. `is_stalled`: the worker's loop hangs, so its tickets are not renewed."""
+
+    liveness_s: float = 1.2
+    ping_s: float = 0.3
+    renew_s: float = 1.0
+    is_stalled: Callable[[], bool] = lambda: False
 
 
 class SocketLink:
     """A link to one incarnation of one worker. `perform` and `stop` may be called from any thread."""
 
-    def __init__(
-        self, established: Established, memory: KVMemory, on_event: OnEvent, liveness_s: float, ping_s: float
-    ) -> None:
+    def __init__(self, established: Established, me: Identity, on_event: OnEvent, times: LinkTimes) -> None:
+        assert established.bulk is not None
         self.peer, self.transport = established.peer, established.transport
         self.over = threading.Event()  # set by the owner when PeerLost has been reported
-        self._established, self._memory, self._on_event = established, memory, on_event
-        self._liveness, self._ping_s, self._ping_at = Liveness(liveness_s), ping_s, time.monotonic()
-        self._acceptances = Acceptances(memory.num_layers)
-        self._outbox = Outbox(MAX_QUEUED)
+        self._established, self._bulk, self._on_event, self._times = established, established.bulk, on_event, times
+        self._control, self._session = established.control, established.session
+        self._liveness = Liveness(times.liveness_s)
+        self._ping_at = time.monotonic()
+        self._renew_at = self._ping_at + times.renew_s
+        self._alive: dict[Ticket, None] = {}
+        self._outbox: Outbox[HandoffMessage] = Outbox(MAX_QUEUED)
+        encoder, decoder = _converters(established, me)
+        self._sender = PushSender(me.memory, self._bulk, encoder, self._put)
+        self._receiver = PushReceiver(self.peer, established.hello, me.memory, self._bulk, decoder, on_event, self._put)
         self._lock = threading.Lock()
         self._why = ""
 
@@ -63,20 +94,26 @@ class SocketLink:
 
     @property
     def refused_pushes(self) -> int:
-        return self._acceptances.refused
+        return self._receiver.acceptances.refused
 
     # ---- from any thread ----
 
     def perform(self, effect: LinkEffect) -> None:
         match effect:
+            case SendMessage(message=Done() as done):
+                self._queue(done)
             case SendMessage():
                 self._put(effect.message)
             case SendBlocks():
-                self._put(effect)
+                self._queue(effect)
+            case Withdraw():
+                self._sender.withdraw(effect)
+            case Renewing(ticket=ticket, is_alive=is_alive):
+                self._note_alive(ticket, is_alive)
             case AcceptBlocks():
-                self._acceptances.accept(effect.ticket, effect.generation, effect.blocks)
+                self._receiver.acceptances.accept(effect)
             case Revoke():
-                if self._acceptances.revoke(effect.ticket):
+                if self._receiver.acceptances.revoke(effect.ticket):
                     self._on_event(Revoked(self.peer, effect.ticket))
 
     def stop(self, why: str) -> None:
@@ -84,136 +121,106 @@ class SocketLink:
         with self._lock:
             self._why = self._why or why
         self._outbox.close()
-        for sock in (self._established.control, self._established.data):
-            if sock is not None:
-                shut(sock)
+        self._sender.stop()
+        self._receiver.stop()
+        shut(self._control)
+        self._bulk.stop()
 
-    # ---- the reader ----
+    # ---- threads ----
 
     def run(self) -> None:
         """Read until the link ends, for whatever reason; then wait for the other threads and close everything."""
-        threads = [threading.Thread(target=self._write, name=f"kv-write-{self.peer}")]
-        if self._established.data is not None:
-            data = self._established.data
-            threads.append(threading.Thread(target=self._read_blocks, args=(data,), name=f"kv-data-{self.peer}"))
+        works = {"write": self._write, "send": self._sender.run, "receive": self._receiver.run}
+        threads = [
+            threading.Thread(target=self._guard, args=(name, work), name=f"kv-{name}-{self.peer}")
+            for name, work in works.items()
+        ]
         for thread in threads:
             thread.start()
         try:
-            self._read()
-        except (OSError, ProtocolError) as err:
-            self.stop(str(err))
+            self._guard("read", self._read)
         finally:
-            self.stop("the reader ended")
             for thread in threads:
                 thread.join()
             self._established.close()
+            self._sender.close()
+            self._receiver.close()
+            # One-sided hardware may still write for a moment into blocks that were granted on this link.
+            time.sleep(self._bulk.quarantine_s)
+
+    def _guard(self, name: str, work: Callable[[], None]) -> None:
+        """Run one of the four loops; whichever ends takes the link with it."""
+        try:
+            work()
+        except (OSError, ProtocolError, TransferFailed) as err:
+            self.stop(f"{name}: {err}")
+        except Exception:  # a library may raise anything, and no error of one link may end the worker
+            logger.exception("the %s thread of the hand-off link to %s broke", name, self.peer)
+            self.stop(f"{name}: an unexpected error; the log has it")
+        finally:
+            self.stop(f"the {name} loop ended")
 
     def _read(self) -> None:
         while True:
-            message = read_frame(self._established.control, self._liveness)
+            message = read_frame(self._control, self._liveness, self._session)
             match message:
                 case KvPing():
                     continue
                 case Push():
-                    self._on_pull(message)
-                case Offer() | Grant() | Done() | Failed() | Ack() | Cancel() | Renew():
+                    self._receiver.put(message)
+                case Taken():
+                    self._sender.taken()
+                case Offer() | Reached() | Grant() | Done() | Failed() | Ack() | Cancel() | Renew():
                     self._on_event(MessageArrived(self.peer, message))
                 case _:
                     raise ProtocolError(f"{type(message).__name__} on a link that is up")
 
-    def _on_pull(self, push: Push) -> None:
-        """shm: the blocks lie ready in the peer's pool."""
-        pool = self._established.pool
-        if pool is None:
-            raise ProtocolError(f"a push on the control connection of a {self.transport} link without a pool")
-        check_push(push, self._memory.num_blocks, self._memory.num_layers)
-        check_source_slots(push, pool.num_blocks)
-        blocks = self._acceptances.claim(push)
-        if blocks is not None:
-            pull(pool, self._memory, push, blocks, self._acceptances)
-            self._finish(push, blocks)
+    def _write(self) -> None:
+        while not self._outbox.closed:
+            due = min(self._ping_at, self._renew_at)
+            message = self._outbox.take(max(0.0, due - time.monotonic()))
+            if message is not None:
+                send_frame(self._control, message, self._session)
+            self._say_alive()
 
-    # ---- the reader of the data connection (tcp) ----
+    def _say_alive(self) -> None:
+        now = time.monotonic()
+        if now >= self._ping_at:
+            self._ping_at = now + self._times.ping_s
+            send_frame(self._control, KvPing(), self._session)
+        if now >= self._renew_at:
+            self._renew_at = now + self._times.renew_s
+            tickets = self._tickets()
+            if tickets and not self._times.is_stalled():
+                send_frame(self._control, Renew(tickets=tickets), self._session)
 
-    def _read_blocks(self, data: socket.socket) -> None:
-        arrivals = Arrivals(self._liveness)
-        try:
-            while True:
-                push = read_frame(data, arrivals)
-                if not isinstance(push, Push):
-                    raise ProtocolError(f"{type(push).__name__} on a data connection")
-                check_push(push, self._memory.num_blocks, self._memory.num_layers)
-                blocks = self._acceptances.claim(push)
-                receive_push(data, self._memory, push, blocks, self._acceptances, arrivals)
-                if blocks is not None:
-                    self._finish(push, blocks)
-        except (OSError, ProtocolError) as err:
-            self.stop(f"data connection: {err}")
-        finally:
-            self.stop("the data reader ended")
+    # ---- small things ----
 
-    def _finish(self, push: Push, blocks: list[BlockId]) -> None:
-        """Check the copies that are now in our own blocks, and report."""
-        corrupt = tuple(
-            ordinal for ordinal, good in zip(push.ordinals, self._verify(push, blocks), strict=True) if not good
-        )
-        outcome, ticket = self._acceptances.finish(push), Ticket(push.ticket)
-        if outcome.revoked:
-            self._on_event(Revoked(self.peer, ticket))
-        elif outcome.arrived or corrupt:
-            arrived = tuple(ordinal for ordinal in outcome.arrived if ordinal not in corrupt)
-            self._on_event(BlocksArrived(self.peer, ticket, push.generation, arrived, corrupt))
+    def _tickets(self) -> list[bytes]:
+        with self._lock:
+            return list(self._alive)[:65536]
 
-    def _verify(self, push: Push, blocks: list[BlockId]) -> list[bool]:
-        layers = (push.first_layer, push.num_layers)
-        digests = [block_digest(self._memory.block(block, *layers)) for block in blocks]
-        return [mine == theirs for mine, theirs in zip(digests, push.digests, strict=True)]
+    def _note_alive(self, ticket: Ticket, is_alive: bool) -> None:
+        with self._lock:
+            if is_alive:
+                self._alive[ticket] = None
+            else:
+                self._alive.pop(ticket, None)
 
-    # ---- the writer ----
-
-    def _put(self, item: HandoffMessage | SendBlocks) -> None:
-        if not self._outbox.put(item):
+    def _put(self, message: HandoffMessage) -> None:
+        if not self._outbox.put(message):
             self.stop(f"{MAX_QUEUED} messages wait for a peer that does not read")
 
-    def _write(self) -> None:
-        try:
-            while not self._outbox.closed:
-                item = self._outbox.take(max(0.0, self._ping_at - time.monotonic()))
-                self._ping_when_due()
-                if isinstance(item, SendBlocks):
-                    self._send_blocks(item)
-                elif item is not None:
-                    send_frame(self._established.control, item)
-        except OSError as err:
-            self.stop(f"sending failed: {err}")
-        finally:
-            self.stop("the writer ended")
-
-    def _ping_when_due(self) -> None:
-        if time.monotonic() >= self._ping_at:
-            self._ping_at = time.monotonic() + self._ping_s
-            send_frame(self._established.control, KvPing())
-
-    def _send_blocks(self, effect: SendBlocks) -> None:
-        data = self._established.data
-        push = Push(
-            ticket=effect.ticket,
-            generation=effect.generation,
-            first_layer=0,
-            num_layers=self._memory.num_layers,
-            ordinals=list(effect.ordinals),
-            digests=[block_digest(self._memory.block(block_id)) for block_id in effect.block_ids],
-            source_slots=list(effect.block_ids) if data is None else [],
-        )
-        if data is None:
-            send_frame(self._established.control, push)
-        else:
-            send_push(data, self._memory, push, effect.block_ids, self._ping_when_due)
+    def _queue(self, item: SendBlocks | Done) -> None:
+        if not self._sender.put(item):
+            self.stop("too many blocks wait for a peer that does not take them")
 
 
-def shut(sock: socket.socket) -> None:
-    """Wake whoever reads or writes `sock`; it is closed by its owner."""
-    try:
-        sock.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        return  # it is closed or was never connected: nothing can wait on it
+def _converters(established: Established, me: Identity) -> tuple[Encoder | None, Decoder | None]:
+    """What this end needs when blocks do not travel as they are; both, for a pair that hands over both ways."""
+    wire_dtype, theirs = established.wire_dtype, established.hello.fingerprint
+    if not wire_dtype:
+        return None, None
+    outgoing = WireCodec(me.memory, me.fingerprint, me.fingerprint, wire_dtype)
+    incoming = WireCodec(me.memory, me.fingerprint, theirs, wire_dtype)
+    return Encoder(outgoing, me.staging), Decoder(incoming, me.staging, established.hello)

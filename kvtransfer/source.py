@@ -1,11 +1,15 @@
 """The prefill side of all hand-offs of one worker: who has been offered what, and which blocks have gone.
 
-    open → Offer … Grant → blocks_ready → SendBlocks …          seal → SendBlocks, Done … Ack → SourceEnded("")
-    at any moment: fail, Cancel, peer lost, lease over, offer unanswered               → SourceEnded(code)
+    open → Offer … Grant → layers_computed, blocks_ready → SendBlocks …
+                    seal → SendBlocks, Done … Ack                                    → SourceEnded("")
+    at any moment: fail, Cancel, peer lost, lease over, offer unanswered             → SourceEnded(code)
+
+Blocks leave as soon as they are computed and granted: layer by layer while the chunk that fills them is computed, when
+enough bytes come together to be worth a push; else whole, when it is done.
 
 Pure: calls and messages in, effects out, `now` passed in. A ticket ends exactly once, with one SourceEnded. Until then
-the blocks named to `blocks_ready` and `seal` must keep their bytes: the link may still read them. After an end, a late
-call or message about the ticket changes nothing.
+the blocks named here must keep their bytes: the link may still read them. After an end, a late call or message about
+the ticket changes nothing.
 """
 
 from __future__ import annotations
@@ -14,27 +18,82 @@ from dataclasses import dataclass
 
 from ..core.errors import InternalError, LeaseExpired, NodeLost, TransferFailed
 from ..core.ids import BlockId, Ticket, WorkerKey
-from ..protocol.messages import Ack, Cancel, Done, Failed, Grant, HandoffMessage, Offer, Phases, Renew, SampledToken
-from .effects import SendBlocks, SendMessage, SourceEffect, SourceEnded
-from .renewal import Renewals
+from ..protocol.messages import (
+    NO_PROOF,
+    Ack,
+    Cancel,
+    Done,
+    Failed,
+    Grant,
+    HandoffMessage,
+    Offer,
+    Phases,
+    Reached,
+    Renew,
+    SampledToken,
+)
+from .effects import Renewing, SendBlocks, SendMessage, SourceEffect, SourceEnded, Withdraw
 from .wording import safe_code, safe_text
+
+
+@dataclass(frozen=True, slots=True)
+class PushSizes:
+    """In layers of blocks: a push has at most `most`; layers of a chunk leave before its end when there are `least`."""
+
+    num_layers: int
+    most: int
+    least: int
+
+    @classmethod
+    def of(cls, num_layers: int, layer_bytes: int, most_bytes: int = 4 << 20, least_bytes: int = 1 << 20) -> PushSizes:
+        return cls(num_layers, max(1, most_bytes // layer_bytes), max(1, -(-least_bytes // layer_bytes)))
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffPlan:
+    """What is offered: `num_blocks` blocks for `num_tokens` tokens; those below `reached` are in the first chunk."""
+
+    num_tokens: int
+    num_blocks: int
+    block_size: int
+    reached: int
+    proof: bytes = NO_PROOF
+
+
+@dataclass(slots=True)
+class _Front:
+    """Blocks of the chunk in progress that leave layer by layer: from ordinal `first` on, gone below `num_layers`."""
+
+    first: int
+    block_ids: tuple[BlockId, ...]
+    num_layers: int = 0
 
 
 @dataclass(slots=True)
 class _Outgoing:
-    """One live hand-off. Blocks below `num_pushed` are with the link, or held by the destination."""
+    """One live hand-off. Blocks below `num_pushed` are with the link in all layers, or held by the destination."""
 
     peer: WorkerKey
-    num_tokens: int
-    num_blocks: int
+    plan: HandoffPlan
     lease_until: float
     answer_until: float | None  # None once the destination has shown that it knows the ticket
     grant: Grant | None = None
     ready: tuple[BlockId, ...] = ()
     num_pushed: int = 0
+    front: _Front | None = None
     sealed: tuple[tuple[SampledToken, ...], Phases] | None = None
     done: Done | None = None  # set once it has been sent
-    done_at: float = 0.0
+    said_at: float = 0.0  # the last Reached or Done; said again when nothing comes of it
+
+    @property
+    def next_push(self) -> int:
+        """The first ordinal that has to travel and has not gone in all layers."""
+        return max(self.num_pushed, self.grant.held if self.grant else 0)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Something is computed, or said to be, and the destination has not done its part."""
+        return self.done is not None or self.grant is None or self.grant.stop < len(self.ready)
 
 
 class SourceTable:
@@ -45,22 +104,42 @@ class SourceTable:
     Unknown tickets in a Renew are not counted: they cross with every end.
     """
 
-    def __init__(self, lease_s: float, offer_timeout_s: float, blocks_per_push: int = 64) -> None:
-        self._lease_s, self._offer_timeout_s, self._blocks_per_push = lease_s, offer_timeout_s, blocks_per_push
+    def __init__(self, lease_s: float, offer_timeout_s: float, sizes: PushSizes) -> None:
+        self._lease_s, self._offer_timeout_s, self._sizes = lease_s, offer_timeout_s, sizes
         self._outgoing: dict[Ticket, _Outgoing] = {}
-        self._renewals = Renewals(lease_s / 3)
         self.stale = 0
 
     # ---- calls of the role ----
 
-    def open(self, ticket: Ticket, peer: WorkerKey, num_tokens: int, num_blocks: int, now: float) -> list[SourceEffect]:
-        """Begin a hand-off of `num_blocks` blocks to `peer`; raises InternalError for a ticket that is open already."""
-        if ticket in self._outgoing or num_blocks < 1:
-            raise InternalError(f"ticket {ticket.hex()}: open twice, or {num_blocks} blocks; each ticket is used once")
+    def open(self, ticket: Ticket, peer: WorkerKey, plan: HandoffPlan, now: float) -> list[SourceEffect]:
+        """Begin a hand-off to `peer`; raises InternalError for a ticket that is open already."""
+        if ticket in self._outgoing or plan.num_blocks < 1:
+            raise InternalError(f"ticket {ticket.hex()}: open twice, or {plan.num_blocks} blocks; each is used once")
         lease_until, answer_until = now + self._lease_s, now + self._offer_timeout_s
-        self._outgoing[ticket] = _Outgoing(peer, num_tokens, num_blocks, lease_until, answer_until)
-        self._renewals.watch(peer, now)
-        return [SendMessage(peer, Offer(ticket=ticket, num_tokens=num_tokens, num_blocks=num_blocks))]
+        self._outgoing[ticket] = _Outgoing(peer, plan, lease_until, answer_until, said_at=now)
+        return [Renewing(peer, ticket, is_alive=True), SendMessage(peer, _offer(ticket, plan))]
+
+    def reach(self, ticket: Ticket, reached: int, now: float) -> list[SourceEffect]:
+        """A chunk begins that ends below block `reached`: the destination may make room."""
+        out = self._outgoing.get(ticket)
+        if out is None or reached <= out.plan.reached:
+            return []
+        return [self._say_reached(ticket, out, min(reached, out.plan.num_blocks), now)]
+
+    def layers_computed(
+        self, ticket: Ticket, block_ids: list[BlockId], num_layers: int, now: float
+    ) -> list[SourceEffect]:
+        """Within a step: `num_layers` layers of all blocks in the table `block_ids` are in the cache."""
+        out = self._outgoing.get(ticket)
+        if out is None or out.grant is None or out.next_push < len(out.ready):
+            return []
+        if out.front is None:
+            table = block_ids[out.next_push : out.grant.stop]
+            out.front = _Front(out.next_push, tuple(table)) if table else None
+        front = out.front
+        if front is None or not self._is_worth_a_push(front, num_layers):
+            return []
+        return self._push_front(ticket, out, num_layers)
 
     def blocks_ready(self, ticket: Ticket, block_ids: list[BlockId], now: float) -> list[SourceEffect]:
         """`block_ids` is the sequence's table up to now, every block in it complete in all layers."""
@@ -74,18 +153,16 @@ class SourceTable:
         self,
         ticket: Ticket,
         block_ids: list[BlockId],
-        num_tokens: int,
         first_tokens: tuple[SampledToken, ...],
         phases: Phases,
         now: float,
     ) -> list[SourceEffect]:
-        """All is computed: push the rest, then Done. Raises InternalError for other counts than the offer's."""
+        """All is computed: push the rest, then Done. Raises InternalError for another count than the offer's."""
         out = self._outgoing.get(ticket)
         if out is None:
             return []
-        if out.sealed is not None or (len(block_ids), num_tokens) != (out.num_blocks, out.num_tokens):
-            found = f"{len(block_ids)} blocks, {num_tokens} tokens"
-            raise InternalError(f"seal {ticket.hex()}: {found}; offered {out.num_blocks} and {out.num_tokens}, once")
+        if out.sealed is not None or len(block_ids) != out.plan.num_blocks:
+            raise InternalError(f"seal {ticket.hex()}: {len(block_ids)} blocks; offered {out.plan.num_blocks}, once")
         _take_table(out, ticket, block_ids)
         out.sealed = (first_tokens, phases)
         return self._progress(ticket, out, now)
@@ -117,7 +194,8 @@ class SourceTable:
     def peer_lost(self, peer: WorkerKey, now: float) -> list[SourceEffect]:
         """End every hand-off with this incarnation."""
         lost = [ticket for ticket, out in self._outgoing.items() if out.peer == peer]
-        return [self._end(ticket, NodeLost.code, f"lost the link to {peer}") for ticket in lost]
+        message = f"lost the link to {peer}"
+        return [effect for ticket in lost for effect in self._end(ticket, NodeLost.code, message)]
 
     def tick(self, now: float) -> list[SourceEffect]:
         """Run every timer that is due. Call it behind the events that have arrived, or a late look ends what lives."""
@@ -129,17 +207,20 @@ class SourceTable:
             elif out.answer_until is not None and now >= out.answer_until:
                 message = f"{out.peer} has not answered the offer in {self._offer_timeout_s:g} s"
                 effects += self._give_up(ticket, TransferFailed.code, message)
-        renews = self._renewals.run([(out.peer, ticket) for ticket, out in self._outgoing.items()], now)
-        return [*effects, *renews, *self._unanswered({renew.peer for renew in renews}, now)]
+            elif out.answer_until is None and out.is_waiting and now >= self._repeat_at(out):
+                effects.append(self._repeat(ticket, out, now))
+        return effects
 
     # ---- looking in ----
 
     @property
     def next_deadline(self) -> float | None:
         """When `tick` has something to do; None while nothing is open."""
-        times = [out.lease_until for out in self._outgoing.values()]
-        times += [out.answer_until for out in self._outgoing.values() if out.answer_until is not None]
-        times += [due for due in (self._renewals.next_due,) if due is not None and times]
+        outs = self._outgoing.values()
+        times = [
+            out.lease_until if out.answer_until is None else min(out.lease_until, out.answer_until) for out in outs
+        ]
+        times += [self._repeat_at(out) for out in outs if out.answer_until is None and out.is_waiting]
         return min(times, default=None)
 
     def active(self) -> list[Ticket]:
@@ -148,12 +229,14 @@ class SourceTable:
     def check_invariants(self) -> None:
         """Raise AssertionError when the table contradicts itself."""
         for ticket, out in self._outgoing.items():
-            held = out.grant.held if out.grant is not None else 0
-            assert len(out.ready) <= out.num_blocks, ticket.hex()
-            assert 0 <= held <= out.num_blocks, ticket.hex()
-            assert out.num_pushed <= max(len(out.ready), held), ticket.hex()
+            num_blocks = out.plan.num_blocks
+            held, stop = (out.grant.held, out.grant.stop) if out.grant is not None else (0, 0)
+            assert len(out.ready) <= num_blocks, ticket.hex()
+            assert 0 <= held <= stop <= num_blocks, ticket.hex()
+            assert out.num_pushed <= max(min(len(out.ready), stop), held), ticket.hex()
             assert out.grant is not None or (out.num_pushed == 0 and out.done is None), ticket.hex()
-            assert out.done is None or out.num_pushed == out.num_blocks, ticket.hex()
+            assert out.done is None or out.next_push == num_blocks, ticket.hex()
+            assert out.front is None or out.front.first + len(out.front.block_ids) <= stop, ticket.hex()
             assert out.grant is None or out.answer_until is None, ticket.hex()
 
     # ---- inside ----
@@ -171,11 +254,12 @@ class SourceTable:
         out = self._mine(peer, ticket)
         if out is None:
             return []
-        if grant.held > out.num_blocks or (out.grant is not None and out.grant != grant):
+        if not grant.held <= grant.stop <= out.plan.num_blocks or not _goes_on(out.grant, grant):
             self.stale += 1
             return []
         out.lease_until, out.answer_until = now + self._lease_s, None
-        out.grant = grant
+        if out.grant is None or grant.stop > out.grant.stop:
+            out.grant, out.said_at = grant, now
         return self._progress(ticket, out, now)
 
     def _on_ack(self, peer: WorkerKey, ack: Ack) -> list[SourceEffect]:
@@ -186,13 +270,13 @@ class SourceTable:
         if out.done is None or out.done.generation != ack.generation:
             self.stale += 1
             return []
-        return [self._end(ticket)]
+        return self._end(ticket)
 
     def _on_cancel(self, peer: WorkerKey, cancel: Cancel) -> list[SourceEffect]:
         ticket = Ticket(cancel.ticket)
         if self._mine(peer, ticket) is None:
             return []
-        return [self._end(ticket, cancel.code or TransferFailed.code, cancel.message)]
+        return self._end(ticket, cancel.code or TransferFailed.code, cancel.message)
 
     def _on_renew(self, peer: WorkerKey, renew: Renew, now: float) -> None:
         for ticket in renew.tickets:
@@ -200,52 +284,114 @@ class SourceTable:
             if out is not None and out.peer == peer:
                 out.lease_until, out.answer_until = now + self._lease_s, None
 
+    # ---- pushing ----
+
+    def _is_worth_a_push(self, front: _Front, num_layers: int) -> bool:
+        fresh = (num_layers - front.num_layers) * len(front.block_ids)
+        return fresh >= self._sizes.least or (num_layers == self._sizes.num_layers and fresh > 0)
+
+    def _push_front(self, ticket: Ticket, out: _Outgoing, num_layers: int) -> list[SourceEffect]:
+        """The layers of the front below `num_layers` that have not gone."""
+        front, grant = out.front, out.grant
+        assert front is not None
+        assert grant is not None
+        first_layer, count = front.num_layers, num_layers - front.num_layers
+        front.num_layers = num_layers
+        if count <= 0:
+            return []
+        per_push = max(1, self._sizes.most // count)
+        return [
+            SendBlocks(
+                out.peer,
+                ticket,
+                grant.generation,
+                tuple(range(front.first + start, front.first + start + len(part))),
+                part,
+                first_layer,
+                count,
+            )
+            for start in range(0, len(front.block_ids), per_push)
+            for part in (front.block_ids[start : start + per_push],)
+        ]
+
     def _progress(self, ticket: Ticket, out: _Outgoing, now: float) -> list[SourceEffect]:
-        """Push all that is ready and allowed; Done behind the last push."""
+        """Push all that is ready and granted, the rest of a front first; Done behind the last push."""
         if out.grant is None:
             return []
         effects: list[SourceEffect] = []
-        first, stop = max(out.num_pushed, out.grant.held), len(out.ready)
-        for start in range(first, stop, self._blocks_per_push):
-            ordinals = range(start, min(start + self._blocks_per_push, stop))
-            block_ids = tuple(out.ready[ordinal] for ordinal in ordinals)
-            effects.append(SendBlocks(out.peer, ticket, out.grant.generation, tuple(ordinals), block_ids))
-        out.num_pushed = max(first, stop)
-        if out.sealed is not None and out.done is None:
-            out.done, out.done_at = _done(ticket, out, out.grant, *out.sealed), now
+        while out.front is not None or out.next_push < min(len(out.ready), out.grant.stop):
+            if out.front is None:
+                out.front = _Front(out.next_push, out.ready[out.next_push : out.grant.stop])
+            stop = out.front.first + len(out.front.block_ids)
+            if stop > len(out.ready):
+                break  # its chunk is still being computed
+            effects += self._push_front(ticket, out, self._sizes.num_layers)
+            out.num_pushed, out.front = stop, None
+        if out.sealed is not None and out.done is None and out.next_push == out.plan.num_blocks:
+            out.done, out.said_at = _done(ticket, out, out.grant, *out.sealed), now
             effects.append(SendMessage(out.peer, out.done))
         return effects
 
-    def _unanswered(self, peers: set[WorkerKey], now: float) -> list[SourceEffect]:
-        """Done again, where neither Ack nor Cancel has come for a while: without it both sides would wait for ever."""
-        late = now - self._lease_s / 3
-        outs = [out for out in self._outgoing.values() if out.peer in peers and out.done_at <= late]
-        return [SendMessage(out.peer, out.done) for out in outs if out.done is not None]
+    # ---- saying things again ----
+
+    def _repeat_at(self, out: _Outgoing) -> float:
+        return out.said_at + self._lease_s / 3
+
+    def _repeat(self, ticket: Ticket, out: _Outgoing, now: float) -> SendMessage:
+        """Done or Reached again, where nothing came of it for a while: without it both sides would wait for ever."""
+        if out.done is None:
+            return self._say_reached(ticket, out, out.plan.reached, now)
+        out.said_at = now
+        return SendMessage(out.peer, out.done)
+
+    def _say_reached(self, ticket: Ticket, out: _Outgoing, reached: int, now: float) -> SendMessage:
+        plan = out.plan
+        out.plan = HandoffPlan(plan.num_tokens, plan.num_blocks, plan.block_size, reached, plan.proof)
+        out.said_at = now
+        return SendMessage(out.peer, Reached(ticket=ticket, reached=reached))
+
+    # ---- ending ----
 
     def _give_up(self, ticket: Ticket, code: str, message: str) -> list[SourceEffect]:
         peer = self._outgoing[ticket].peer
         failed = Failed(ticket=ticket, code=safe_code(code), message=safe_text(message))
-        return [SendMessage(peer, failed), self._end(ticket, failed.code, failed.message)]
+        return [SendMessage(peer, failed), *self._end(ticket, failed.code, failed.message)]
 
-    def _end(self, ticket: Ticket, code: str = "", message: str = "") -> SourceEnded:
-        del self._outgoing[ticket]
-        return SourceEnded(ticket, code, message)
+    def _end(self, ticket: Ticket, code: str = "", message: str = "") -> list[SourceEffect]:
+        peer = self._outgoing.pop(ticket).peer
+        return [Withdraw(peer, ticket), Renewing(peer, ticket, is_alive=False), SourceEnded(ticket, code, message)]
+
+
+def _goes_on(known: Grant | None, grant: Grant) -> bool:
+    """A grant again, or its continuation; an older one that comes late is neither news nor an error."""
+    return known is None or (known.generation, known.held) == (grant.generation, grant.held)
 
 
 def _take_table(out: _Outgoing, ticket: Ticket, block_ids: list[BlockId]) -> None:
     """Remember the longer table; raises InternalError when it shrinks or outgrows the offer."""
-    if not len(out.ready) <= len(block_ids) <= out.num_blocks:
-        bounds = f"from {len(out.ready)} to {out.num_blocks} are possible"
+    if not len(out.ready) <= len(block_ids) <= out.plan.num_blocks:
+        bounds = f"from {len(out.ready)} to {out.plan.num_blocks} are possible"
         raise InternalError(f"ticket {ticket.hex()}: a table of {len(block_ids)} blocks, {bounds}")
     out.ready = tuple(block_ids)
+
+
+def _offer(ticket: Ticket, plan: HandoffPlan) -> Offer:
+    return Offer(
+        ticket=ticket,
+        num_tokens=plan.num_tokens,
+        num_blocks=plan.num_blocks,
+        block_size=plan.block_size,
+        reached=plan.reached,
+        proof=plan.proof,
+    )
 
 
 def _done(ticket: Ticket, out: _Outgoing, grant: Grant, first_tokens: tuple[SampledToken, ...], phases: Phases) -> Done:
     return Done(
         ticket=ticket,
         generation=grant.generation,
-        num_blocks=out.num_blocks - grant.held,
-        num_tokens=out.num_tokens,
+        num_blocks=out.plan.num_blocks - grant.held,
+        num_tokens=out.plan.num_tokens,
         first_tokens=first_tokens,
         phases=phases,
     )

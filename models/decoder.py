@@ -12,6 +12,7 @@ whatever the type of the weights.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -82,8 +83,13 @@ class Decoder:
         self._inv_freq, self._gain = rope_frequencies(config, max_context)
 
     @torch.inference_mode()
-    def forward(self, step: StepInput, kv_pool: torch.Tensor) -> torch.Tensor:
-        """Run the step, storing its keys and values in `kv_pool`; logits [sampled rows, vocab_size]."""
+    def forward(
+        self, step: StepInput, kv_pool: torch.Tensor, on_layers: Callable[[int], None] | None = None
+    ) -> torch.Tensor:
+        """Run the step, storing its keys and values in `kv_pool`; logits [sampled rows, vocab_size].
+
+        `on_layers(n)` hears when those of the first n layers are stored.
+        """
         if len(step.fresh_blocks):
             clear_blocks(kv_pool, step.fresh_blocks)
         rotation = self._rotation(step.positions)
@@ -91,6 +97,8 @@ class Decoder:
         last = self.config.num_layers - 1
         for index, layer in enumerate(self.weights.layers):
             attended = self._attend(index, layer, x, rotation, step, kv_pool)
+            if on_layers is not None:
+                on_layers(index + 1)
             if index == last:  # what follows looks at no other row
                 attended, x = attended[step.sampled_rows], x[step.sampled_rows]
                 if not len(x):

@@ -7,18 +7,21 @@ The loop around it, with its threads, is worker/process.py.
 
 from __future__ import annotations
 
+from ..core.cluster_key import cluster_key
 from ..core.config import Topology
+from ..core.ids import WorkerKey
 from ..engine.block_pool import BlockPool
 from ..engine.interface import EngineSpec
-from ..kvtransfer.source import SourceTable
+from ..kvtransfer.source import PushSizes, SourceTable
 from ..worker.launch import launch
 from ..worker.role import Role
 from .role import PrefillRole
 
 
-def make_roles(spec: EngineSpec, pool: BlockPool, topology: Topology) -> list[Role]:
+def make_roles(me: WorkerKey, spec: EngineSpec, pool: BlockPool, topology: Topology) -> list[Role]:
     lease_s = topology.transfer.lease_s
-    return [PrefillRole(spec, pool, SourceTable(lease_s, lease_s))]
+    source = SourceTable(lease_s, lease_s, PushSizes.of(spec.fingerprint.num_layers, spec.layer_bytes))
+    return [PrefillRole(me, spec, pool, source, cluster_key(topology))]
 
 
 def main(topology: Topology, name: str) -> int:

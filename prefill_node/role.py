@@ -2,7 +2,7 @@
 
     1. waiting    StartPrefill arrived; FIFO, no blocks, no promise to decode yet
     2. computing  admitted: blocks for the whole prompt (its cached prefix reused), Offer sent; one chunk a step under
-                  the token budget; full blocks leave after each chunk, once decode has granted
+                  the token budget; blocks that decode has granted leave layer by layer within the step, or after it
     3. handing    last chunk computed, first token of every choice sampled, rest pushed, Done sent; blocks stay under
                   a lease
     4. ended      Ack, failure, abort, lost peer, lease or deadline: blocks freed once, PrefillEnded told once
@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from ..core.errors import BadRequest, DeadlineExceeded, NodeLost, ProtocolError, ServeError
 from ..core.ids import AttemptKey, BlockId, Ticket, WorkerKey
 from ..core.recent import RecentSet
+from ..core.tickets import TicketFacts, is_proven
 from ..engine.block_pool import BlockPool
 from ..engine.interface import EngineSpec, ScheduledSeq
 from ..engine.sequence import Sequence, blocks_for
 from ..kvtransfer.effects import LinkEvent, MessageArrived, PeerLost, PeerUp, SourceEffect, SourceEnded
-from ..kvtransfer.source import SourceTable
+from ..kvtransfer.source import HandoffPlan, SourceTable
 from ..protocol.messages import (
     Abort,
     Ack,
@@ -49,13 +50,28 @@ class PrefillTask:
     seq: Sequence
     ticket: Ticket
     decode: WorkerKey
+    proof: bytes
     opened: bool = False
 
 
 class PrefillRole:
-    """Chunked prefill under a token budget, first come first served, with a hand-off queue behind it."""
+    """Chunked prefill under a token budget, first come first served, with a hand-off queue behind it.
 
-    def __init__(self, spec: EngineSpec, pool: BlockPool, source: SourceTable, max_waiting: int = 1024) -> None:
+    `me` and `cluster_key`: tickets for other workers, or made without the key, are refused.
+    """
+
+    hands_off = True
+
+    def __init__(
+        self,
+        me: WorkerKey,
+        spec: EngineSpec,
+        pool: BlockPool,
+        source: SourceTable,
+        cluster_key: bytes,
+        max_waiting: int = 1024,
+    ) -> None:
+        self._me, self._cluster_key = me, cluster_key
         self._spec, self._pool, self._source, self._max_waiting = spec, pool, source, max_waiting
         self._tasks: dict[AttemptKey, PrefillTask] = {}
         self._by_ticket: dict[Ticket, PrefillTask] = {}
@@ -105,6 +121,8 @@ class PrefillRole:
             raise NodeLost(f"no link to decode worker {decode}")
         if Ticket(message.ticket) in self._by_ticket:
             raise ProtocolError("the ticket is in use")
+        if not is_proven(self._cluster_key, self._facts(key, message, decode), message.proof):
+            raise ProtocolError("the ticket was not made for this; are all processes of this cluster using one key?")
         seq = Sequence(
             key,
             0,
@@ -116,7 +134,11 @@ class PrefillRole:
             output_ids,
         )
         seq.sample_choices = tuple(range(message.params.n)) if not output_ids else ()
-        return PrefillTask(seq, Ticket(message.ticket), decode)
+        return PrefillTask(seq, Ticket(message.ticket), decode, message.proof)
+
+    def _facts(self, key: AttemptKey, message: StartPrefill, decode: WorkerKey) -> TicketFacts:
+        tokens = message.prompt_ids + message.output_ids
+        return TicketFacts(Ticket(message.ticket), self._me, decode, key, tokens, message.timeout_s)
 
     def _abort(self, key: AttemptKey, now: float) -> None:
         task = self._tasks.get(key)
@@ -169,12 +191,35 @@ class PrefillRole:
 
     def schedule(self, budget: Budget, now: float) -> list[ScheduledSeq]:
         self._expire(now)
-        entries = [next_chunk(task.seq, budget, now) for task in self._computing]
-        while self._waiting and budget.num_tokens > 0 and budget.num_seqs > 0 and self._admit(self._waiting[0], now):
-            entries.append(next_chunk(self._computing[-1].seq, budget, now))
+        entries = [self._chunk(task, budget, now) for task in self._computing]
+        while self._waiting and budget.num_tokens > 0 and budget.num_seqs > 0 and self._admit(self._waiting[0]):
+            entries.append(self._chunk(self._computing[-1], budget, now))
         return [entry for entry in entries if entry is not None]
 
-    def _admit(self, task: PrefillTask, now: float) -> bool:
+    def _chunk(self, task: PrefillTask, budget: Budget, now: float) -> ScheduledSeq | None:
+        """The next chunk of `task`; decode hears how far it reaches before it is computed."""
+        entry = next_chunk(task.seq, budget, now)
+        if entry is None:
+            return None
+        reached = len(self._table_after(entry))
+        if task.opened:
+            self._take(self._source.reach(task.ticket, reached, now))
+        else:
+            task.opened = True
+            self._take(self._source.open(task.ticket, task.decode, self._plan(task, reached), now))
+        return entry
+
+    def _table_after(self, entry: ScheduledSeq) -> list[BlockId]:
+        """The blocks that are complete once this entry is computed."""
+        seq = entry.seq
+        num_computed = seq.num_computed_tokens + entry.num_new_tokens
+        return seq.block_table if entry.sample else seq.block_table[: num_computed // self._pool.block_size]
+
+    def _plan(self, task: PrefillTask, reached: int) -> HandoffPlan:
+        num_tokens, block_size = task.seq.num_tokens, self._pool.block_size
+        return HandoffPlan(num_tokens, blocks_for(num_tokens, block_size), block_size, reached, task.proof)
+
+    def _admit(self, task: PrefillTask) -> bool:
         seq = task.seq
         held = try_admit(seq, self._pool, reserve=0)
         if held is None:
@@ -183,10 +228,17 @@ class PrefillRole:
         self._computing.append(task)
         self._queried_tokens += seq.num_tokens
         self._hit_tokens += seq.num_cached_tokens
-        task.opened = True
-        num_blocks = blocks_for(seq.num_tokens, self._pool.block_size)
-        self._take(self._source.open(task.ticket, task.decode, seq.num_tokens, num_blocks, now))
         return True
+
+    def layers_computed(self, entries: list[ScheduledSeq], num_layers: int, now: float) -> None:
+        for entry in entries:
+            task = self._tasks.get(entry.seq.key)
+            if task is not None and task.seq is entry.seq:
+                table = self._table_after(entry)
+                self._take(self._source.layers_computed(task.ticket, table, num_layers, now))
+
+    def on_grant(self, event: MessageArrived, now: float) -> None:
+        self._take(self._source.on_message(event.peer, event.message, now))
 
     def commit(self, computed: list[Computed], now: float) -> None:
         for entry, tokens in computed:
@@ -203,7 +255,7 @@ class PrefillRole:
             self._take(self._source.blocks_ready(task.ticket, seq.block_table[:num_full], now))
             return
         self._computing.remove(task)
-        self._take(self._source.seal(task.ticket, seq.block_table, seq.num_tokens, tokens, self._phases(seq, now), now))
+        self._take(self._source.seal(task.ticket, seq.block_table, tokens, self._phases(seq, now), now))
 
     def _phases(self, seq: Sequence, now: float) -> Phases:
         started = seq.first_scheduled if seq.first_scheduled is not None else now

@@ -19,7 +19,7 @@ import numpy as np
 from ..core.errors import ProtocolError
 from .sampling import MAX_CHOICES, MAX_LOGPROBS, SamplingParams, TokenId
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_PROMPT_BYTES = 4 * (1 << 20)
 MAX_BLOCKS = 1 << 20
 
@@ -30,10 +30,13 @@ RequestId = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
 WorkerId = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 Epoch = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}$")]
 TicketId = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+Mac = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+Digests = Annotated[bytes, msgspec.Meta(max_length=8 << 20)]  # 8 bytes each
 IdBytes = Annotated[bytes, msgspec.Meta(max_length=MAX_PROMPT_BYTES)]
 Text = Annotated[str, msgspec.Meta(max_length=1000)]
 Code = Annotated[str, msgspec.Meta(max_length=64)]
 Ordinals = Annotated[list[Count], msgspec.Meta(max_length=MAX_BLOCKS)]
+NO_PROOF = bytes(16)
 Role = Literal["prefill", "decode", "both"]
 WorkerState = Literal["starting", "ready", "draining", "stalled"]  # stalled: its loop does not turn
 FinishReason = Literal["stop", "length"]
@@ -65,8 +68,14 @@ def unpack_ids(data: bytes) -> list[int]:
 # ---- pieces ----
 
 
+CONVERTIBLE_DTYPES = frozenset({"float32", "bfloat16", "float16"})
+
+
 class Fingerprint(Part, frozen=True):
-    """What two workers must agree on before a block may move. Compared field by field; a difference is named."""
+    """What two workers must agree on before a block may move. Compared field by field; a difference is named.
+
+    Cache dtype and block size may differ when both dtypes can be converted into each other.
+    """
 
     model: Text
     weights: Text  # digest of the weights' identity, not of every byte
@@ -82,9 +91,16 @@ class Fingerprint(Part, frozen=True):
         """None when equal, else one sentence that names the first differing field and both values."""
         for field in self.__struct_fields__:
             mine, theirs = getattr(self, field), getattr(other, field)
-            if mine != theirs:
+            if mine != theirs and not self._bridges(field, other):
                 return f"{field} differs: {mine!r} here, {theirs!r} there"
         return None
+
+    def is_same_format(self, other: Fingerprint) -> bool:
+        """Blocks of one are blocks of the other, byte by byte."""
+        return self.dtype == other.dtype and self.block_size == other.block_size
+
+    def _bridges(self, field: str, other: Fingerprint) -> bool:
+        return field in ("dtype", "block_size") and {self.dtype, other.dtype} <= CONVERTIBLE_DTYPES
 
 
 class TokenLogprob(Part, frozen=True):
@@ -173,6 +189,7 @@ class StartPrefill(Message, frozen=True):
     timeout_s: Seconds  # from receipt; no work starts after it
     output_ids: IdBytes = b""  # tokens already produced by an earlier attempt (n = 1 only)
     cache_salt: Text = ""
+    proof: Mac = NO_PROOF  # of the ticket, by the cluster's key: `core.tickets`
 
 
 class StartDecode(Message, frozen=True):
@@ -191,6 +208,7 @@ class StartDecode(Message, frozen=True):
     prefill_worker: WorkerId | None = None
     prefill_epoch: Epoch | None = None
     cache_salt: Text = ""
+    proof: Mac = NO_PROOF
 
 
 class Abort(Message, frozen=True):
@@ -326,10 +344,29 @@ class KvHello(Message, frozen=True):
     epoch: Epoch
     peer_epoch: Epoch | None  # the epoch the caller expects to meet; None from the listener
     fingerprint: Fingerprint
-    transports: Annotated[list[Code], msgspec.Meta(max_length=16)]
+    transports: Annotated[list[Code], msgspec.Meta(max_length=16)]  # from the listener: the one chosen
     host_id: Text
     num_blocks: Count
+    block_bytes: Sequence64
+    nonce: Mac  # fresh for each connection; the link's session is derived from both
+    staging_bytes: Sequence64 = 0
+    wire_dtypes: Annotated[list[Code], msgspec.Meta(max_length=16)] = []  # allowed, the preferred one first
+    offers: Annotated[
+        dict[Code, Annotated[bytes, msgspec.Meta(max_length=32 << 10)]], msgspec.Meta(max_length=16)
+    ] = {}  # what each transport wants the peer to know
     token: Annotated[bytes, msgspec.Meta(max_length=32)] = b""  # pairs a second, data connection with this link
+
+
+class KvProof(Message, frozen=True):
+    """Shows knowledge of the cluster's key: a MAC over both hellos. Every later frame carries one of its own."""
+
+    mac: Mac
+
+
+class KvReady(Message, frozen=True):
+    """The end of the handshake, both ways. The dialer has measured the link and says what travels on it."""
+
+    wire_dtype: Code = ""  # empty: blocks as they are
 
 
 class KvRefuse(Message, frozen=True):
@@ -337,25 +374,43 @@ class KvRefuse(Message, frozen=True):
 
 
 class Offer(Message, frozen=True):
-    """prefill → decode: the KV of this ticket is about to arrive; `num_blocks` cover `num_tokens`."""
+    """prefill → decode: the KV of this ticket is about to arrive.
+
+    `num_blocks` blocks of `block_size` cover `num_tokens`; those below `reached` are computed or being computed.
+    """
 
     ticket: TicketId
     num_tokens: Count
     num_blocks: Count
+    block_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+    reached: Count
+    proof: Mac = NO_PROOF
+
+
+class Reached(Message, frozen=True):
+    """prefill → decode: blocks below `reached` are computed or being computed."""
+
+    ticket: TicketId
+    reached: Count
 
 
 class Grant(Message, frozen=True):
-    """decode → prefill: you may write. The first `held` blocks are here already and must not travel."""
+    """decode → prefill: you may write ordinals [held, stop). The first `held` are here already and must not travel.
+
+    A later grant of the same generation only moves `stop`.
+    """
 
     ticket: TicketId
     generation: Count
     held: Count
+    stop: Count
 
 
 class Push(Message, frozen=True):
-    """prefill → decode: these blocks, layers [first_layer, first_layer + num_layers), with a digest for each block.
+    """prefill → decode: these blocks, layers [first_layer, first_layer + num_layers), a digest for each block.
 
-    `source_slots` index the pusher's registered pool, one for each ordinal; only transports that pull use them.
+    `source_slots` index the pusher's pool, one for each ordinal. When bytes are converted on the way they lie at
+    `staged` in the pusher's staging memory instead.
     """
 
     ticket: TicketId
@@ -363,14 +418,26 @@ class Push(Message, frozen=True):
     first_layer: Count
     num_layers: Count
     ordinals: Ordinals
-    digests: Annotated[
-        list[Annotated[bytes, msgspec.Meta(min_length=8, max_length=8)]], msgspec.Meta(max_length=MAX_BLOCKS)
-    ]
+    digests: Digests
     source_slots: Ordinals = []
+    staged: Sequence64 | None = None
+
+
+class Taken(Message, frozen=True):
+    """decode → prefill: the staging memory of the oldest push that was converted is free again."""
+
+
+class Measure(Message, frozen=True):
+    """dialer → listener, within the handshake: send so many bytes of your staging memory, for the link's figures."""
+
+    nbytes: Count
 
 
 class Done(Message, frozen=True):
-    """prefill → decode: all is computed and pushed. `num_blocks` counts the blocks after the held ones."""
+    """prefill → decode: all is computed and pushed. `num_blocks` counts the blocks after the held ones.
+
+    `digests` has one for each of them, over the digests of all its pushes: what was verified is what was meant.
+    """
 
     ticket: TicketId
     generation: Count
@@ -378,6 +445,7 @@ class Done(Message, frozen=True):
     num_tokens: Count
     first_tokens: Annotated[tuple[SampledToken, ...], msgspec.Meta(max_length=MAX_CHOICES)]
     phases: Phases
+    digests: Digests = b""
 
 
 class Failed(Message, frozen=True):
@@ -404,7 +472,7 @@ class Cancel(Message, frozen=True):
 
 
 class Renew(Message, frozen=True):
-    """Both ways: these tickets are alive on my side."""
+    """Both ways, from the link's own thread: these tickets are alive on my side."""
 
     tickets: Annotated[list[TicketId], msgspec.Meta(max_length=65536)]
 
@@ -413,4 +481,21 @@ class KvPing(Message, frozen=True):
     """Both ways, from the link's own thread: the process lives."""
 
 
-HandoffMessage = KvHello | KvRefuse | Offer | Grant | Push | Done | Failed | Ack | Cancel | Renew | KvPing
+HandoffMessage = (
+    KvHello
+    | KvProof
+    | KvReady
+    | KvRefuse
+    | Offer
+    | Reached
+    | Grant
+    | Push
+    | Taken
+    | Measure
+    | Done
+    | Failed
+    | Ack
+    | Cancel
+    | Renew
+    | KvPing
+)

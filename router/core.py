@@ -47,13 +47,13 @@ log = logging.getLogger(__name__)
 class RouterCore:
     """Pure: no socket, no thread, no wait. Every input returns the effects to carry out, in order."""
 
-    def __init__(self, config: RouterConfig, clock: Clock, ids: IdSource) -> None:
+    def __init__(self, config: RouterConfig, clock: Clock, ids: IdSource, cluster_key: bytes = b"") -> None:
         self.config = config
         self.epoch = new_epoch(ids)
         self._clock = clock
         self._registry = Registry()
         self._timers: Timers[str | WorkerKey] = Timers()
-        self._life = Lifecycle(config, clock, ids, self.epoch, self._registry, self._timers)
+        self._life = Lifecycle(config, clock, ids, self.epoch, self._registry, self._timers, cluster_key)
         self._is_draining = False
         self._readiness = Readiness(config, self._registry, self._life.placer)
 

@@ -9,7 +9,8 @@ import logging
 from ..core.clock import Clock
 from ..core.errors import DeadlineExceeded, NodeLost, ProtocolError, ServeError, Unavailable
 from ..core.ids import AttemptKey, IdSource, WorkerKey, new_ticket
-from ..protocol.messages import Abort, FromRouter, StartDecode, StartPrefill, Tokens, pack_ids
+from ..core.tickets import TicketFacts, prove
+from ..protocol.messages import NO_PROOF, Abort, FromRouter, StartDecode, StartPrefill, Tokens, pack_ids
 from .config import RouterConfig, RouterCounters
 from .effects import Deliver, Effect, End, Send
 from .interface import EndEvent, TokensEvent
@@ -36,6 +37,7 @@ class Lifecycle:
         router_epoch: str,
         registry: Registry,
         timers: Timers[str | WorkerKey],
+        cluster_key: bytes,
     ) -> None:
         self._config = config
         self._clock = clock
@@ -43,6 +45,7 @@ class Lifecycle:
         self._router_epoch = router_epoch
         self._registry = registry
         self._timers = timers
+        self._cluster_key = cluster_key
         self.table = RequestTable()
         self.placer = Placer(config, registry, index_secret=ids.token(16).hex())
         self.counters = RouterCounters()
@@ -85,9 +88,11 @@ class Lifecycle:
                 worker.attempts[attempt.key] = None
         decode.used_blocks += attempt.blocks
         (prefill or decode).queued_tokens += attempt.queued_tokens
-        attempt.decode_number = self._send(decode, self._start_decode(record, attempt, now))
+        timeout_s = max(MIN_TIMEOUT_S, record.deadline - now)
+        proof = self._prove(record, attempt, timeout_s)
+        attempt.decode_number = self._send(decode, self._start_decode(record, attempt, timeout_s, proof))
         if prefill is not None:
-            attempt.prefill_number = self._send(prefill, self._start_prefill(record, attempt, now))
+            attempt.prefill_number = self._send(prefill, self._start_prefill(record, attempt, timeout_s, proof))
         self.placer.note_dispatch(record, placement)
         self.counters.attempts += 1
         self.counters.remote_prefills += prefill is not None
@@ -95,21 +100,34 @@ class Lifecycle:
         self.arm(record)
         log.debug("request %s: decode %s, prefill %s", attempt.key, decode.key, attempt.prefill or "local")
 
-    def _start_decode(self, record: RequestRecord, attempt: Attempt, now: float) -> StartDecode:
+    def _prove(self, record: RequestRecord, attempt: Attempt, timeout_s: float) -> bytes:
+        """Bind the ticket to this attempt, its two workers and its tokens."""
+        if attempt.ticket is None or attempt.prefill is None:
+            return NO_PROOF
+        tokens = record.prompt_bytes + self._output_bytes(record)
+        facts = TicketFacts(attempt.ticket, attempt.prefill, attempt.decode, attempt.key, tokens, timeout_s)
+        return prove(self._cluster_key, facts)
+
+    def _output_bytes(self, record: RequestRecord) -> bytes:
+        """What prefill computes behind the prompt: the tokens that a single choice already has."""
+        return pack_ids(record.choices[0].output_ids) if record.request.params.n == 1 else b""
+
+    def _start_decode(self, record: RequestRecord, attempt: Attempt, timeout_s: float, proof: bytes) -> StartDecode:
         return StartDecode(
             record.request_id,
             attempt.key.attempt,
             record.prompt_bytes,
             record.request.params,
             record.choice_states(),
-            max(MIN_TIMEOUT_S, record.deadline - now),
+            timeout_s,
             attempt.ticket,
             attempt.prefill.worker_id if attempt.prefill else None,
             attempt.prefill.epoch if attempt.prefill else None,
             record.request.cache_salt,
+            proof,
         )
 
-    def _start_prefill(self, record: RequestRecord, attempt: Attempt, now: float) -> StartPrefill:
+    def _start_prefill(self, record: RequestRecord, attempt: Attempt, timeout_s: float, proof: bytes) -> StartPrefill:
         assert attempt.ticket is not None
         assert not record.needs_local_prefill
         return StartPrefill(
@@ -120,9 +138,10 @@ class Lifecycle:
             record.request.params,
             attempt.decode.worker_id,
             attempt.decode.epoch,
-            max(MIN_TIMEOUT_S, record.deadline - now),
-            pack_ids(record.choices[0].output_ids) if record.request.params.n == 1 else b"",
+            timeout_s,
+            self._output_bytes(record),
             record.request.cache_salt,
+            proof,
         )
 
     # ---- tokens

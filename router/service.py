@@ -85,10 +85,11 @@ class RouterService:
         *,
         clock: Clock | None = None,
         ids: IdSource | None = None,
+        cluster_key: bytes = b"",
         max_stream_events: int = MAX_STREAM_EVENTS,
     ) -> None:
         self._clock = clock or MonotonicClock()
-        self._core = RouterCore(config, self._clock, ids or SecureIds())
+        self._core = RouterCore(config, self._clock, ids or SecureIds(), cluster_key)
         self._watch = ProcessWatch(self._on_process_ended)
         self._given_address = address
         self._max_stream_events = max_stream_events

@@ -27,7 +27,7 @@ from .events import EventQueue
 from .fake_engine import FakeEngine
 from .journal import InvariantBroken, Journal
 from .sim_network import SimNetwork
-from .sim_worker import SimWorker
+from .sim_worker import CLUSTER_KEY, SimWorker
 
 ROUTER_TICK_S = 0.1
 
@@ -65,7 +65,7 @@ class SimCluster:
         self.network = SimNetwork(self.events, profile, self.rng, self.faults)
         self.network.check_copy, self.network.trace = self._check_copy, self.say
         self._trace = trace
-        self.router = RouterCore(shape.router, self.clock, self._ids)
+        self.router = RouterCore(shape.router, self.clock, self._ids, CLUSTER_KEY)
         self.workers: dict[str, SimWorker] = {}
         self._wires: dict[WorkerKey, tuple[Wire, Wire]] = {}
         self.is_calm = False

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 from ..core.errors import InternalError
 from ..core.random_bits import choice_seed, uniform
-from ..engine.interface import EngineSpec, ScheduledSeq
+from ..engine.interface import EngineSpec, OnLayers, ScheduledSeq
 from ..engine.kv_memory import KVMemory
 from ..engine.sequence import Sequence
 from ..protocol.messages import Fingerprint, SampledToken, TokenLogprob
@@ -87,24 +87,31 @@ class FakeEngine:
     def cost_s(self, batch: list[ScheduledSeq]) -> float:
         return self._step_s + self._token_s * sum(entry.num_new_tokens for entry in batch)
 
-    def execute(self, batch: list[ScheduledSeq]) -> list[tuple[SampledToken, ...]]:
-        return [self._run(entry) for entry in batch]
+    def execute(self, batch: list[ScheduledSeq], on_layers: OnLayers | None = None) -> list[tuple[SampledToken, ...]]:
+        for entry in batch:
+            if self._fails is not None and self._fails(entry):
+                raise InternalError(f"the fake engine refuses {entry.seq.key}")
+        for layer in range(self.memory.num_layers):
+            for entry in batch:
+                self._compute(entry, layer)
+            if on_layers is not None:
+                on_layers(layer + 1)
+        return [self._sample(entry) for entry in batch]
 
     def rest(self) -> None:
         """Nothing is held."""
 
-    def _run(self, entry: ScheduledSeq) -> tuple[SampledToken, ...]:
-        seq = entry.seq
-        if self._fails is not None and self._fails(entry):
-            raise InternalError(f"the fake engine refuses {seq.key}")
-        start, stop = seq.num_computed_tokens, seq.num_computed_tokens + entry.num_new_tokens
-        for layer in range(self.memory.num_layers):
-            value = self._read(seq, layer, start - 1) if start else 0
-            for position, token_id in enumerate(seq.tokens(start, stop), start):
-                value = _value(value, token_id, layer)
-                self._write(seq, layer, position, value)
+    def _compute(self, entry: ScheduledSeq, layer: int) -> None:
+        seq, start = entry.seq, entry.seq.num_computed_tokens
+        value = self._read(seq, layer, start - 1) if start else 0
+        for position, token_id in enumerate(seq.tokens(start, start + entry.num_new_tokens), start):
+            value = _value(value, token_id, layer)
+            self._write(seq, layer, position, value)
+
+    def _sample(self, entry: ScheduledSeq) -> tuple[SampledToken, ...]:
         if not entry.sample:
             return ()
+        seq, stop = entry.seq, entry.seq.num_computed_tokens + entry.num_new_tokens
         state = _fold(self._read(seq, layer, p) for layer in range(self.memory.num_layers) for p in range(stop))
         index = len(seq.output_ids)
         spec = self.spec

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,15 +18,16 @@ from ..core.errors import ServeError
 from ..core.ids import SeededIds, WorkerKey, new_epoch
 from ..decode_node.role import DecodeRole
 from ..engine.block_pool import BlockPool
-from ..engine.interface import Engine
+from ..engine.interface import Engine, ScheduledSeq
 from ..kvtransfer.destination import DestinationTable
-from ..kvtransfer.effects import LinkEvent
+from ..kvtransfer.effects import LinkEvent, MessageArrived
 from ..kvtransfer.link import Mesh
-from ..kvtransfer.mesh import SocketMesh
-from ..kvtransfer.source import SourceTable
+from ..kvtransfer.mesh import MeshSettings, SocketMesh
+from ..kvtransfer.socket_link import LinkTimes
+from ..kvtransfer.source import PushSizes, SourceTable
 from ..kvtransfer.transports.inproc import InprocMesh, InprocNetwork
 from ..prefill_node.role import PrefillRole
-from ..protocol.messages import FromRouter, FromWorker, Heartbeat, Role, SampledToken
+from ..protocol.messages import FromRouter, FromWorker, Grant, Heartbeat, Role, SampledToken
 from ..router.config import RouterConfig
 from ..router.core import RouterCore
 from ..router.effects import Deliver, Effect, End, Send
@@ -36,6 +38,7 @@ from ..worker.role import Role as RoleCode
 from ..worker.role import Tell
 
 BEAT_S = 0.25
+CLUSTER_KEY = b"one process"
 PATIENCE_S = 60.0  # for leases, links and heartbeats: a busy machine is no fault here
 
 
@@ -72,13 +75,16 @@ class _Worker:
         pool = BlockPool(engine.spec.num_blocks, engine.spec.block_size)
         roles: list[RoleCode] = []
         if role != "prefill":
-            roles.append(DecodeRole(engine.spec, pool, DestinationTable(PATIENCE_S)))
+            roles.append(DecodeRole(key, engine.spec, pool, DestinationTable(PATIENCE_S), CLUSTER_KEY))
         if role != "decode":
-            roles.append(PrefillRole(engine.spec, pool, SourceTable(PATIENCE_S, PATIENCE_S)))
+            pushes = PushSizes.of(engine.spec.fingerprint.num_layers, engine.spec.layer_bytes)
+            source = SourceTable(PATIENCE_S, PATIENCE_S, pushes)
+            roles.append(PrefillRole(key, engine.spec, pool, source, CLUSTER_KEY))
         self.core = WorkerCore(key, role, engine, pool, roles, clock, **sizes)
         self.inbox: queue.SimpleQueue[FromRouter | LinkEvent] = queue.SimpleQueue()
         self.mesh: Mesh | None = None
         self.received = 0
+        self._deferred: deque[FromRouter | LinkEvent] = deque()
 
     def perform(self, effects: list[CoreEffect], tell: Callable[[FromWorker], None]) -> None:
         assert self.mesh is not None
@@ -94,8 +100,8 @@ class _Worker:
     def turn(self, tell: Callable[[FromWorker], None]) -> bool:
         """Handle what has arrived and run one step; False when there was nothing to do."""
         progressed = False
-        while not self.inbox.empty():
-            item = self.inbox.get_nowait()
+        while self._deferred or not self.inbox.empty():
+            item = self._deferred.popleft() if self._deferred else self.inbox.get_nowait()
             if isinstance(item, FromRouter):
                 self.received = max(self.received, item.number)
                 self.perform(self.core.on_frame(item), tell)
@@ -106,9 +112,21 @@ class _Worker:
         batch, effects = self.core.begin_step()
         self.perform(effects, tell)
         if batch:
-            self.perform(self.core.end_step(batch, self.core.compute(batch)), tell)
+            results = self.core.compute(batch, lambda layers: self._on_layers(batch, layers, tell))
+            self.perform(self.core.end_step(batch, results), tell)
         self.core.check_invariants()
         return progressed or bool(batch)
+
+    def _on_layers(
+        self, batch: list[tuple[RoleCode, ScheduledSeq]], num_layers: int, tell: Callable[[FromWorker], None]
+    ) -> None:
+        while not self.inbox.empty():
+            item = self.inbox.get_nowait()
+            if isinstance(item, MessageArrived) and isinstance(item.message, Grant):
+                self.perform(self.core.on_grant(item), tell)
+            else:
+                self._deferred.append(item)
+        self.perform(self.core.layers_computed(batch, num_layers), tell)
 
 
 def _mesh_of(worker: _Worker) -> Mesh:
@@ -134,7 +152,10 @@ class InProcessCluster:
     ) -> None:
         self._clock, ids = MonotonicClock(), SeededIds(0)
         self.router = RouterCore(
-            router or RouterConfig(worker_timeout_s=PATIENCE_S, unacknowledged_s=PATIENCE_S), self._clock, ids
+            router or RouterConfig(worker_timeout_s=PATIENCE_S, unacknowledged_s=PATIENCE_S),
+            self._clock,
+            ids,
+            CLUSTER_KEY,
         )
         self._network = InprocNetwork()
         self._results: dict[str, Result] = {}
@@ -170,8 +191,9 @@ class InProcessCluster:
             engine.memory,
             worker.inbox.put,
             runtime_dir=runtime_dir,
-            transports=(transport,),
-            liveness_s=PATIENCE_S,
+            cluster_key=CLUSTER_KEY,
+            settings=MeshSettings((transport,)),
+            times=LinkTimes(liveness_s=PATIENCE_S),
         )
 
     def __enter__(self) -> InProcessCluster:

@@ -51,7 +51,7 @@ class SimNetwork(InprocNetwork):
             self.trace(f"{delivery.source} → {delivery.target}: {item}")
         if isinstance(item, LinkEnd):
             self._forget(delivery.source, delivery.target)
-            self._events.after(self._profile.delay_s, lambda: self.deliver(delivery))
+            self._events.after(self._profile.delay_s, lambda: self._end(delivery))
             return
         self._note_sent(delivery.source, delivery.target, item)
         if not self.is_calm and self._rng.random() < self._profile.cut:
@@ -60,6 +60,10 @@ class SimNetwork(InprocNetwork):
             return
         frame = codec.handoff.encode(item)
         self._wire(delivery.source, delivery.target).carry(type(item).__name__, lambda: self._arrive(delivery, frame))
+
+    def _end(self, delivery: Delivery) -> None:
+        self._forget(delivery.source, delivery.target)  # what was offered meanwhile went into a dead link
+        self.deliver(delivery)
 
     def _arrive(self, delivery: Delivery, frame: bytes) -> None:
         item = codec.handoff.decode(frame)
@@ -93,7 +97,7 @@ class SimNetwork(InprocNetwork):
         super().move(source, target, push, slot, block)
         if not self.is_calm and self._rng.random() < self._profile.corrupt:
             self._faults["corrupt block"] += 1
-            view = target.memory.block(block)
+            view = target.memory.block(block, push.first_layer, push.num_layers)
             view[self._rng.randrange(len(view))] ^= 1 << self._rng.randrange(8)
 
     # ---- who was told what ----

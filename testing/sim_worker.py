@@ -12,11 +12,11 @@ from ..decode_node.role import DecodeRole
 from ..engine.block_pool import BlockPool
 from ..engine.interface import ScheduledSeq
 from ..kvtransfer.destination import DestinationTable
-from ..kvtransfer.effects import LinkEvent
-from ..kvtransfer.source import SourceTable
+from ..kvtransfer.effects import LinkEvent, MessageArrived
+from ..kvtransfer.source import PushSizes, SourceTable
 from ..kvtransfer.transports.inproc import InprocMesh
 from ..prefill_node.role import PrefillRole
-from ..protocol.messages import FromRouter, FromWorker, Heartbeat, Role, ToRouter
+from ..protocol.messages import FromRouter, FromWorker, Grant, Heartbeat, Role, ToRouter
 from ..worker.core import CoreEffect, SetPeers, WorkerCore
 from ..worker.heartbeat import MAX_STEP_S, HeartbeatBuilder
 from ..worker.process import hello_of
@@ -28,6 +28,7 @@ from .sim_network import SimNetwork
 
 HEARTBEAT_S = 0.25
 TICK_S = 0.1
+CLUSTER_KEY = b"the simulation"
 
 
 class SimWorker:
@@ -51,12 +52,13 @@ class SimWorker:
         self.key, self.role, self.engine = key, role, engine
         self._events, self._to_router, self._after_event = events, to_router, after_event
         self.pool = BlockPool(engine.spec.num_blocks, engine.spec.block_size)
-        self.source, self.destination = SourceTable(lease_s, lease_s), DestinationTable(lease_s)
+        sizes = PushSizes(engine.spec.fingerprint.num_layers, most=6, least=1 + len(key.epoch.strip("01234567")) % 3)
+        self.source, self.destination = SourceTable(lease_s, lease_s, sizes), DestinationTable(lease_s)
         roles: list[RoleCode] = []
         if role != "prefill":
-            roles.append(DecodeRole(engine.spec, self.pool, self.destination, max_running))
+            roles.append(DecodeRole(key, engine.spec, self.pool, self.destination, CLUSTER_KEY, max_running))
         if role != "decode":
-            roles.append(PrefillRole(engine.spec, self.pool, self.source))
+            roles.append(PrefillRole(key, engine.spec, self.pool, self.source, CLUSTER_KEY))
         self.core = WorkerCore(key, role, engine, self.pool, roles, events.clock, max_batch_tokens=max_batch_tokens)
         self.mesh = InprocMesh(key, role, engine.spec.fingerprint, engine.memory, self._on_link, network)
         self._network = network
@@ -69,6 +71,8 @@ class SimWorker:
         self.is_alive = True
         events.after(0.0, self._beat)
         events.after(TICK_S, self._tick)
+        self._renew_s = lease_s / 3
+        events.after(self._renew_s, self._renew)
 
     # ---- the process's threads ----
 
@@ -105,6 +109,14 @@ class SimWorker:
             return
         self._turn()
         self._events.after(TICK_S, self._tick)
+
+    def _renew(self) -> None:
+        """The links' own threads: they go on while a step computes."""
+        if not self.is_alive:
+            return
+        if not self._is_frozen:
+            self.mesh.renew()
+        self._events.after(self._renew_s, self._renew)
 
     def freeze(self, seconds: float) -> None:
         """SIGSTOP for a while: nothing is handled, nothing is said."""
@@ -155,9 +167,18 @@ class SimWorker:
             self._events.after(TICK_S, lambda: self._finish(batch))
             return
         self._is_busy = False
-        self._perform(self.core.end_step(batch, self.core.compute(batch)))
+        self._perform(
+            self.core.end_step(batch, self.core.compute(batch, lambda layers: self._on_layers(batch, layers)))
+        )
         self._after_event(self)
         self._turn()
+
+    def _on_layers(self, batch: list[tuple[RoleCode, ScheduledSeq]], num_layers: int) -> None:
+        grants = [item for item in self._inbox if isinstance(item, MessageArrived) and isinstance(item.message, Grant)]
+        for item in grants:
+            self._inbox.remove(item)
+            self._perform(self.core.on_grant(item))
+        self._perform(self.core.layers_computed(batch, num_layers))
 
     def _perform(self, effects: list[CoreEffect]) -> None:
         for effect in effects:

@@ -9,7 +9,7 @@ time.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import msgspec
@@ -19,7 +19,7 @@ from ..core.errors import InternalError, ServeError
 from ..core.ids import AttemptKey, WorkerKey
 from ..engine.block_pool import BlockPool
 from ..engine.interface import Engine, ScheduledSeq
-from ..kvtransfer.effects import LinkEvent
+from ..kvtransfer.effects import LinkEvent, MessageArrived
 from ..protocol.messages import (
     AttemptFailed,
     Drain,
@@ -147,11 +147,18 @@ class WorkerCore:
         batch = [(role, entry) for role in self.roles for entry in role.schedule(budget, now)]
         return batch, self._collect()
 
-    def compute(self, batch: list[tuple[Role, ScheduledSeq]]) -> list[tuple[SampledToken, ...] | ServeError]:
-        """Run the batch; an error of the whole is narrowed down to the entries that cause it."""
+    def compute(
+        self, batch: list[tuple[Role, ScheduledSeq]], on_layers: Callable[[int], None] | None = None
+    ) -> list[tuple[SampledToken, ...] | ServeError]:
+        """Run the batch; an error of the whole is narrowed down to the entries that cause it.
+
+        `on_layers(n)` is called within the step for a batch that something leaves from; it may call `layers_computed`
+        and `on_grant`, and nothing else here.
+        """
         entries = [entry for _, entry in batch]
+        hook = on_layers if any(role.hands_off for role, _ in batch) else None
         try:
-            return list(self.engine.execute(entries))
+            return list(self.engine.execute(entries, hook))
         except Exception:
             log.exception("a step of %d sequences failed; running them one by one", len(entries))
         return [self._compute_alone(entry) for entry in entries]
@@ -164,6 +171,21 @@ class WorkerCore:
         except Exception:
             log.exception("request %s failed in its step", entry.seq.key)
             return InternalError("the step of this request failed; the worker's log has the cause")
+
+    def layers_computed(self, batch: list[tuple[Role, ScheduledSeq]], num_layers: int) -> list[CoreEffect]:
+        """Within the step: so many layers of its new KV are in the cache."""
+        now = self._clock.now()
+        for role in self.roles:
+            if role.hands_off:
+                role.layers_computed([entry for owner, entry in batch if owner is role], num_layers, now)
+        return self._collect()
+
+    def on_grant(self, event: MessageArrived) -> list[CoreEffect]:
+        """Within the step: a Grant has arrived, and what it allows may leave at once."""
+        for role in self.roles:
+            if role.hands_off:
+                role.on_grant(event, self._clock.now())
+        return self._collect()
 
     def end_step(
         self, batch: list[tuple[Role, ScheduledSeq]], results: list[tuple[SampledToken, ...] | ServeError]

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from ..core.clock import Clock, MonotonicClock
+from ..core.cluster_key import cluster_key
 from ..core.config import Topology, WorkerSpec
 from ..core.ids import SecureIds, WorkerKey, new_epoch
 from ..engine.block_pool import BlockPool
@@ -15,7 +16,8 @@ from ..engine.core_share import MAX_WORKERS, CoreShare, SharingEngine
 from ..engine.interface import Engine, EngineSpec
 from ..kvtransfer.effects import LinkEvent
 from ..kvtransfer.link import Mesh
-from ..kvtransfer.mesh import SocketMesh
+from ..kvtransfer.mesh import TRANSPORTS, MeshSettings, SocketMesh
+from ..kvtransfer.socket_link import LinkTimes
 from .core import WorkerCore
 from .process import Incarnation, run_worker
 from .role import Role
@@ -24,7 +26,7 @@ log = logging.getLogger(__name__)
 
 CORES_FILE = "cores"  # in the runtime folder; see engine.core_share
 
-MakeRoles = Callable[[EngineSpec, BlockPool, Topology], list[Role]]
+MakeRoles = Callable[[WorkerKey, EngineSpec, BlockPool, Topology], list[Role]]
 
 
 def launch(topology: Topology, name: str, make_roles: MakeRoles) -> int:
@@ -76,7 +78,7 @@ def _make_core(
         spec.role,
         engine,
         pool,
-        make_roles(engine.spec, pool, topology),
+        make_roles(key, engine.spec, pool, topology),
         clock,
         max_batch_tokens=spec.config.max_num_batched_tokens,
         max_batch_seqs=spec.config.max_num_seqs,
@@ -94,5 +96,7 @@ def _make_mesh(
         engine.memory,
         on_event,
         runtime_dir=Path(topology.runtime_dir),
-        transports=("shm", "tcp") if chosen == "auto" else (chosen,),
+        cluster_key=cluster_key(topology),
+        settings=MeshSettings(TRANSPORTS if chosen == "auto" else (chosen,), topology.transfer.wire_dtype),
+        times=LinkTimes(renew_s=topology.transfer.lease_s / 5),
     )

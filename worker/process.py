@@ -14,20 +14,22 @@ import os
 import queue
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..core.clock import Clock, MonotonicClock
 from ..core.errors import InternalError, ProtocolError
 from ..core.ids import WorkerKey
-from ..engine.interface import Engine
-from ..kvtransfer.effects import LinkEvent
+from ..engine.interface import Engine, ScheduledSeq
+from ..kvtransfer.effects import LinkEvent, MessageArrived
 from ..kvtransfer.link import Mesh
 from ..protocol import codec
-from ..protocol.messages import FromRouter, FromWorker, Goodbye, Hello, Role, ToRouter
+from ..protocol.messages import FromRouter, FromWorker, Goodbye, Grant, Hello, Role, ToRouter
 from ..protocol.sockets import WorkerSocket
 from .core import CoreEffect, SetPeers, Snapshot, WorkerCore
 from .heartbeat import MAX_STEP_S, HeartbeatBuilder
+from .role import Role as RoleCode
 from .role import Tell
 
 log = logging.getLogger(__name__)
@@ -133,6 +135,7 @@ class WorkerLoop:
         self._drain_s = drain_s
         self._next_tick = clock.now()
         self._drain_until: float | None = None
+        self._deferred: deque[FromRouter | LinkEvent] = deque()  # came within a step, and is no grant
 
     def drain(self) -> None:
         """Take nothing new and end when all is done, or after `drain_s`. Safe to call from a signal handler."""
@@ -157,6 +160,9 @@ class WorkerLoop:
         return self._core.is_idle or self._clock.now() > self._drain_until
 
     def _take_inbox(self, *, wait: bool) -> None:
+        wait = wait and not self._deferred
+        while self._deferred:
+            self._on_item(self._deferred.popleft())
         try:
             item = self._inbox.get(timeout=TICK_S) if wait else self._inbox.get_nowait()
             while True:
@@ -183,8 +189,19 @@ class WorkerLoop:
         if not batch:
             self._core.engine.rest()
             return False
-        self._perform(self._core.end_step(batch, self._core.compute(batch)))
+        results = self._core.compute(batch, lambda num_layers: self._on_layers(batch, num_layers))
+        self._perform(self._core.end_step(batch, results))
         return True
+
+    def _on_layers(self, batch: list[tuple[RoleCode, ScheduledSeq]], num_layers: int) -> None:
+        """Within a step: what is computed and granted leaves while the next layer is computed."""
+        while not self._inbox.empty():
+            item = self._inbox.get_nowait()
+            if isinstance(item, MessageArrived) and isinstance(item.message, Grant):
+                self._perform(self._core.on_grant(item))
+            elif item is not None:
+                self._deferred.append(item)
+        self._perform(self._core.layers_computed(batch, num_layers))
 
     def _perform(self, effects: list[CoreEffect]) -> None:
         for effect in effects:

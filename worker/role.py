@@ -12,7 +12,7 @@ from typing import Protocol
 from ..core.errors import ServeError
 from ..core.ids import AttemptKey, BlockId
 from ..engine.interface import ScheduledSeq
-from ..kvtransfer.effects import LinkEffect, LinkEvent
+from ..kvtransfer.effects import LinkEffect, LinkEvent, MessageArrived
 from ..protocol.messages import SampledToken, ToRouter, ToWorker, WorkerLoad
 
 
@@ -38,12 +38,22 @@ class Budget:
 class Role(Protocol):
     """Pure: each call changes the role's own state and collects effects; nothing blocks, nothing reads a clock."""
 
+    hands_off: bool  # what it computes goes to other workers, perhaps within the step
+
     def on_command(self, message: ToWorker, now: float) -> None: ...
 
     def on_link(self, event: LinkEvent, now: float) -> None: ...
 
     def schedule(self, budget: Budget, now: float) -> list[ScheduledSeq]:
         """Choose what to compute in the next step, taking from `budget`; its blocks are allocated on return."""
+        ...
+
+    def layers_computed(self, entries: list[ScheduledSeq], num_layers: int, now: float) -> None:
+        """Within the step: the first `num_layers` layers of these entries are in the cache."""
+        ...
+
+    def on_grant(self, event: MessageArrived, now: float) -> None:
+        """Within the step: a peer has granted blocks, which may leave at once. Nothing else of the state may change."""
         ...
 
     def commit(self, computed: list[Computed], now: float) -> None:

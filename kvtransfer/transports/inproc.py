@@ -14,25 +14,27 @@ from dataclasses import dataclass, field
 from ...core.errors import ProtocolError
 from ...core.ids import Ticket, WorkerKey
 from ...engine.kv_memory import KVMemory
-from ...protocol.messages import Fingerprint, HandoffMessage, Peer, Push, Role
-from ..acceptance import Acceptances, check_push, check_source_slots
+from ...protocol.messages import Done, Fingerprint, HandoffMessage, Peer, Push, Renew, Role
+from ..acceptance import Acceptances, check_push
 from ..digest import block_digest
 from ..effects import (
     AcceptBlocks,
-    BlocksArrived,
     LinkEffect,
     LinkEvent,
     MessageArrived,
     PeerLost,
     PeerUp,
+    Renewing,
     Revoke,
     Revoked,
     SendBlocks,
     SendMessage,
+    Withdraw,
 )
 from ..link import Mesh, OnEvent
 from ..linking import dials
-from .runs import run_view
+from ..push_receiver import arrived_event, corrupt_ordinals
+from ..vouching import Vouchers
 
 TRANSPORT = "inproc"
 
@@ -58,6 +60,8 @@ class Delivery:
 class _InprocLink:
     number: int
     acceptances: Acceptances
+    vouchers: Vouchers = field(default_factory=Vouchers)
+    alive: dict[Ticket, None] = field(default_factory=dict)  # named to the peer by every renewal
 
 
 class InprocNetwork:
@@ -83,7 +87,8 @@ class InprocNetwork:
 
     def move(self, source: InprocMesh, target: InprocMesh, push: Push, slot: int, block: int) -> None:
         """Copy what `push` says of one block; a place to look on, or to spoil the bytes."""
-        run_view(target.memory, push, block, 1)[:] = run_view(source.memory, push, slot, 1)
+        layers = (push.first_layer, push.num_layers)
+        target.memory.block(block, *layers)[:] = source.memory.block(slot, *layers)
 
     # ---- running ----
 
@@ -184,14 +189,30 @@ class InprocMesh(Mesh):
         if link is None:
             return
         match effect:
+            case SendMessage(message=Done() as done):
+                self._send(effect.peer, link, link.vouchers.complete(done))
             case SendMessage():
                 self._send(effect.peer, link, effect.message)
             case SendBlocks():
-                self._send(effect.peer, link, self._push(effect))
+                push = self._push(effect)
+                link.vouchers.note(push)
+                self._send(effect.peer, link, push)
+            case Withdraw():
+                link.vouchers.forget(effect.ticket)
+            case Renewing(ticket=ticket, is_alive=True):
+                link.alive[ticket] = None
+            case Renewing(ticket=ticket):
+                link.alive.pop(ticket, None)
             case AcceptBlocks():
-                link.acceptances.accept(effect.ticket, effect.generation, effect.blocks)
+                link.acceptances.accept(effect)
             case Revoke():
                 self.network.post(self, Revoked(effect.peer, effect.ticket))
+
+    def renew(self) -> None:
+        """What a link's own thread does every third of a lease: name the tickets that are alive here."""
+        for peer, link in list(self._links.items()):
+            if link.alive:
+                self._send(peer, link, Renew(tickets=list(link.alive)))
 
     def linked(self) -> list[tuple[WorkerKey, str]]:
         return [(key, TRANSPORT) for key in sorted(self._links)]
@@ -211,7 +232,7 @@ class InprocMesh(Mesh):
         for peer in self._peers:
             other = self.network.find(_key(peer))
             wanted = dials(self.role, self.key.worker_id, peer) and _key(peer) not in self._links
-            if other is None or not wanted or other.fingerprint != self.fingerprint:
+            if other is None or not wanted or self.fingerprint != other.fingerprint:
                 continue
             number = self.network.next_link()
             other.attach(self.key, number)
@@ -270,10 +291,13 @@ class InprocMesh(Mesh):
         return Push(
             ticket=effect.ticket,
             generation=effect.generation,
-            first_layer=0,
-            num_layers=self.memory.num_layers,
+            first_layer=effect.first_layer,
+            num_layers=effect.num_layers,
             ordinals=list(effect.ordinals),
-            digests=[block_digest(self.memory.block(block_id)) for block_id in effect.block_ids],
+            digests=b"".join(
+                block_digest(self.memory.block(block_id, effect.first_layer, effect.num_layers))
+                for block_id in effect.block_ids
+            ),
             source_slots=list(effect.block_ids),
         )
 
@@ -282,22 +306,19 @@ class InprocMesh(Mesh):
         if source is None:
             return  # its memory died with it
         try:
-            check_push(push, self.memory.num_blocks, self.memory.num_layers)
-            check_source_slots(push, source.memory.num_blocks)
+            check_push(push, source.memory.num_blocks, self.memory.num_layers)
         except ProtocolError as err:
             self._drop(peer, str(err))
             return
-        blocks = link.acceptances.claim(push)
-        if blocks is None:
+        claim = link.acceptances.claim(push)
+        if claim is None:
             return
-        corrupt: list[int] = []
-        for ordinal, slot, block, digest in zip(push.ordinals, push.source_slots, blocks, push.digests, strict=True):
+        blocks = [claim.table[ordinal] for ordinal in push.ordinals]
+        for slot, block in zip(push.source_slots, blocks, strict=True):
             self.network.move(source, self, push, slot, block)
-            if block_digest(run_view(self.memory, push, block, 1)) != digest:
-                corrupt.append(ordinal)
-        arrived = tuple(ordinal for ordinal in link.acceptances.finish(push).arrived if ordinal not in corrupt)
-        event = BlocksArrived(peer, Ticket(push.ticket), push.generation, arrived, tuple(corrupt))
-        self.network.post(self, event)
+        views = [self.memory.block(block, push.first_layer, push.num_layers) for block in blocks]
+        corrupt = corrupt_ordinals(push, views)
+        self.network.post(self, arrived_event(peer, push, link.acceptances.finish(push), corrupt))
 
 
 def _key(peer: Peer) -> WorkerKey:

@@ -1,36 +1,42 @@
-"""Adjacent blocks are one copy: splits tables of block ids into runs that lie side by side in every table."""
+"""Adjacent bytes are one copy: lists of spans, merged where they touch and cut where a piece would be too long."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from ...engine.kv_memory import KVMemory
-from ...protocol.messages import Push
-
-
-def runs(*tables: Sequence[int], max_length: int) -> Iterator[tuple[int, int]]:
-    """(first index, length ≥ 1) of each run in which every table counts up by one."""
-    total, start = len(tables[0]), 0
-    while start < total:
-        length = 1
-        while (
-            length < max_length
-            and start + length < total
-            and all(table[start + length] == table[start] + length for table in tables)
-        ):
-            length += 1
-        yield start, length
-        start += length
+from ..bulk import Span
 
 
-def run_length(push: Push, memory: KVMemory, max_bytes: int) -> int:
-    """Blocks that may go in one run: neighbours only touch when all layers move."""
-    return max(1, max_bytes // memory.block_bytes) if push.num_layers == memory.num_layers else 1
+def merged(spans: Iterable[Span]) -> list[Span]:
+    """The same bytes in the same order, with neighbours joined."""
+    found: list[Span] = []
+    for span in spans:
+        if found and found[-1].offset + found[-1].nbytes == span.offset:
+            found[-1] = Span(found[-1].offset, found[-1].nbytes + span.nbytes)
+        else:
+            found.append(span)
+    return found
 
 
-def run_view(memory: KVMemory, push: Push, first_block: int, length: int) -> memoryview:
-    """The bytes of a run of `length` blocks of `memory`, in the layers of `push`."""
-    if length == 1:
-        return memory.block(first_block, push.first_layer, push.num_layers)
-    start, stop = first_block * memory.block_bytes, (first_block + length) * memory.block_bytes
-    return memory.buffer[start:stop]
+def total_bytes(spans: Iterable[Span]) -> int:
+    return sum(span.nbytes for span in spans)
+
+
+def paired(source: Sequence[Span], target: Sequence[Span], most_bytes: int) -> Iterator[tuple[int, int, int]]:
+    """(source offset, target offset, number of bytes) for pieces that are contiguous on both sides.
+
+    Both lists have the same total; raises ValueError when they have not.
+    """
+    left, right = iter(merged(source)), iter(merged(target))
+    here, there = next(left, None), next(right, None)
+    while here is not None and there is not None:
+        nbytes = min(here.nbytes, there.nbytes, most_bytes)
+        yield here.offset, there.offset, nbytes
+        here = _rest(here, nbytes) or next(left, None)
+        there = _rest(there, nbytes) or next(right, None)
+    if here is not None or there is not None:
+        raise ValueError(f"{total_bytes(source)} bytes into {total_bytes(target)}")
+
+
+def _rest(span: Span, nbytes: int) -> Span | None:
+    return Span(span.offset + nbytes, span.nbytes - nbytes) if span.nbytes > nbytes else None

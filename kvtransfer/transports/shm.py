@@ -1,59 +1,73 @@
-"""Same host: decode maps the pool of prefill read-only and copies out of it. Push means "ready, copy now"."""
+"""Same host: decode maps the memory of prefill read-only and copies out of it. Push means "ready, copy now"."""
 
 from __future__ import annotations
 
 import fcntl
 import mmap
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ...core.errors import ProtocolError
+from ...core.errors import ProtocolError, TransferFailed
 from ...engine.kv_memory import KVMemory
-from ...protocol.messages import Push
-from ..acceptance import Acceptances
-from .runs import run_length, run_view, runs
+from ..bulk import Bulk, Span
+from .runs import paired
 
 _GET_SEALS, _SHRINK = 1034, 2  # fcntl(2): F_GET_SEALS, F_SEAL_SHRINK
 _COPY_BYTES = 4 << 20  # a revoked ticket waits for one copy of this size at most
 
 
 class MappedPool:
-    """Another worker's pool, read-only. Closing is idempotent and gives the memory of a dead peer back."""
+    """Another worker's KV memory, read-only. Closing is idempotent and gives the memory of a dead peer back."""
 
-    def __init__(self, fd: int, num_blocks: int, block_bytes: int) -> None:
-        """Map `fd` and close it; raises ProtocolError unless it is a pool of that size that can never shrink."""
+    def __init__(self, fd: int, nbytes: int) -> None:
+        """Map `fd` and close it; raises ProtocolError unless it is a memory of that size that can never shrink."""
         try:
-            nbytes = num_blocks * block_bytes
             if nbytes == 0 or os.fstat(fd).st_size != nbytes or not _cannot_shrink(fd):
-                raise ProtocolError(
-                    f"the descriptor received is not a sealed pool of {num_blocks} x {block_bytes} bytes"
-                )
+                raise ProtocolError(f"the descriptor received is not a sealed pool of {nbytes} bytes")
             self._map = mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
         finally:
             os.close(fd)
-        self.num_blocks, self.block_bytes = num_blocks, block_bytes
-        self._bytes = memoryview(self._map)
-
-    def view(self, first_block: int, length: int, offset: int = 0, nbytes: int | None = None) -> memoryview:
-        """`length` adjacent blocks, or `nbytes` at `offset` within the first."""
-        start = first_block * self.block_bytes + offset
-        return self._bytes[start : start + (length * self.block_bytes if nbytes is None else nbytes)]
+        self.bytes = memoryview(self._map)
 
     def close(self) -> None:
-        self._bytes.release()
+        self.bytes.release()
         self._map.close()
 
 
-def pull(pool: MappedPool, memory: KVMemory, push: Push, blocks: Sequence[int], acceptances: Acceptances) -> None:
-    """Copy the pushed blocks into `blocks`; stops when the ticket is revoked. The slots of `push` have been checked."""
-    offset, nbytes = push.first_layer * memory.layer_bytes, push.num_layers * memory.layer_bytes
-    for start, length in runs(push.source_slots, blocks, max_length=run_length(push, memory, _COPY_BYTES)):
-        if acceptances.is_revoked(push):
-            return
-        source = pool.view(push.source_slots[start], length, offset, nbytes if length == 1 else None)
-        _copy(run_view(memory, push, blocks[start], length), source)
+class ShmBulk(Bulk):
+    """Copies from the peer's memory into ours. `pool` is None at an end that never receives."""
+
+    quarantine_s = 0.0
+
+    def __init__(self, memory: KVMemory, pool: MappedPool | None) -> None:
+        self._memory, self._pool, self._stopped = memory, pool, threading.Event()
+
+    def send(self, spans: Sequence[Span]) -> None:
+        """The peer reads by itself."""
+
+    def receive(self, source: Sequence[Span], target: Sequence[Span], wanted: Callable[[], bool]) -> None:
+        if self._pool is None:
+            raise ProtocolError("a push over shared memory from a peer that passed none")
+        theirs, mine = self._pool.bytes, self._memory.region
+        for start, stop, nbytes in paired(source, target, _COPY_BYTES):
+            if self._stopped.is_set():
+                raise TransferFailed("the link is over")
+            if not wanted():
+                return
+            _copy(mine[stop : stop + nbytes], theirs[start : start + nbytes])
+
+    def discard(self, source: Sequence[Span]) -> None:
+        """Nothing has been sent."""
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
 
 
 def _copy(target: memoryview, source: memoryview) -> None:

@@ -1,4 +1,4 @@
-"""Anywhere: the bytes of a push follow its frame on a second connection, from block to block without a copy between."""
+"""Anywhere: the bytes of a push come on a second connection, from block to block without a copy between."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from collections.abc import Callable, Sequence
 
 from ...core.ids import IdSource, SecureIds
 from ...engine.kv_memory import KVMemory
-from ...protocol.messages import Push
-from ..acceptance import Acceptances
-from .runs import run_length, run_view, runs
-from .wire import Patience, frame, read_exact, send_views
+from ..bulk import Bulk, Span
+from .runs import merged, total_bytes
+from .wire import receive_exact, send_views, shut
 
 _CHUNK_BYTES = 1 << 20  # a revoked ticket waits for one read of this size at most
 _SOCKET_BUFFER_BYTES = 4 << 20
@@ -28,41 +27,44 @@ def tune(sock: socket.socket, bulk: bool = False) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SOCKET_BUFFER_BYTES)
 
 
-def send_push(
-    sock: socket.socket, memory: KVMemory, push: Push, block_ids: Sequence[int], between: Callable[[], None]
-) -> None:
-    """Send the frame and the bytes; `between` runs after each system call, to keep pings going on a slow network."""
-    max_length = run_length(push, memory, _CHUNK_BYTES)
-    spans = [run_view(memory, push, block_ids[at], length) for at, length in runs(block_ids, max_length=max_length)]
-    send_views(sock, [memoryview(frame(push)), *spans], between)
+class TcpBulk(Bulk):
+    """Straight from our memory into the socket, and from the socket into our memory. Owns the socket."""
 
+    quarantine_s = 0.0
 
-def receive_push(
-    sock: socket.socket,
-    memory: KVMemory,
-    push: Push,
-    blocks: Sequence[int] | None,
-    acceptances: Acceptances,
-    patience: Patience,
-) -> None:
-    """Read the bytes behind `push` into `blocks`; into nothing for a push that was refused, or once it is revoked."""
-    if blocks is None:
-        _drain(sock, len(push.ordinals) * push.num_layers * memory.layer_bytes, patience)
-        return
-    span_bytes = push.num_layers * memory.layer_bytes
-    for start, length in runs(blocks, max_length=run_length(push, memory, _CHUNK_BYTES)):
-        if acceptances.is_revoked(push):
-            _drain(sock, (len(blocks) - start) * span_bytes, patience)
-            return
-        read_exact(sock, run_view(memory, push, blocks[start], length), patience)
+    def __init__(self, memory: KVMemory, sock: socket.socket) -> None:
+        self._memory, self._sock = memory, sock
+        self._scratch = memoryview(bytearray(_CHUNK_BYTES))
 
+    def send(self, spans: Sequence[Span]) -> None:
+        region = self._memory.region
+        send_views(self._sock, [region[offset : offset + nbytes] for offset, nbytes in merged(spans)])
 
-def _drain(sock: socket.socket, nbytes: int, patience: Patience) -> None:
-    scratch = memoryview(bytearray(min(nbytes, _CHUNK_BYTES)))
-    while nbytes:
-        part = scratch[: min(nbytes, len(scratch))]
-        read_exact(sock, part, patience)
-        nbytes -= len(part)
+    def receive(self, source: Sequence[Span], target: Sequence[Span], wanted: Callable[[], bool]) -> None:
+        left = total_bytes(source)
+        for offset, nbytes in merged(target):
+            for start in range(offset, offset + nbytes, _CHUNK_BYTES):
+                if not wanted():
+                    self._drain(left)
+                    return
+                stop = min(start + _CHUNK_BYTES, offset + nbytes)
+                receive_exact(self._sock, self._memory.region[start:stop])
+                left -= stop - start
+
+    def discard(self, source: Sequence[Span]) -> None:
+        self._drain(total_bytes(source))
+
+    def stop(self) -> None:
+        shut(self._sock)
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def _drain(self, nbytes: int) -> None:
+        while nbytes:
+            part = self._scratch[: min(nbytes, _CHUNK_BYTES)]
+            receive_exact(self._sock, part)
+            nbytes -= len(part)
 
 
 class Rendezvous:

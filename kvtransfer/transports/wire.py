@@ -8,16 +8,17 @@ import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Protocol
 
 from ...core.errors import ProtocolError
 from ...protocol.codec import handoff
 from ...protocol.messages import HandoffMessage
+from ..session import Session
 
 MAX_FRAME_BYTES = 4 << 20
-MAX_HELLO_BYTES = 16 << 10
+MAX_HELLO_BYTES = 128 << 10
 _MAX_IOVECS = 512  # below IOV_MAX (1024) everywhere
 _SEND_BYTES = 1 << 20  # in one system call
 _LENGTH = struct.Struct("<I")
@@ -61,32 +62,27 @@ class Liveness:
         self.heard()
 
 
-class Arrivals:
-    """For a data connection: it may be idle, its bytes are signs of life, and the control connection ends it."""
+def read_frame(
+    sock: socket.socket, patience: Patience, session: Session | None = None, limit: int = MAX_FRAME_BYTES
+) -> HandoffMessage:
+    """The next message, authenticated when there is a session.
 
-    def __init__(self, liveness: Liveness) -> None:
-        self._liveness = liveness
-
-    def wait(self, sock: socket.socket) -> None:
-        # Runs between two reads, so some bytes have just come.
-        self._liveness.heard()
-
-
-def read_frame(sock: socket.socket, patience: Patience, limit: int = MAX_FRAME_BYTES) -> HandoffMessage:
-    """The next message. Raises ProtocolError, TimeoutError, or ConnectionError when the peer is gone."""
+    Raises ProtocolError, TimeoutError, or ConnectionError when the peer is gone.
+    """
     header = bytearray(_LENGTH.size)
     read_exact(sock, memoryview(header), patience)
-    return read_body(sock, bytes(header), patience, limit)
+    body = memoryview(read_body(sock, bytes(header), patience, limit))
+    return handoff.decode(body) if session is None else session.open(body)
 
 
-def read_body(sock: socket.socket, header: bytes, patience: Patience, limit: int) -> HandoffMessage:
-    """The message behind a length that has been read."""
+def read_body(sock: socket.socket, header: bytes, patience: Patience, limit: int) -> bytearray:
+    """The bytes behind a length that has been read."""
     (length,) = _LENGTH.unpack(header)
     if not 0 < length <= limit:
         raise ProtocolError(f"hand-off frame of {length} bytes; the bound is {limit}")
     body = bytearray(length)
     read_exact(sock, memoryview(body), patience)
-    return handoff.decode(memoryview(body))
+    return body
 
 
 def read_exact(sock: socket.socket, view: memoryview, patience: Patience) -> None:
@@ -119,14 +115,16 @@ def read_header_and_fd(sock: socket.socket, patience: Patience) -> tuple[bytes, 
     return header + bytes(rest), fd
 
 
-def frame(message: HandoffMessage) -> bytes:
-    body = handoff.encode(message)
+def frame(message: HandoffMessage, session: Session | None = None) -> bytes:
+    body = handoff.encode(message) if session is None else session.seal(message)
     return _LENGTH.pack(len(body)) + body
 
 
-def send_frame(sock: socket.socket, message: HandoffMessage, fd: int | None = None) -> None:
+def send_frame(
+    sock: socket.socket, message: HandoffMessage, session: Session | None = None, fd: int | None = None
+) -> None:
     """Send one message, with a descriptor on its first byte when given (Unix sockets)."""
-    data = frame(message)
+    data = frame(message, session)
     if fd is None:
         sock.sendall(data)
         return
@@ -134,8 +132,26 @@ def send_frame(sock: socket.socket, message: HandoffMessage, fd: int | None = No
     sock.sendall(data[sent:])
 
 
-def send_views(sock: socket.socket, views: Sequence[memoryview], between: Callable[[], None]) -> None:
-    """Send all bytes of all views, straight from where they lie; `between` runs after each system call."""
+def receive_exact(sock: socket.socket, view: memoryview) -> None:
+    """Fill `view` from a blocking socket, however long that takes; raises ConnectionError at the end of the stream."""
+    done = 0
+    while done < len(view):
+        count = sock.recv_into(view[done:], 0, socket.MSG_WAITALL)
+        if count == 0:
+            raise ConnectionResetError("the peer closed the data connection")
+        done += count
+
+
+def shut(sock: socket.socket) -> None:
+    """Wake whoever reads or writes `sock`; it is closed by its owner."""
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        return  # it is closed or was never connected: nothing can wait on it
+
+
+def send_views(sock: socket.socket, views: Sequence[memoryview]) -> None:
+    """Send all bytes of all views, straight from where they lie."""
     waiting = deque(part for view in views for part in _parts(view))
     while waiting:
         sent = sock.sendmsg(_next_batch(waiting))
@@ -144,7 +160,6 @@ def send_views(sock: socket.socket, views: Sequence[memoryview], between: Callab
             if sent < len(part):
                 waiting.appendleft(part[sent:])
             sent -= min(sent, len(part))
-        between()
 
 
 def _parts(view: memoryview) -> Iterator[memoryview]:

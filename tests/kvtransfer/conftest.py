@@ -19,7 +19,8 @@ import pytest
 from penstock.core.ids import BlockId, SecureIds, Ticket, WorkerKey, new_epoch
 from penstock.engine.kv_memory import KVMemory
 from penstock.kvtransfer.effects import AcceptBlocks, LinkEvent, PeerUp, SendBlocks
-from penstock.kvtransfer.mesh import SocketMesh
+from penstock.kvtransfer.mesh import MeshSettings, SocketMesh
+from penstock.kvtransfer.socket_link import LinkTimes
 from penstock.protocol.messages import Fingerprint, Peer, Role
 
 FINGERPRINT = Fingerprint(
@@ -63,6 +64,7 @@ class Cluster:
         transports: tuple[str, ...] = ("shm", "tcp"),
         fingerprint: Fingerprint = FINGERPRINT,
         liveness_s: float = 30.0,
+        cluster_key: bytes = b"one cluster",
     ) -> Worker:
         memory = KVMemory(NUM_BLOCKS, FINGERPRINT.num_layers, LAYER_BYTES)
         events: queue.SimpleQueue[LinkEvent] = queue.SimpleQueue()
@@ -74,9 +76,9 @@ class Cluster:
             memory,
             events.put,
             runtime_dir=self.runtime_dir,
-            transports=transports,
-            liveness_s=liveness_s,
-            ping_s=min(0.3, liveness_s / 5),
+            cluster_key=cluster_key,
+            settings=MeshSettings(transports),
+            times=LinkTimes(liveness_s=liveness_s, ping_s=min(0.3, liveness_s / 5)),
         )
         self.workers.append(Worker(mesh, memory, key, role, events))
         return self.workers[-1]
@@ -111,11 +113,15 @@ def cluster() -> Iterator[Cluster]:
 
 def push(prefill: Worker, decode: Worker, ticket: Ticket, slots: list[int], generation: int = 1) -> None:
     ordinals = tuple(range(len(slots)))
-    prefill.mesh.perform(SendBlocks(decode.key, ticket, generation, ordinals, tuple(map(BlockId, slots))))
+    block_ids = tuple(map(BlockId, slots))
+    num_layers = FINGERPRINT.num_layers
+    prefill.mesh.perform(SendBlocks(decode.key, ticket, generation, ordinals, block_ids, 0, num_layers))
 
 
 def accept(decode: Worker, prefill: Worker, ticket: Ticket, blocks: list[int], generation: int = 1) -> None:
-    decode.mesh.perform(AcceptBlocks(prefill.key, ticket, generation, dict(enumerate(map(BlockId, blocks)))))
+    table = tuple(map(BlockId, blocks))
+    num_tokens = len(table) * FINGERPRINT.block_size
+    decode.mesh.perform(AcceptBlocks(prefill.key, ticket, generation, 0, len(table), table, num_tokens))
 
 
 def knock(worker: Worker, unix: bool) -> socket.socket:

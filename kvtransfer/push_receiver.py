@@ -1,0 +1,132 @@
+"""The destination's bulk thread of one link: writes what was pushed where it was granted, checks it, and reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..core.errors import ProtocolError
+from ..core.ids import BlockId, Ticket, WorkerKey
+from ..engine.kv_memory import KVMemory
+from ..protocol.messages import KvHello, Push, Taken
+from .acceptance import Acceptances, Outcome, check_push, digest_at
+from .bulk import Bulk, Span
+from .conversion import Decoder
+from .digest import block_digest
+from .effects import BlocksArrived, Revoked
+from .link import OnEvent
+from .outbox import Outbox
+from .push_sender import layers_span
+
+MAX_QUEUED = 4096  # announced pushes that have not been taken
+
+
+class PushReceiver:
+    """`run` on the link's bulk-receiving thread. `reply` queues a control message."""
+
+    def __init__(
+        self,
+        peer: WorkerKey,
+        hello: KvHello,
+        memory: KVMemory,
+        bulk: Bulk,
+        decoder: Decoder | None,
+        on_event: OnEvent,
+        reply: Callable[[Taken], None],
+    ) -> None:
+        self._peer, self._hello, self._memory, self._bulk, self._decoder = peer, hello, memory, bulk, decoder
+        self._on_event, self._reply = on_event, reply
+        self._announced: Outbox[Push] = Outbox(MAX_QUEUED)
+        self.acceptances = Acceptances(memory.num_layers)
+
+    def put(self, push: Push) -> None:
+        """A push is announced; raises ProtocolError for one that no honest peer sends."""
+        check_push(push, self._hello.num_blocks, self._memory.num_layers)
+        if (push.staged is None) != (self._decoder is None):
+            raise ProtocolError("a push in another wire format than the one agreed on")
+        if not self._announced.put(push):
+            raise ProtocolError(f"{MAX_QUEUED} pushes are announced and not taken")
+
+    def run(self) -> None:
+        """Until `stop`; raises OSError, ProtocolError or TransferFailed when the bulk connection breaks."""
+        while not self._announced.closed:
+            push = self._announced.take()
+            if push is not None:
+                self._receive(push)
+
+    def stop(self) -> None:
+        self._announced.close()
+
+    def close(self) -> None:
+        """After the thread has ended."""
+        if self._decoder is not None:
+            self._decoder.close()
+
+    def _receive(self, push: Push) -> None:
+        if self._decoder is not None:
+            self._receive_converted(push, self._decoder)
+        else:
+            self._receive_blocks(push)
+
+    def _receive_blocks(self, push: Push) -> None:
+        layers = (push.first_layer, push.num_layers)
+        source = [self._peer_span(slot, push) for slot in push.source_slots]
+        claim = self.acceptances.claim(push)
+        if claim is None:
+            self._bulk.discard(source)
+            return
+        blocks = [claim.table[ordinal] for ordinal in push.ordinals]
+        target = [layers_span(self._memory, block, *layers) for block in blocks]
+        self._bulk.receive(source, target, lambda: self.acceptances.is_wanted(push))
+        self._report(push, [self._memory.block(BlockId(block), *layers) for block in blocks])
+
+    def _receive_converted(self, push: Push, decoder: Decoder) -> None:
+        source, target = decoder.spans(push)
+        claim = self.acceptances.claim(push)
+        if claim is None:
+            self._bulk.discard([source])
+            self._reply(Taken())
+            return
+        self._bulk.receive([source], [target], lambda: self.acceptances.is_wanted(push))
+        self._reply(Taken())
+        views = decoder.digest_views(target, len(push.ordinals))
+        corrupt = corrupt_ordinals(push, views)
+        if not corrupt and self.acceptances.is_wanted(push):
+            decoder.decode(push, claim)
+        self._tell(push, self.acceptances.finish(push), corrupt)
+
+    def _peer_span(self, slot: int, push: Push) -> Span:
+        """Both pools have one format, so a layer has one size."""
+        return layers_span(self._memory, BlockId(slot), push.first_layer, push.num_layers)
+
+    def _report(self, push: Push, views: list[memoryview]) -> None:
+        """Check the copies that are now in our own blocks, and report."""
+        corrupt = corrupt_ordinals(push, views)
+        self._tell(push, self.acceptances.finish(push), corrupt)
+
+    def _tell(self, push: Push, outcome: Outcome, corrupt: list[int]) -> None:
+        if outcome.revoked:
+            self._on_event(Revoked(self._peer, Ticket(push.ticket)))
+        elif outcome.arrived or corrupt:
+            self._on_event(arrived_event(self._peer, push, outcome, corrupt))
+
+
+def corrupt_ordinals(push: Push, views: list[memoryview]) -> list[int]:
+    """Ordinals whose bytes are not those that were digested."""
+    return [
+        ordinal
+        for at, (ordinal, view) in enumerate(zip(push.ordinals, views, strict=True))
+        if block_digest(view) != digest_at(push, at)
+    ]
+
+
+def arrived_event(peer: WorkerKey, push: Push, outcome: Outcome, corrupt: list[int]) -> BlocksArrived:
+    """What the destination's table hears of a push that was written."""
+    good = [at for at, ordinal in enumerate(outcome.arrived) if ordinal not in corrupt]
+    return BlocksArrived(
+        peer,
+        Ticket(push.ticket),
+        push.generation,
+        tuple(outcome.arrived[at] for at in good),
+        tuple(corrupt),
+        tuple(outcome.digests[at] for at in good),
+    )

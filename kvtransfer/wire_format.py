@@ -1,0 +1,51 @@
+"""What travels on a link: blocks as they are, or converted on the way.
+
+Workers whose caches have one format exchange blocks byte by byte. Otherwise, or when an 8-bit wire is wanted, each
+layer of a block travels as a *wire block* (`kernels.wire_format`): the source encodes it into staging memory, the
+destination decodes it out of its own, into whatever block size and dtype it has.
+"""
+
+from __future__ import annotations
+
+from ..core.errors import ConfigError
+from ..protocol.messages import CONVERTIBLE_DTYPES, Fingerprint
+from .figures import LinkFigures
+
+EIGHT_BIT = ("fp8_e4m3", "int8")
+AS_THEY_ARE = ""
+
+
+def negotiate(mine: Fingerprint, theirs: Fingerprint, setting: str, figures: LinkFigures) -> str:
+    """The wire dtype for a link, AS_THEY_ARE when nothing has to be converted.
+
+    `setting`: lossless converts only between caches that differ, and then loses nothing that the receiving cache keeps;
+    auto may send 8 bits where the link is so slow that converting pays; or the name of a wire dtype.
+    """
+    if mine.dtype not in CONVERTIBLE_DTYPES:
+        return AS_THEY_ARE
+    lossless = AS_THEY_ARE if mine.is_same_format(theirs) else _narrowest(mine.dtype, theirs.dtype)
+    if setting == "lossless":
+        return lossless
+    if setting == "auto":
+        return _by_measurement(mine, lossless, figures)
+    same = mine.is_same_format(theirs) and setting == mine.dtype
+    return AS_THEY_ARE if same else _known(setting)
+
+
+def _narrowest(source_dtype: str, target_dtype: str) -> str:
+    from ..kernels.wire_format.op import narrowest_lossless
+
+    return narrowest_lossless(source_dtype, target_dtype)
+
+
+def _known(setting: str) -> str:
+    if setting not in CONVERTIBLE_DTYPES and setting not in EIGHT_BIT:
+        names = ", ".join(["lossless", "auto", *sorted(CONVERTIBLE_DTYPES), *EIGHT_BIT])
+        raise ConfigError(f"transfer.wire_dtype: {setting!r} is not one of {names}")
+    return setting
+
+
+def _by_measurement(mine: Fingerprint, lossless: str, figures: LinkFigures) -> str:
+    from .wire_choice import choose_for_link
+
+    return choose_for_link(mine, lossless, figures)
