@@ -16,12 +16,13 @@ from ..kvtransfer.effects import LinkEvent, MessageArrived
 from ..kvtransfer.source import PushSizes, SourceTable
 from ..kvtransfer.transports.inproc import InprocMesh
 from ..prefill_node.role import PrefillRole
-from ..protocol.messages import FromRouter, FromWorker, Grant, Heartbeat, Role, ToRouter
+from ..protocol.messages import FromRouter, FromWorker, Grant, Role, ToRouter
 from ..worker.core import CoreEffect, SetPeers, WorkerCore
-from ..worker.heartbeat import MAX_STEP_S, HeartbeatBuilder
+from ..worker.heartbeat import HeartbeatBuilder
 from ..worker.process import hello_of
 from ..worker.role import Role as RoleCode
 from ..worker.role import Tell
+from ..worker.turn_watch import MAX_STEP_S, TurnWatch
 from .events import EventQueue
 from .fake_engine import FakeEngine
 from .sim_network import SimNetwork
@@ -62,12 +63,12 @@ class SimWorker:
         self.core = WorkerCore(key, role, engine, self.pool, roles, events.clock, max_batch_tokens=max_batch_tokens)
         self.mesh = InprocMesh(key, role, engine.spec.fingerprint, engine.memory, self._on_link, network)
         self._network = network
-        self._heartbeat = HeartbeatBuilder(max_step_s)
+        self._turns = TurnWatch(events.clock, max_step_s)
+        self._heartbeat = HeartbeatBuilder(self._turns)
         self._inbox: list[FromRouter | LinkEvent] = []
         self._router_epoch: str | None = None
         self._is_busy = False
         self._frozen_until = self._hung_until = 0.0
-        self._turned_at = events.clock.now()
         self.is_alive = True
         events.after(0.0, self._beat)
         events.after(TICK_S, self._tick)
@@ -96,13 +97,11 @@ class SimWorker:
             return
         if not self._is_silent:
             has_router = self._router_epoch is not None
-            self._say(self._build_heartbeat() if has_router else hello_of(self.core, self.mesh))
+            snapshot = self.core.snapshot() if has_router else None
+            self._say(
+                self._heartbeat.build(snapshot, self.mesh.linked()) if has_router else hello_of(self.core, self.mesh)
+            )
         self._events.after(HEARTBEAT_S, self._beat)
-
-    def _build_heartbeat(self) -> Heartbeat:
-        now = self._events.clock.now()
-        age_s = now - self._turned_at if self._is_busy or now < self._hung_until else 0.0
-        return self._heartbeat.build(self.core.snapshot(), self.mesh.linked(), age_s)
 
     def _tick(self) -> None:
         if not self.is_alive:
@@ -114,7 +113,7 @@ class SimWorker:
         """The links' own threads: they go on while a step computes."""
         if not self.is_alive:
             return
-        if not self._is_frozen:
+        if not self._is_silent and not self._turns.is_stalled():
             self.mesh.renew()
         self._events.after(self._renew_s, self._renew)
 
@@ -148,7 +147,7 @@ class SimWorker:
     def _turn(self) -> None:
         if self._is_busy or not self.is_alive or self._is_frozen:
             return
-        self._turned_at = self._events.clock.now()
+        self._turns.turn()
         while self._inbox:
             item = self._inbox.pop(0)
             self._perform(self.core.on_frame(item) if isinstance(item, FromRouter) else self.core.on_link(item))

@@ -28,9 +28,11 @@ from ..protocol import codec
 from ..protocol.messages import FromRouter, FromWorker, Goodbye, Grant, Hello, Role, ToRouter
 from ..protocol.sockets import WorkerSocket
 from .core import CoreEffect, SetPeers, Snapshot, WorkerCore
-from .heartbeat import MAX_STEP_S, HeartbeatBuilder
+from .fault_signal import obey_fault_signals
+from .heartbeat import HeartbeatBuilder
 from .role import Role as RoleCode
 from .role import Tell
+from .turn_watch import TurnWatch
 
 log = logging.getLogger(__name__)
 
@@ -48,21 +50,21 @@ class Incarnation:
     router_address: str
     drain_s: float = 60.0
     heartbeat_s: float = HEARTBEAT_S
-    max_step_s: float = MAX_STEP_S  # a step that lasts longer counts as hung
 
 
 class RouterLink:
     """The I/O thread: owns the socket to the router."""
 
-    def __init__(self, who: Incarnation, hello: Hello, inbox: Inbox, mesh: Mesh, clock: Clock) -> None:
+    def __init__(
+        self, who: Incarnation, hello: Hello, inbox: Inbox, mesh: Mesh, clock: Clock, turns: TurnWatch
+    ) -> None:
         self._who, self._hello, self._inbox, self._mesh, self._clock = who, hello, inbox, mesh, clock
-        self._heartbeat = HeartbeatBuilder(who.max_step_s)
+        self._heartbeat = HeartbeatBuilder(turns)
         self._socket = WorkerSocket(who.router_address, str(who.key))
         self._outbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._stop = threading.Event()
         self._router_epoch: str | None = None
         self.snapshot: Snapshot | None = None  # replaced as a whole by the loop
-        self.turned_at = clock.now()  # when the loop began its last turn
         self.is_broken = False
         self._thread = threading.Thread(target=self._run, name="router-io", daemon=True)
         self._thread.start()
@@ -101,8 +103,7 @@ class RouterLink:
         if self._router_epoch is None:
             self._send(self._hello)
         else:
-            turn_age_s = max(0.0, self._clock.now() - self.turned_at)
-            self._send(self._heartbeat.build(self.snapshot, self._mesh.linked(), turn_age_s))
+            self._send(self._heartbeat.build(self.snapshot, self._mesh.linked()))
 
     def _send(self, message: ToRouter) -> None:
         self._socket.send(codec.from_worker.encode(FromWorker(*self._who.key, message)))
@@ -129,10 +130,17 @@ class WorkerLoop:
     """The main thread's loop."""
 
     def __init__(
-        self, core: WorkerCore, mesh: Mesh, router: RouterLink, inbox: Inbox, clock: Clock, drain_s: float
+        self,
+        core: WorkerCore,
+        mesh: Mesh,
+        router: RouterLink,
+        inbox: Inbox,
+        clock: Clock,
+        turns: TurnWatch,
+        drain_s: float,
     ) -> None:
         self._core, self._mesh, self._router, self._inbox, self._clock = core, mesh, router, inbox, clock
-        self._drain_s = drain_s
+        self._turns, self._drain_s = turns, drain_s
         self._next_tick = clock.now()
         self._drain_until: float | None = None
         self._deferred: deque[FromRouter | LinkEvent] = deque()  # came within a step, and is no grant
@@ -148,7 +156,7 @@ class WorkerLoop:
         while not self._is_over():
             if self._router.is_broken:
                 raise InternalError("the thread that talks to the router has ended; the log has the cause")
-            self._router.turned_at = self._clock.now()
+            self._turns.turn()
             self._take_inbox(wait=not progressed)
             self._tick()
             progressed = self._step()
@@ -232,16 +240,17 @@ MakeMesh = Callable[[Engine, Callable[[LinkEvent], None]], Mesh]
 MakeCore = Callable[[Engine, Clock], WorkerCore]
 
 
-def run_worker(who: Incarnation, engine: Engine, make_core: MakeCore, make_mesh: MakeMesh) -> int:
+def run_worker(who: Incarnation, engine: Engine, make_core: MakeCore, make_mesh: MakeMesh, turns: TurnWatch) -> int:
     """Serve until SIGTERM (drain, then 0). Ctrl-C is the supervisor's business, not ours."""
     clock = MonotonicClock()
     inbox: Inbox = queue.SimpleQueue()
     core = make_core(engine, clock)
     mesh = make_mesh(engine, inbox.put)
-    router = RouterLink(who, hello_of(core, mesh), inbox, mesh, clock)
-    loop = WorkerLoop(core, mesh, router, inbox, clock, who.drain_s)
+    router = RouterLink(who, hello_of(core, mesh), inbox, mesh, clock, turns)
+    loop = WorkerLoop(core, mesh, router, inbox, clock, turns, who.drain_s)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: loop.drain())
+    obey_fault_signals(mesh, os.environ)
     try:
         loop.run()
     finally:

@@ -13,6 +13,7 @@ from penstock.protocol.sockets import RouterSocket
 from penstock.testing.clock import FakeClock
 from penstock.testing.fake_engine import FakeEngine
 from penstock.worker.process import Inbox, Incarnation, RouterLink
+from penstock.worker.turn_watch import TurnWatch
 
 KEY = WorkerKey("decode-0", "0" * 16)
 
@@ -33,9 +34,10 @@ def test_heartbeats_of_a_loop_that_hangs_say_stalled_until_it_turns_again(tmp_pa
     async def run() -> None:
         clock, engine, inbox = FakeClock(), FakeEngine(), Inbox()
         router = RouterSocket(f"ipc://{tmp_path}/r.sock")
-        who = Incarnation(KEY, "decode", router.address, heartbeat_s=0.01, max_step_s=5.0)
+        who = Incarnation(KEY, "decode", router.address, heartbeat_s=0.01)
+        turns = TurnWatch(clock, max_step_s=5.0)
         mesh = InprocMesh(KEY, "decode", engine.spec.fingerprint, engine.memory, inbox.put, InprocNetwork())
-        link = RouterLink(who, hello(engine), inbox, mesh, clock)
+        link = RouterLink(who, hello(engine), inbox, mesh, clock, turns)
         try:
             identity, _ = await router.recv()
             router.send(identity, codec.from_router.encode(FromRouter("a" * 16, 1, Welcome())))
@@ -44,7 +46,7 @@ def test_heartbeats_of_a_loop_that_hangs_say_stalled_until_it_turns_again(tmp_pa
             assert (await beat_of(router, "starting")).turn_age_s == 4.0
             clock.advance(2.0)
             assert (await beat_of(router, "stalled")).turn_age_s == 6.0
-            link.turned_at = clock.now()
+            turns.turn()
             clock.advance(1.0)
             assert (await beat_of(router, "starting")).turn_age_s == 1.0
         finally:
