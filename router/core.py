@@ -362,7 +362,9 @@ class RouterCore:
         if worker is not None:
             worker.attempts.pop(attempt.key, None)
         if not ended.ok and record.state is State.DISPATCHED:
-            self._life.fail_attempt(record, describe(ended.code, ended.message), (key,))
+            error = describe(ended.code, ended.message)
+            self._registry.note_link_error(attempt.decode, key, error)
+            self._life.fail_attempt(record, error, (key,))
 
     def _on_attempt_failed(self, key: WorkerKey, failed: AttemptFailed) -> None:
         record = self._life.current(AttemptKey(failed.request_id, failed.attempt))
@@ -375,6 +377,7 @@ class RouterCore:
         if not failed.retriable:
             self._life.end(record, error)
             return
+        self._registry.note_link_error(key, attempt.prefill, error)
         # A broken hand-off has two ends; the message does not say which one broke it.
         self._life.fail_attempt(record, error, attempt.workers if error.retriable else (attempt.decode,))
 

@@ -11,6 +11,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
 
+from ..core.errors import NodeLost, ServeError
 from ..core.ids import AttemptKey, WorkerKey
 from ..protocol.messages import FromRouter, Heartbeat, Hello, Peer, ToWorker, WorkerLoad, WorkerState
 from .effects import Send
@@ -150,6 +151,12 @@ class Registry:
 
     def current(self, worker_id: str) -> WorkerRecord | None:
         return self._records.get(worker_id)
+
+    def note_link_error(self, decode: WorkerKey, prefill: WorkerKey | None, error: ServeError) -> None:
+        """One end says that the other is gone: no hand-off between the two until a heartbeat names the link again."""
+        record = self.find(decode)
+        if record is not None and prefill is not None and isinstance(error, NodeLost):
+            record.linked = {peer: transport for peer, transport in record.linked.items() if peer != prefill}
 
     def all(self) -> list[WorkerRecord]:
         return [self._records[worker_id] for worker_id in sorted(self._records)]

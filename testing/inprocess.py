@@ -31,7 +31,7 @@ from ..protocol.messages import FromRouter, FromWorker, Grant, Heartbeat, Role, 
 from ..router.config import RouterConfig
 from ..router.core import RouterCore
 from ..router.effects import Deliver, Effect, End, Send
-from ..router.interface import GenerateRequest
+from ..router.interface import GenerateRequest, TokensEvent
 from ..worker.core import CoreEffect, SetPeers, WorkerCore
 from ..worker.process import hello_of
 from ..worker.role import Role as RoleCode
@@ -163,6 +163,7 @@ class InProcessCluster:
         self._sizes = {"max_batch_tokens": max_batch_tokens, "max_batch_seqs": max_batch_seqs}
         self._ids, self._transport, self._runtime_dir = ids, transport, runtime_dir
         self._loses: Callable[[FromWorker], bool] | None = None
+        self._on_tokens: Callable[[str, TokensEvent], None] | None = None
         self._cut_off: set[str] = set()
         self.workers: dict[str, _Worker] = {}
         for name, engine in engines.items():
@@ -239,6 +240,14 @@ class InProcessCluster:
     def join_again(self, name: str) -> None:
         self._cut_off.discard(name)
 
+    def deliver(self, frame: FromWorker) -> None:
+        """A frame reaches the router, whatever is cut off."""
+        self._perform(self.router.on_message(frame))
+
+    def cancel(self, request_id: str) -> None:
+        """The caller has enough."""
+        self._perform(self.router.cancel(request_id))
+
     def lose(self, loses: Callable[[FromWorker], bool] | None) -> None:
         """From now on the frames to the router for which `loses` is true are lost."""
         self._loses = loses
@@ -250,8 +259,10 @@ class InProcessCluster:
         requests: list[GenerateRequest],
         timeout_s: float = 120.0,
         each_turn: Callable[[InProcessCluster], None] | None = None,
+        on_tokens: Callable[[str, TokensEvent], None] | None = None,
     ) -> dict[str, Result]:
         """Submit all at once and turn until every one has ended. Raises TimeoutError."""
+        self._on_tokens = on_tokens
         self._settle(timeout_s)
         self._results = {r.request_id: Result([Answer() for _ in range(r.params.n)]) for r in requests}
         for request in requests:
@@ -335,6 +346,8 @@ class InProcessCluster:
                     answer = self._results[request_id].answers[event.choice]
                     answer.tokens += event.tokens
                     answer.finish_reason = event.finish_reason
+                    if self._on_tokens is not None:
+                        self._on_tokens(request_id, event)
                 case End(request_id=request_id, event=event):
                     result = self._results[request_id]
                     result.is_ended, result.error = True, event.error

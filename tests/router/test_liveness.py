@@ -127,3 +127,27 @@ def test_expected_blocks_are_those_of_wanted_attempts(rig):
     assert (row_of(rig, prefill).expected_blocks, row_of(rig, prefill).num_attempts) == (0, 0)
     rig.out(4, end="length")
     assert row_of(rig, decode).expected_blocks == 0
+
+
+@pytest.mark.parametrize("teller", ["prefill", "decode"])
+def test_pair_whose_link_is_said_to_be_lost_gets_no_hand_off_until_it_is_named_again(rig, teller):
+    _, decode = rig.pair()
+    rig.submit()
+    if teller == "decode":
+        rig.failed(retriable=True, code="node_lost")
+    else:
+        rig.prefill_ended(ok=False, code="node_lost")
+    assert rig.start()[1].attempt == 2
+    assert rig.start()[1].ticket is None, "no second attempt over a link that is not there"
+    rig.submit("next")
+    assert rig.start("next")[1].ticket is None
+    rig.beat(decode)
+    rig.submit("later")
+    assert rig.start("later")[1].ticket is not None
+
+
+def test_broken_hand_off_over_a_living_link_is_tried_again_as_one(rig):
+    rig.pair()
+    rig.submit()
+    rig.failed(retriable=True, code="transfer_failed")
+    assert rig.start()[1].ticket is not None
