@@ -44,10 +44,14 @@ _MAX_KNOCKING = 64  # connections that have not said who they are
 
 @dataclass(frozen=True, slots=True)
 class MeshSettings:
-    """`transports`: those allowed, the preferred one first, or one alone to force it. `wire_dtype`: `wire_format`."""
+    """`transports`: those allowed, the preferred one first, or one alone to force it. `wire_dtype`: `wire_format`.
+
+    Without `digests`, which both ends must agree on, nothing notices bytes that change on the way.
+    """
 
     transports: tuple[str, ...] = TRANSPORTS
     wire_dtype: str = "lossless"
+    digests: bool = True
 
 
 DEFAULT_SETTINGS, DEFAULT_TIMES = MeshSettings(), LinkTimes()
@@ -85,6 +89,7 @@ class SocketMesh(Mesh):
             StagingArea(memory),
             cluster_key,
             settings.wire_dtype,
+            settings.digests,
             libraries,
         )
         self._on_event, self._times = on_event, times

@@ -351,6 +351,7 @@ class KvHello(Message, frozen=True):
     nonce: Mac  # fresh for each connection; the link's session is derived from both
     staging_bytes: Sequence64 = 0
     wire_dtypes: Annotated[list[Code], msgspec.Meta(max_length=16)] = []  # allowed, the preferred one first
+    digests: bool = True
     offers: Annotated[
         dict[Code, Annotated[bytes, msgspec.Meta(max_length=32 << 10)]], msgspec.Meta(max_length=16)
     ] = {}  # what each transport wants the peer to know
