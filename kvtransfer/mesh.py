@@ -142,6 +142,13 @@ class SocketMesh(Mesh):
         with self._lock:
             return sorted((key, link.transport) for key, link in self._links.items() if key in self._reported)
 
+    def drop_links(self) -> None:
+        """Break every live link; those that are ours to dial are made anew after a pause."""
+        with self._lock:
+            links = list(self._links.values())
+        for link in links:
+            link.stop("the link was dropped on request")
+
     def close(self) -> None:
         """End all links and threads and remove the socket file. Idempotent; not from an `on_event` call."""
         with self._lock:

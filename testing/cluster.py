@@ -45,6 +45,7 @@ class ClusterShape:
     max_running: int = 4
     lease_s: float = 2.0
     restart_s: float = 0.5
+    max_step_s: float = 60.0
     router: RouterConfig = field(default_factory=RouterConfig)
 
 
@@ -97,6 +98,7 @@ class SimCluster:
             lease_s=shape.lease_s,
             max_batch_tokens=shape.max_batch_tokens,
             max_running=shape.max_running,
+            max_step_s=shape.max_step_s,
         )
         self.say(f"{key} starts")
 
@@ -127,6 +129,12 @@ class SimCluster:
         if seconds > 1.0:
             for peer, _ in worker.mesh.linked():
                 self.events.after(1.0, lambda p=peer: self.network.cut(worker.key, p, seconds))  # type: ignore[misc]
+
+    def hang_worker(self, worker_id: str, seconds: float) -> None:
+        """Its engine hangs in a step while its other threads live."""
+        self.faults["hang"] += 1
+        self.say(f"{worker_id} hangs for {seconds:.2f} s")
+        self.workers[worker_id].hang(seconds)
 
     def calm(self) -> None:
         """No more faults: what was lost must now be made good."""
