@@ -85,6 +85,7 @@ class DecodeConfig:
     num_blocks: int | None = setting(None, 2, 1 << 20)
     max_num_batched_tokens: int = setting(1024, 16, 1 << 20)  # only when it prefills itself
     max_num_seqs: int = setting(64, 1, 1 << 16)
+    park_bytes: int = setting(256 << 20, 0, 1 << 50)  # host memory for preempted sequences; 0: they are computed again
 
 
 @dataclass(frozen=True, slots=True)

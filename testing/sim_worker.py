@@ -11,6 +11,8 @@ from ..core.ids import WorkerKey
 from ..decode_node.role import DecodeRole
 from ..engine.block_pool import BlockPool
 from ..engine.interface import ScheduledSeq
+from ..engine.kv_memory import KVMemory
+from ..engine.parking import ParkingSpace
 from ..kvtransfer.destination import DestinationTable
 from ..kvtransfer.effects import LinkEvent, MessageArrived
 from ..kvtransfer.source import PushSizes, SourceTable
@@ -31,6 +33,8 @@ HEARTBEAT_S = 0.25
 TICK_S = 0.1
 CLUSTER_KEY = b"the simulation"
 
+MakeParking = Callable[[KVMemory, BlockPool], ParkingSpace]
+
 
 class SimWorker:
     """An incarnation. `to_router` carries its frames; `after_event` runs when the core has handled something."""
@@ -49,15 +53,21 @@ class SimWorker:
         max_batch_tokens: int,
         max_running: int,
         max_step_s: float = MAX_STEP_S,
+        make_parking: MakeParking | None = None,
     ) -> None:
         self.key, self.role, self.engine = key, role, engine
         self._events, self._to_router, self._after_event = events, to_router, after_event
         self.pool = BlockPool(engine.spec.num_blocks, engine.spec.block_size)
         sizes = PushSizes(engine.spec.fingerprint.num_layers, most=6, least=1 + len(key.epoch.strip("01234567")) % 3)
         self.source, self.destination = SourceTable(lease_s, lease_s, sizes), DestinationTable(lease_s)
+        self.decode: DecodeRole | None = None
         roles: list[RoleCode] = []
         if role != "prefill":
-            roles.append(DecodeRole(key, engine.spec, self.pool, self.destination, CLUSTER_KEY, max_running))
+            parking = make_parking(engine.memory, self.pool) if make_parking is not None else None
+            self.decode = DecodeRole(
+                key, engine.spec, self.pool, self.destination, CLUSTER_KEY, max_running, parking=parking
+            )
+            roles.append(self.decode)
         if role != "decode":
             roles.append(PrefillRole(key, engine.spec, self.pool, self.source, CLUSTER_KEY))
         self.core = WorkerCore(key, role, engine, self.pool, roles, events.clock, max_batch_tokens=max_batch_tokens)

@@ -13,7 +13,7 @@ from ..core.config import Topology, WorkerSpec
 from ..core.ids import SecureIds, WorkerKey, new_epoch
 from ..engine.block_pool import BlockPool
 from ..engine.core_share import MAX_WORKERS, CoreShare, SharingEngine
-from ..engine.interface import Engine, EngineSpec
+from ..engine.interface import Engine
 from ..kvtransfer.effects import LinkEvent
 from ..kvtransfer.link import Mesh
 from ..kvtransfer.mesh import TRANSPORTS, MeshSettings, SocketMesh
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 CORES_FILE = "cores"  # in the runtime folder; see engine.core_share
 
-MakeRoles = Callable[[WorkerKey, EngineSpec, BlockPool, Topology], list[Role]]
+MakeRoles = Callable[[WorkerKey, Engine, BlockPool, Topology], list[Role]]
 
 
 def launch(topology: Topology, name: str, make_roles: MakeRoles) -> int:
@@ -78,7 +78,7 @@ def _make_core(
         spec.role,
         engine,
         pool,
-        make_roles(key, engine.spec, pool, topology),
+        make_roles(key, engine, pool, topology),
         clock,
         max_batch_tokens=spec.config.max_num_batched_tokens,
         max_batch_seqs=spec.config.max_num_seqs,
