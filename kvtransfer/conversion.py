@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 _SLOTS = 3  # pushes that may wait in staging for the destination to take them
-_SLOT_BYTES = 8 << 20
+_SLOT_BYTES = 16 << 20  # twice the largest push: float16 and bfloat16 meet in float32
 
 
 class WireCodec:

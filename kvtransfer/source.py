@@ -45,7 +45,7 @@ class PushSizes:
     least: int
 
     @classmethod
-    def of(cls, num_layers: int, layer_bytes: int, most_bytes: int = 4 << 20, least_bytes: int = 1 << 20) -> PushSizes:
+    def of(cls, num_layers: int, layer_bytes: int, most_bytes: int = 8 << 20, least_bytes: int = 1 << 20) -> PushSizes:
         return cls(num_layers, max(1, most_bytes // layer_bytes), max(1, -(-least_bytes // layer_bytes)))
 
 

@@ -217,6 +217,10 @@ class InprocMesh(Mesh):
     def linked(self) -> list[tuple[WorkerKey, str]]:
         return [(key, TRANSPORT) for key in sorted(self._links)]
 
+    def drop_links(self) -> None:
+        for peer in list(self._links):
+            self.network.disconnect(self.key, peer)
+
     def close(self) -> None:
         self.network.remove(self)
         self.die("this worker ended")
