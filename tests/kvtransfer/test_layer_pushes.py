@@ -164,7 +164,9 @@ def test_every_layer_of_every_block_leaves_once_and_in_order_over_random_histori
     for seed in range(60):
         rng = random.Random(seed)
         num_blocks = rng.randint(1, 10)
-        bench = Bench(num_blocks, PushSizes(NUM_LAYERS, most, least), [BlockId(n) for n in rng.sample(range(99), num_blocks)])
+        bench = Bench(
+            num_blocks, PushSizes(NUM_LAYERS, most, least), [BlockId(n) for n in rng.sample(range(99), num_blocks)]
+        )
         sent: Counter[tuple[int, int]] = Counter()
         held, granted, computed = rng.randint(0, num_blocks), -1, 0
 

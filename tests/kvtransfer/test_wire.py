@@ -36,7 +36,15 @@ MESSAGES: list[HandoffMessage] = [
     Cancel(ticket=b"t" * 16, code="cancelled", message="x"),
     Renew(tickets=[b"t" * 16, b"u" * 16]),
     KvPing(),
-    Push(ticket=b"t" * 16, generation=1, first_layer=0, num_layers=2, ordinals=[1, 2], digests=b"d" * 16, source_slots=[4, 5]),
+    Push(
+        ticket=b"t" * 16,
+        generation=1,
+        first_layer=0,
+        num_layers=2,
+        ordinals=[1, 2],
+        digests=b"d" * 16,
+        source_slots=[4, 5],
+    ),
 ]
 
 
