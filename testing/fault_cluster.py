@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
-from ..core.errors import InternalError, ServeError, Unavailable
+from ..core.errors import ServeError, Unavailable
 from ..core.ids import WorkerKey
 from ..engine import kv_memory
 from ..engine.interface import OnLayers, ScheduledSeq

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from penstock.core.errors import InternalError
-from penstock.core.ids import BlockId, SeededIds, Ticket, WorkerKey, new_ticket
+from penstock.core.ids import BlockId, SeededIds, WorkerKey, new_ticket
 from penstock.kvtransfer.effects import Renewing, SendBlocks, SendMessage, SourceEffect, SourceEnded, Withdraw
 from penstock.kvtransfer.source import HandoffPlan, PushSizes, SourceTable
 from penstock.protocol.messages import Ack, Cancel, Done, Failed, Grant, Offer, Phases, Reached, Renew
