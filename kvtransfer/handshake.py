@@ -319,7 +319,7 @@ def _open_bulk(link: Established, me: Identity, received: _Received, deadline: D
         link.bulk = TcpBulk(me.memory, _open_data(me, peer, hello.token, deadline.remaining))
     else:
         facts = LinkFacts(
-            me.key, link.peer, link.session.session_id, peer is not None, region_bytes(hello), deadline.remaining
+            me.key, link.peer, link.session.name, peer is not None, region_bytes(hello), deadline.remaining
         )
         link.bulk = me.libraries[link.transport].connect(facts, hello.offers.get(link.transport, b""))
 

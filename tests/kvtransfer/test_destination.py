@@ -288,8 +288,8 @@ def test_grant_is_repeated_until_something_comes() -> None:
     assert sent(table.tick(6.9)) == []
     assert sent(table.tick(7.0)) == [Grant]
     table.on_arrived(arrived(2, 3), 7.1)
-    table.on_message(PREFILL, Renew(tickets=[TICKET]), 8.0)
-    assert sent(table.tick(16.0)) == []
+    table.on_message(PREFILL, done(), 7.2)
+    assert table.tick(16.0) == []
 
 
 def test_ticket_is_named_alive_from_its_offer_to_its_end() -> None:

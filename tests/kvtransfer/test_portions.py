@@ -122,6 +122,22 @@ def test_reached_is_reported_when_it_is_news() -> None:
     assert table.stale == 2
 
 
+def test_reached_before_expect_is_kept_with_the_early_offer() -> None:
+    """Else decode would make room for the first chunk only, until prefill says it again a third of a lease later."""
+    table = DestinationTable(9.0)
+    table.on_message(PREFILL, offer(), 0.0)
+    for reached in (4, 3, NUM_BLOCKS + 1):
+        assert table.on_message(PREFILL, Reached(TICKET, reached), 0.1) == []
+    assert table.stale == 0
+    assert table.expect(TICKET, PREFILL, 0.2, PROOF)[-1] == Offered(TICKET, NUM_TOKENS, NUM_BLOCKS, 4, 4)
+
+
+def test_reached_while_revoking_asks_for_no_room() -> None:
+    table = granted(2)
+    table.cancel(TICKET, "cancelled", "gone", 0.5)
+    assert table.on_message(PREFILL, Reached(TICKET, 6), 0.6) == []
+
+
 def test_reached_of_an_ended_ticket_hears_the_last_word_again() -> None:
     table = granted(2)
     table.cancel(TICKET, "cancelled", "gone", 0.5)
@@ -137,6 +153,19 @@ def test_portion_is_repeated_only_while_something_granted_has_not_come() -> None
     table.grant(TICKET, portion(3), 8.0)
     assert table.next_deadline == 11.0
     assert table.tick(11.0) == [SendMessage(PREFILL, Grant(TICKET, 1, 1, 3))]
+
+
+@pytest.mark.parametrize("held", [1, NUM_BLOCKS])
+def test_grant_is_repeated_until_done_when_nothing_more_has_to_come(held: int) -> None:
+    """A lost grant of what is all here already would leave both sides renewing for ever."""
+    table = offered()
+    table.grant(TICKET, portion(NUM_BLOCKS, held), 0.0)
+    if held < NUM_BLOCKS:
+        table.on_arrived(arrived(*range(held, NUM_BLOCKS)), 0.0)
+    again = SendMessage(PREFILL, Grant(TICKET, 1, held, NUM_BLOCKS))
+    assert [table.tick(now) for now in (2.9, 3.0, 5.9, 6.0)] == [[], [again], [], [again]]
+    assert table.on_message(PREFILL, done(held), 6.1)[-1] == Received(TICKET, done(held))
+    assert table.next_deadline is None
 
 
 def test_done_before_the_last_portion_does_not_complete() -> None:
