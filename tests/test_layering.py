@@ -56,6 +56,7 @@ TORCH_FREE = [
     "engine/sequence.py",
     "engine/interface.py",
     "engine/kv_memory.py",
+    "engine/parking.py",
 ]
 
 

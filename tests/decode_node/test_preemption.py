@@ -12,7 +12,7 @@ from penstock.decode_node.preemption import Preemption
 from penstock.decode_node.role import DecodeRole
 from penstock.decode_node.scheduler import DecodeScheduler
 from penstock.engine.block_pool import BlockPool
-from penstock.engine.interface import ScheduledSeq
+from penstock.engine.interface import OnLayers, ScheduledSeq
 from penstock.engine.parking import Parking
 from penstock.engine.sequence import Sequence
 from penstock.kvtransfer.destination import DestinationTable
@@ -24,6 +24,7 @@ from penstock.protocol.messages import (
     Output,
     Phases,
     ResetPrefixCache,
+    SampledToken,
     StartDecode,
     ToWorker,
     pack_ids,
@@ -141,10 +142,10 @@ def test_unparked_sequence_computes_nothing_again() -> None:
         total = 0
         execute = bench.engine.execute
 
-        def count(batch: list[ScheduledSeq], *args: Any) -> Any:
+        def count(batch: list[ScheduledSeq], on_layers: OnLayers | None = None) -> list[tuple[SampledToken, ...]]:
             nonlocal total
             total += sum(entry.num_new_tokens for entry in batch)
-            return execute(batch, *args)
+            return execute(batch, on_layers)
 
         bench.engine.execute = count  # type: ignore[method-assign]
         bench.run(lambda: len(bench.finished) == len(prompts))
