@@ -71,6 +71,10 @@ def _sealed_memfd(nbytes: int) -> int | None:
     if not hasattr(os, "memfd_create"):
         return None
     fd = os.memfd_create("penstock-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, nbytes)
-    fcntl.fcntl(fd, _ADD_SEALS, _SHRINK | _GROW | _SEAL)
+    try:
+        os.ftruncate(fd, nbytes)
+        fcntl.fcntl(fd, _ADD_SEALS, _SHRINK | _GROW | _SEAL)
+    except OSError:
+        os.close(fd)
+        raise
     return fd

@@ -77,6 +77,9 @@ class GatewayMetrics:
         )
         self._generated = Counter("penstock_generated_tokens", "Output tokens received from workers", registry=r)
         self._retries = Counter("penstock_request_retries", "Attempts after the first of a request", registry=r)
+        self._resumed = Counter(
+            "penstock_resumed_streams", "Attempts that went on behind tokens already delivered", registry=r
+        )
         self._failures = Counter(
             "penstock_failed_requests", "Generations that ended with an error", ("code",), registry=r
         )
@@ -120,7 +123,8 @@ class GatewayMetrics:
 
     def ended(self, timing: RequestTiming) -> None:
         """A router request ended, well or not."""
-        self._retries.inc(timing.attempts - 1)
+        self._retries.inc(max(0, timing.attempts - 1))  # none when the request never found a worker
+        self._resumed.inc(timing.resumed)
         self._e2e.observe(timing.e2e_s)
         if timing.ttft_s is None:
             return

@@ -24,6 +24,7 @@ from ..worker.heartbeat import HeartbeatBuilder
 from ..worker.process import hello_of
 from ..worker.role import Role as RoleCode
 from ..worker.role import Tell
+from ..worker.turn_watch import MAX_STEP_S, TurnWatch
 from .events import EventQueue
 from .fake_engine import FakeEngine
 from .sim_network import SimNetwork
@@ -51,6 +52,7 @@ class SimWorker:
         lease_s: float,
         max_batch_tokens: int,
         max_running: int,
+        max_step_s: float = MAX_STEP_S,
         make_parking: MakeParking | None = None,
     ) -> None:
         self.key, self.role, self.engine = key, role, engine
@@ -71,11 +73,12 @@ class SimWorker:
         self.core = WorkerCore(key, role, engine, self.pool, roles, events.clock, max_batch_tokens=max_batch_tokens)
         self.mesh = InprocMesh(key, role, engine.spec.fingerprint, engine.memory, self._on_link, network)
         self._network = network
-        self._heartbeat = HeartbeatBuilder()
+        self._turns = TurnWatch(events.clock, max_step_s)
+        self._heartbeat = HeartbeatBuilder(self._turns)
         self._inbox: list[FromRouter | LinkEvent] = []
         self._router_epoch: str | None = None
         self._is_busy = False
-        self._frozen_until = 0.0
+        self._frozen_until = self._hung_until = 0.0
         self.is_alive = True
         events.after(0.0, self._beat)
         events.after(TICK_S, self._tick)
@@ -102,7 +105,7 @@ class SimWorker:
     def _beat(self) -> None:
         if not self.is_alive:
             return
-        if not self._is_frozen:
+        if not self._is_silent:
             has_router = self._router_epoch is not None
             snapshot = self.core.snapshot() if has_router else None
             self._say(
@@ -120,7 +123,7 @@ class SimWorker:
         """The links' own threads: they go on while a step computes."""
         if not self.is_alive:
             return
-        if not self._is_frozen:
+        if not self._is_silent and not self._turns.is_stalled():
             self.mesh.renew()
         self._events.after(self._renew_s, self._renew)
 
@@ -129,8 +132,19 @@ class SimWorker:
         self._frozen_until = self._events.clock.now() + seconds
         self._events.after(seconds, self._turn)
 
+    def hang(self, seconds: float) -> None:
+        """The engine hangs: its step, or the next turn of the loop, lasts so long, while the heartbeats go on."""
+        self._hung_until = self._events.clock.now() + seconds
+        self._events.after(seconds, self._turn)
+
     @property
     def _is_frozen(self) -> bool:
+        """The loop does not go on."""
+        return self._events.clock.now() < max(self._frozen_until, self._hung_until)
+
+    @property
+    def _is_silent(self) -> bool:
+        """The whole process stands still."""
         return self._events.clock.now() < self._frozen_until
 
     def kill(self) -> None:
@@ -143,6 +157,7 @@ class SimWorker:
     def _turn(self) -> None:
         if self._is_busy or not self.is_alive or self._is_frozen:
             return
+        self._turns.turn()
         while self._inbox:
             item = self._inbox.pop(0)
             self._perform(self.core.on_frame(item) if isinstance(item, FromRouter) else self.core.on_link(item))

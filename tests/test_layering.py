@@ -50,6 +50,7 @@ TORCH_FREE = [
     "deploy/",
     "cli/",
     "kvtransfer/effects.py",
+    "kvtransfer/layout.py",
     "kvtransfer/source.py",
     "kvtransfer/destination.py",
     "engine/block_pool.py",

@@ -21,6 +21,7 @@ from ..kvtransfer.socket_link import LinkTimes
 from .core import WorkerCore
 from .process import Incarnation, run_worker
 from .role import Role
+from .turn_watch import TurnWatch
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +34,17 @@ def launch(topology: Topology, name: str, make_roles: MakeRoles) -> int:
     """Run worker `name` of `topology` until SIGTERM; the exit status."""
     spec = topology.worker(name)
     key = WorkerKey(name, new_epoch(SecureIds()))
-    who = Incarnation(key, spec.role, topology.router_address, drain_s=topology.gateway.drain_s)
+    who = Incarnation(
+        key,
+        spec.role,
+        topology.router_address,
+        drain_s=topology.gateway.drain_s,
+        heartbeat_s=topology.liveness.heartbeat_s,
+    )
     engine = load_engine(topology, spec)
+    turns = TurnWatch(MonotonicClock(), topology.liveness.max_step_s)
     make_core = partial(_make_core, topology, spec, key, make_roles)
-    return run_worker(who, engine, make_core, partial(_make_mesh, topology, spec, key))
+    return run_worker(who, engine, make_core, partial(_make_mesh, topology, spec, key, turns), turns)
 
 
 def load_engine(topology: Topology, spec: WorkerSpec) -> Engine:
@@ -78,7 +86,12 @@ def _make_core(
 
 
 def _make_mesh(
-    topology: Topology, spec: WorkerSpec, key: WorkerKey, engine: Engine, on_event: Callable[[LinkEvent], None]
+    topology: Topology,
+    spec: WorkerSpec,
+    key: WorkerKey,
+    turns: TurnWatch,
+    engine: Engine,
+    on_event: Callable[[LinkEvent], None],
 ) -> Mesh:
     chosen = topology.transfer.transport
     return SocketMesh(
@@ -90,5 +103,5 @@ def _make_mesh(
         runtime_dir=Path(topology.runtime_dir),
         cluster_key=cluster_key(topology),
         settings=MeshSettings(TRANSPORTS if chosen == "auto" else (chosen,), topology.transfer.wire_dtype),
-        times=LinkTimes(renew_s=topology.transfer.lease_s / 5),
+        times=LinkTimes(renew_s=topology.transfer.lease_s / 5, is_stalled=turns.is_stalled),
     )

@@ -7,6 +7,12 @@ from ...engine.kv_memory import KVMemory
 from ..bulk import Transport, Unusable
 
 LIBRARIES: tuple[str, ...] = ()
+ALL = ("shm", "tcp", *LIBRARIES)
+
+
+def available(name: str) -> str | None:
+    """None when `name` can be used here, else why not and what would help."""
+    return None if name in ALL else "no such transport"
 
 
 def open_transport(name: str, memory: KVMemory, me: WorkerKey) -> Transport:
