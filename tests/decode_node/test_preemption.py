@@ -378,6 +378,19 @@ def test_check_invariants_notices_host_memory_without_a_sequence() -> None:
         scheduler.check_invariants()
 
 
+def test_preempted_sequence_stands_behind_an_older_one_that_waits() -> None:
+    """It was received while the older one already waited."""
+    pool = BlockPool(2, SIZE)
+    scheduler = DecodeScheduler(pool, 4)
+    old, received = sequence(8, "old", 1.0), sequence(9, "received", 2.0)
+    scheduler.add_waiting([old])
+    received.block_table, received.num_computed_tokens = pool.allocate(2), 8
+    scheduler.join(received)
+    scheduler.schedule(Budget(64, 64), 0.0)
+    assert scheduler.num_preemptions == 1
+    assert [*scheduler.running, *scheduler.waiting] == [old, received]
+
+
 def test_check_invariants_notices_waiting_out_of_order() -> None:
     scheduler = DecodeScheduler(BlockPool(8, SIZE), 4)
     scheduler.add_waiting([sequence(4, "late", 2.0), sequence(4, "early", 1.0)])
