@@ -59,6 +59,7 @@ TORCH_FREE = [
     "engine/interface.py",
     "engine/kv_memory.py",
     "kernels/wire_format/formats.py",
+    "engine/parking.py",
 ]
 
 
