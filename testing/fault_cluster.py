@@ -11,13 +11,13 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
-from ..core.errors import InternalError, ServeError, Unavailable
+from ..core.errors import ServeError, Unavailable
 from ..core.ids import WorkerKey
 from ..engine import kv_memory
 from ..engine.interface import OnLayers, ScheduledSeq
 from ..protocol.messages import FromWorker, Goodbye, Role, SampledToken
 from ..router.core import RouterCore
-from ..router.effects import Effect
+from ..router.effects import Effect, End
 from ..router.interface import EndEvent, GenerateRequest
 from .chaos import ChaosProfile
 from .cluster import ROUTER_TICK_S, ClusterShape, SimCluster
@@ -47,8 +47,13 @@ class FaultEngine(FakeEngine):
         self._is_armed = True
 
     def cost_s(self, batch: Batch) -> float:
+        """Asked when a step begins."""
         if self.on_step is not None:
             self.on_step(batch)
+        return super().cost_s(batch)
+
+    def cost_of(self, batch: Batch) -> float:
+        """The same, and nobody is told."""
         return super().cost_s(batch)
 
     def execute(self, batch: Batch, on_layers: OnLayers | None = None) -> list[tuple[SampledToken, ...]]:
@@ -75,7 +80,9 @@ class FaultCluster(SimCluster):
         self.refused_starts: Counter[str] = Counter()
         self.is_router_up, self.router_stopped_until = True, 0.0
         self.num_router_starts = 1
-        self._router_backlog: list[bytes] = []
+        self.ended_at: dict[str, float] = {}
+        self.longest_backlog = 0.0  # seconds that a frame has waited for the router
+        self._router_backlog: list[tuple[float, bytes]] = []
         self._client_backlog: list[GenerateRequest] = []
         super().__init__(shape, ChaosProfile(), seed, trace)
         self.fault_tap = FaultTap(self.clock, self.events, self._on_refused)
@@ -162,7 +169,7 @@ class FaultCluster(SimCluster):
         if self.is_router_up and not self.is_router_stopped:
             super().hear_worker(frame)
         else:
-            self._router_backlog.append(frame)
+            self._router_backlog.append((self.clock.now(), frame))
 
     # ---- the router's process ----
 
@@ -186,7 +193,11 @@ class FaultCluster(SimCluster):
 
     def _perform(self, effects: list[Effect]) -> None:
         if self.is_router_up:
+            self._note_ends([effect.request_id for effect in effects if isinstance(effect, End)])
             super()._perform(effects)
+
+    def _note_ends(self, request_ids: list[str]) -> None:
+        self.ended_at.update(dict.fromkeys(request_ids, self.clock.now()))
 
     def kill_router(self) -> None:
         """SIGKILL of the front: every stream that it holds breaks off, and a new router starts with a new epoch."""
@@ -216,6 +227,7 @@ class FaultCluster(SimCluster):
     def _break_streams(self, error: ServeError) -> None:
         for request_id, record in self.journal.records.items():
             if record.end is None:
+                self._note_ends([request_id])
                 self.journal.on_end(request_id, EndEvent(error))
 
     def _restart_router(self) -> None:
@@ -236,14 +248,15 @@ class FaultCluster(SimCluster):
     def _wake_router(self) -> None:
         frames, self._router_backlog = self._router_backlog, []
         requests, self._client_backlog = self._client_backlog, []
-        for frame in frames:
+        for came_at, frame in frames:
+            self.longest_backlog = max(self.longest_backlog, self.clock.now() - came_at)
             self.hear_worker(frame)
         for request in requests:
             self.submit(request)
 
     def is_serving(self) -> bool:
         """Every process is there again, and the router knows it."""
-        if not self.is_router_up or self.is_router_stopped:
+        if not self.is_router_up or self.is_router_stopped or self.router.is_draining:
             return False
         rows = {row.worker_id: row for row in self.router.status().workers}
         expected = self.shape.num_prefill + self.shape.num_decode

@@ -32,6 +32,11 @@ class _Queue:
     free_at: float = 0.0
 
 
+def _direction(crossing: Crossing) -> tuple[WorkerKey, bool]:
+    """Names a connection's direction: between workers blocks have one of their own."""
+    return crossing.source, isinstance(crossing.message, Push)
+
+
 @dataclass(slots=True)
 class Slow:
     """A link of `bits_per_s`. `nbytes` and `delayed_s` are measured, from the moment of sending to that of release."""
@@ -43,14 +48,14 @@ class Slow:
     nbytes: int = 0
     num_frames: int = 0
     delayed_s: float = 0.0
-    _queues: dict[WorkerKey, _Queue] = field(default_factory=dict)
+    _queues: dict[tuple[WorkerKey, bool], _Queue] = field(default_factory=dict)
 
     def touches(self, crossing: Crossing) -> bool:
         return crossing.link == self.link and crossing.left_at < self.until
 
     def leaves(self, crossing: Crossing, frame: bytes, carry: Carry) -> None:
         now, nbytes = self.events.clock.now(), wire_bytes(crossing, frame)
-        queue = self._queues.setdefault(crossing.source, _Queue())
+        queue = self._queues.setdefault(_direction(crossing), _Queue())
         queue.free_at = max(now, queue.free_at) + 8 * nbytes / self.bits_per_s
         self.events.after(queue.free_at - now, lambda: self._release(crossing, nbytes, frame, carry))
 
@@ -76,14 +81,14 @@ class Lossy:
     num_packets: int = 0
     num_lost: int = 0
     longest_s: float = 0.0  # measured
-    _queues: dict[WorkerKey, _Queue] = field(default_factory=dict)
+    _queues: dict[tuple[WorkerKey, bool], _Queue] = field(default_factory=dict)
 
     def touches(self, crossing: Crossing) -> bool:
         return crossing.link == self.link and crossing.left_at < self.until
 
     def leaves(self, crossing: Crossing, frame: bytes, carry: Carry) -> None:
         now = self.events.clock.now()
-        queue = self._queues.setdefault(crossing.source, _Queue())
+        queue = self._queues.setdefault(_direction(crossing), _Queue())
         late_s = sum(self._late_s() for _ in range(-(-wire_bytes(crossing, frame) // PACKET_BYTES)))
         queue.free_at = max(now + late_s, queue.free_at)
         self.events.after(queue.free_at - now, lambda: self._release(crossing, frame, carry))

@@ -38,6 +38,7 @@ class Hold:
     events: EventQueue
     wanted: Wanted
     until: float
+    counts: Counter[str]
     num_held: int = 0
 
     def touches(self, crossing: Crossing) -> bool:
@@ -45,35 +46,39 @@ class Hold:
 
     def leaves(self, crossing: Crossing, frame: bytes, carry: Carry) -> None:
         self.num_held += 1
+        self.counts["held"] += 1
         self.events.after(self.until - crossing.left_at, lambda: carry(frame))
 
 
 class FaultTap(Tap):
     """`on_refused(source, target)` hears of frames that their receiver could not decode."""
 
-    def __init__(self, clock: FakeClock, events: EventQueue, on_refused: Callable[[WorkerKey, WorkerKey], None]) -> None:
+    def __init__(
+        self, clock: FakeClock, events: EventQueue, on_refused: Callable[[WorkerKey, WorkerKey], None]
+    ) -> None:
         self.clock, self.events, self._on_refused = clock, events, on_refused
         self.conditions: list[Condition] = []
         self.on_leave: Callable[[Crossing], bool] | None = None  # True: this frame is lost
         self.on_arrive: Callable[[Crossing], None] | None = None
         self.spoil_block: Callable[[Push, WorkerKey, WorkerKey, memoryview], None] | None = None
         self.last_left: dict[WorkerKey, float] = {}
+        self.last_arrived: dict[frozenset[str], float] = {}
         self.arrivals: dict[Crossing, list[float]] = {}  # of the frames that `follow` names
         self.follow: Wanted | None = None
         self.counts: Counter[str] = Counter()
         self.said: Counter[tuple[WorkerKey, str]] = Counter()  # (sender, type) → messages
-        self._under_way: dict[frozenset[str], int] = {}
+        self.codes: Counter[str] = Counter()  # error codes that somebody told somebody
         self._reset_at: dict[frozenset[str], float] = {}
 
     # ---- from the wires ----
 
     def leaves(self, crossing: Crossing, frame: bytes, carry: Carry) -> None:
         self.said[crossing.source, type(crossing.message).__name__] += 1
+        self.codes[getattr(crossing.message, "code", "")] += 1
         is_lost = self.on_leave is not None and self.on_leave(crossing)
 
         def go(data: bytes) -> None:
             self.last_left[crossing.source] = self.clock.now()
-            self._under_way[crossing.link] = self._under_way.get(crossing.link, 0) + 1
             carry(data)
 
         for condition in self.conditions:
@@ -86,10 +91,10 @@ class FaultTap(Tap):
             go(frame)
 
     def arrives(self, crossing: Crossing, frame: bytes, deliver: Carry) -> None:
-        self._under_way[crossing.link] -= 1
         if crossing.left_at <= self._reset_at.get(crossing.link, -1.0):
             self.counts["lost by reset"] += 1
             return
+        self.last_arrived[crossing.link] = self.clock.now()
         if self.follow is not None and self.follow(crossing):
             self.arrivals.setdefault(crossing, []).append(self.clock.now())
         if not decodes(crossing, frame):
@@ -108,7 +113,7 @@ class FaultTap(Tap):
 
     def hold(self, wanted: Wanted, seconds: float) -> Hold:
         """Nothing that is `wanted` passes for so long."""
-        condition = Hold(self.events, wanted, self.clock.now() + seconds)
+        condition = Hold(self.events, wanted, self.clock.now() + seconds, self.counts)
         self.conditions.insert(0, condition)
         return condition
 
@@ -117,9 +122,6 @@ class FaultTap(Tap):
         self.counts["connections reset"] += 1
         self._reset_at[link] = self.clock.now()
         self.hold(lambda crossing: crossing.link == link, reconnect_s)
-
-    def num_under_way(self, link: frozenset[str]) -> int:
-        return self._under_way.get(link, 0)
 
 
 def decodes(crossing: Crossing, frame: bytes) -> bool:

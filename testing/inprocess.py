@@ -159,7 +159,9 @@ class InProcessCluster:
         max_batch_seqs: int = 64,
         router: RouterConfig | None = None,
         park_bytes: int = 0,
+        settings: MeshSettings | None = None,
     ) -> None:
+        self._settings = settings or MeshSettings((transport,))
         self._clock, ids = MonotonicClock(), SeededIds(0)
         self.router = RouterCore(
             router or RouterConfig(worker_timeout_s=PATIENCE_S, unacknowledged_s=PATIENCE_S),
@@ -204,7 +206,7 @@ class InProcessCluster:
             worker.inbox.put,
             runtime_dir=runtime_dir,
             cluster_key=CLUSTER_KEY,
-            settings=MeshSettings((transport,)),
+            settings=self._settings,
             times=LinkTimes(liveness_s=PATIENCE_S),
         )
 

@@ -12,7 +12,7 @@ from penstock.decode_node.preemption import Preemption
 from penstock.decode_node.role import DecodeRole
 from penstock.decode_node.scheduler import DecodeScheduler
 from penstock.engine.block_pool import BlockPool
-from penstock.engine.interface import ScheduledSeq
+from penstock.engine.interface import OnLayers, ScheduledSeq
 from penstock.engine.parking import Parking
 from penstock.engine.sequence import Sequence
 from penstock.kvtransfer.destination import DestinationTable
@@ -24,6 +24,7 @@ from penstock.protocol.messages import (
     Output,
     Phases,
     ResetPrefixCache,
+    SampledToken,
     StartDecode,
     ToWorker,
     pack_ids,
@@ -141,10 +142,10 @@ def test_unparked_sequence_computes_nothing_again() -> None:
         total = 0
         execute = bench.engine.execute
 
-        def count(batch: list[ScheduledSeq], *args: Any) -> Any:
+        def count(batch: list[ScheduledSeq], on_layers: OnLayers | None = None) -> list[tuple[SampledToken, ...]]:
             nonlocal total
             total += sum(entry.num_new_tokens for entry in batch)
-            return execute(batch, *args)
+            return execute(batch, on_layers)
 
         bench.engine.execute = count  # type: ignore[method-assign]
         bench.run(lambda: len(bench.finished) == len(prompts))
@@ -375,6 +376,19 @@ def test_check_invariants_notices_host_memory_without_a_sequence() -> None:
     preemption.leave(running(pool, sequence(8), 7), 0.0)
     with pytest.raises(AssertionError, match="parked are"):
         scheduler.check_invariants()
+
+
+def test_preempted_sequence_stands_behind_an_older_one_that_waits() -> None:
+    """It was received while the older one already waited."""
+    pool = BlockPool(2, SIZE)
+    scheduler = DecodeScheduler(pool, 4)
+    old, received = sequence(8, "old", 1.0), sequence(9, "received", 2.0)
+    scheduler.add_waiting([old])
+    received.block_table, received.num_computed_tokens = pool.allocate(2), 8
+    scheduler.join(received)
+    scheduler.schedule(Budget(64, 64), 0.0)
+    assert scheduler.num_preemptions == 1
+    assert [*scheduler.running, *scheduler.waiting] == [old, received]
 
 
 def test_check_invariants_notices_waiting_out_of_order() -> None:
