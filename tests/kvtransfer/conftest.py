@@ -186,9 +186,12 @@ class Handmade:
         data = body + _mac(self.session._mine, self.session._sent, body)
         self.sock.sendall(len(data).to_bytes(4, "little") + data)
 
+    def read_any(self) -> HandoffMessage:
+        return read_frame(self.sock, Deadline(WAIT_S), self.session)
+
     def read(self) -> HandoffMessage:
         """The next message that is no ping."""
-        while isinstance(message := read_frame(self.sock, Deadline(WAIT_S), self.session), KvPing):
+        while isinstance(message := self.read_any(), KvPing):
             continue
         return message
 

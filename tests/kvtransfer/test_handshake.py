@@ -325,9 +325,7 @@ def test_converted_link_without_staging_memory_is_turned_away_and_leaks_nothing(
     until(lambda: "bytes of staging memory are left for this link; it has 0" in caplog.text)
 
 
-@pytest.mark.parametrize(
-    ("staging_bytes", "nbytes"), [(0, 1), (4096, 4097), (2 * MEASURED_BYTES, MEASURED_BYTES + 1)]
-)
+@pytest.mark.parametrize(("staging_bytes", "nbytes"), [(0, 1), (4096, 4097), (2 * MEASURED_BYTES, MEASURED_BYTES + 1)])
 def test_measuring_more_than_there_is_ends_the_handshake(
     cluster: Cluster, staging_bytes: int, nbytes: int, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -73,11 +73,9 @@ class Bench:
         self.left: queue.SimpleQueue[Left] = queue.SimpleQueue()
         self.sender = PushSender(self.memory, RecordingBulk(self.left), None, self.left.put, digest)
 
-    def send(
-        self, ticket: Ticket, ordinals: tuple[int, ...], first_layer: int = 0, num_layers: int = NUM_LAYERS
-    ) -> None:
+    def send(self, ticket: Ticket, ordinals: tuple[int, ...], layers: tuple[int, int] = (0, NUM_LAYERS)) -> None:
         blocks = tuple(BlockId(ordinal + 2) for ordinal in ordinals)
-        assert self.sender.put(SendBlocks(PEER, ticket, 1, ordinals, blocks, first_layer, num_layers))
+        assert self.sender.put(SendBlocks(PEER, ticket, 1, ordinals, blocks, *layers))
 
     def done(self, ticket: Ticket, num_blocks: int) -> None:
         assert self.sender.put(Done(ticket, 1, num_blocks, 4 * num_blocks, (), Phases()))
@@ -95,13 +93,15 @@ def running(digest: Callable[[memoryview], bytes] = block_digest) -> Iterator[Be
     bench = Bench(digest)
     thread = threading.Thread(target=bench.sender.run)
     thread.start()
-    yield bench
-    bench.sender.stop()
-    if isinstance(digest, Gate):
-        digest.opened.set()
-    thread.join()
-    bench.sender.close()
-    bench.memory.close()
+    try:
+        yield bench
+    finally:
+        bench.sender.stop()
+        if isinstance(digest, Gate):
+            digest.opened.set()
+        thread.join()
+        bench.sender.close()
+        bench.memory.close()
 
 
 def test_push_is_told_before_its_bytes_and_done_last_with_a_digest_of_every_block() -> None:
