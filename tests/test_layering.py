@@ -56,6 +56,10 @@ TORCH_FREE = [
     "engine/sequence.py",
     "engine/interface.py",
     "engine/kv_memory.py",
+    "engine/ledger.py",
+    "engine/shared_files.py",
+    "engine/shared_pool.py",
+    "kvtransfer/ownership.py",
 ]
 
 
