@@ -31,6 +31,8 @@ class KVMemory:
     no memory. Closing is idempotent.
     """
 
+    device: int | None = None  # number of the CUDA device that holds the region; None: host memory
+
     def __init__(self, num_blocks: int, num_layers: int, layer_bytes: int, staging_bytes: int = 0) -> None:
         nbytes = num_blocks * num_layers * layer_bytes + staging_bytes
         self._map_blocks(_sealed_memfd(nbytes), num_blocks, num_layers, layer_bytes, staging_bytes)
@@ -122,5 +124,9 @@ def _sealed_memfd(nbytes: int) -> int | None:
     if not hasattr(os, "memfd_create"):
         return None
     fd = open_memfd("penstock-kv")
-    fix_size(fd, nbytes, "a new pool")
+    try:
+        fix_size(fd, nbytes, "a new pool")
+    except (OSError, ConfigError):
+        os.close(fd)
+        raise
     return fd

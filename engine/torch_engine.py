@@ -23,7 +23,7 @@ from .model_runner import ModelRunner, layer_bytes, pool_view
 from .sampler import SampledRow, sample
 
 LAYOUT = "block-major"
-STAGING_BYTES = 256 << 20  # likewise: only links that convert what they carry use it
+STAGING_BYTES = 512 << 20  # likewise: only links that convert what they carry use it
 
 Progress = Callable[[int, int], None]
 MakeMemory = Callable[[int, int, int], KVMemory]  # (num_blocks, num_layers, layer_bytes) → memory of as many or more

@@ -16,6 +16,7 @@ from ..protocol import codec
 from ..protocol.messages import Ack, Cancel, Failed, HandoffMessage, Offer, Push
 from .chaos import ChaosProfile, Wire
 from .events import EventQueue
+from .tap import Crossing, Tap
 
 RECONNECT_S = 0.1
 Pair = tuple[WorkerKey, WorkerKey]
@@ -34,6 +35,7 @@ class SimNetwork(InprocNetwork):
         self._wires: dict[Pair, Wire] = {}
         self._open_offers: dict[Pair, set[bytes]] = {}  # (source, destination) → offered, and no last word yet
         self.is_calm = False
+        self.tap = Tap()
         self.check_copy: CopyCheck | None = None
         self.trace: Callable[[str], None] | None = None
 
@@ -59,7 +61,13 @@ class SimNetwork(InprocNetwork):
             self._events.after(0.0, lambda: self.cut(delivery.source, delivery.target, RECONNECT_S))
             return
         frame = codec.handoff.encode(item)
-        self._wire(delivery.source, delivery.target).carry(type(item).__name__, lambda: self._arrive(delivery, frame))
+        wire, tap = self._wire(delivery.source, delivery.target), self.tap
+        crossing = Crossing(delivery.source, delivery.target, item, self._events.clock.now())
+
+        def arrive(frame: bytes) -> None:
+            tap.arrives(crossing, frame, lambda frame: self._arrive(delivery, frame))
+
+        tap.leaves(crossing, frame, lambda frame: wire.carry(type(item).__name__, lambda: arrive(frame)))
 
     def _end(self, delivery: Delivery) -> None:
         self._forget(delivery.source, delivery.target)  # what was offered meanwhile went into a dead link
@@ -99,6 +107,8 @@ class SimNetwork(InprocNetwork):
             self._faults["corrupt block"] += 1
             view = target.memory.block(block, push.first_layer, push.num_layers)
             view[self._rng.randrange(len(view))] ^= 1 << self._rng.randrange(8)
+        view = target.memory.block(block, push.first_layer, push.num_layers)
+        self.tap.copied(push, source.key, target.key, view)
 
     # ---- who was told what ----
 

@@ -50,6 +50,8 @@ TORCH_FREE = [
     "deploy/",
     "cli/",
     "kvtransfer/effects.py",
+    "kvtransfer/layout.py",
+    "kvtransfer/wire_choice.py",
     "kvtransfer/source.py",
     "kvtransfer/destination.py",
     "engine/block_pool.py",
@@ -60,6 +62,8 @@ TORCH_FREE = [
     "engine/shared_files.py",
     "engine/shared_pool.py",
     "kvtransfer/ownership.py",
+    "kernels/wire_format/formats.py",
+    "engine/parking.py",
 ]
 
 
