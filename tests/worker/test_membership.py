@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from penstock.core.config import DecodeConfig, PrefillConfig, Topology
-from penstock.core.errors import ConfigError, InternalError
+from penstock.core.errors import ConfigError, InternalError, ProtocolError
 from penstock.core.ids import BlockId
 from penstock.engine.shared_files import SharedFiles
 from penstock.worker.membership import Membership, shares_of
@@ -42,6 +42,9 @@ def test_workers_begin_with_their_shares_of_one_memory(shared: SharedFiles) -> N
     first, last = member(shared, "prefill-0"), member(shared, "decode-1")
     mine, theirs = first.make_memory(6, LAYERS, LAYER_BYTES), last.make_memory(8, LAYERS, LAYER_BYTES)
     assert (mine.num_blocks, mine.staging_bytes, first.number, last.number) == (22, 0, 1, 3)
+    assert [first.number_of(name) for name in ("prefill-0", "decode-0", "decode-1")] == [1, 2, 3]
+    with pytest.raises(ProtocolError, match="worker stranger has no place"):
+        first.number_of("stranger")
     assert first.first_pool(16).block_ids() == list(range(6))
     assert last.first_pool(16).block_ids() == list(range(14, 22))
     mine.block(20)[:4] = b"seen"
