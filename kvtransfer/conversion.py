@@ -118,6 +118,11 @@ class Encoder:
             self._free.append(self._used.popleft())
             self._changed.notify_all()
 
+    def abandon(self) -> None:
+        """The push encoded last never leaves: its slot is free again at once."""
+        with self._changed:
+            self._free.append(self._used.pop())
+
     def digest_views(self, span: Span, count: int) -> list[memoryview]:
         """The bytes of each of `count` blocks within an encoded push."""
         return _split(self._codec, span, count)
