@@ -14,7 +14,7 @@ import logging
 from typing import assert_never
 
 from ..core.clock import Clock
-from ..core.errors import BadRequest, NodeLost, Overloaded, ServeError, Unavailable, describe
+from ..core.errors import BadRequest, DeadlineExceeded, NodeLost, Overloaded, ServeError, Unavailable, describe
 from ..core.ids import AttemptKey, IdSource, WorkerKey, new_epoch
 from ..protocol.messages import (
     AttemptFailed,
@@ -362,7 +362,11 @@ class RouterCore:
         if worker is not None:
             worker.attempts.pop(attempt.key, None)
         if not ended.ok and record.state is State.DISPATCHED:
-            self._life.fail_attempt(record, describe(ended.code, ended.message), (key,))
+            error = describe(ended.code, ended.message)
+            if isinstance(error, BadRequest | DeadlineExceeded):
+                self._life.end(record, error)  # no worker is to blame, and none could do better
+            else:
+                self._life.fail_attempt(record, error, (key,))
 
     def _on_attempt_failed(self, key: WorkerKey, failed: AttemptFailed) -> None:
         record = self._record(AttemptKey(failed.request_id, failed.attempt))
