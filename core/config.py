@@ -63,7 +63,8 @@ class RouterConfig:
     max_active_requests: int = setting(4096, 1, 1 << 20)
     max_queued_requests: int = setting(1024, 1, 1 << 20)
     max_attempts: int = setting(4, 1, 100)
-    worker_timeout_s: float = setting(1.5, 0.5, 600)  # silence after which a worker counts as lost
+    worker_timeout_s: float = setting(0.75, 0.2, 600)  # silence after which a worker counts as lost
+    unavailable_s: float = setting(60.0, 1, 86_400)  # wait for a worker; longer than one takes to load the model
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,15 @@ class DecodeConfig:
     num_blocks: int | None = setting(None, 2, 1 << 20)
     max_num_batched_tokens: int = setting(1024, 16, 1 << 20)  # only when it prefills itself
     max_num_seqs: int = setting(64, 1, 1 << 16)
+    park_bytes: int = setting(256 << 20, 0, 1 << 50)  # host memory for preempted sequences; 0: they are computed again
+
+
+@dataclass(frozen=True, slots=True)
+class LivenessConfig:
+    """What tells a worker that computes from one that hangs or is cut off. The end of a process is noticed at once."""
+
+    heartbeat_s: float = setting(0.1, 0.01, 60)  # several must fit into router.worker_timeout_s
+    max_step_s: float = setting(60.0, 0.1, 86_400)  # a step that lasts longer counts as hung, its requests move on
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +123,7 @@ class Topology:
     colocated: bool = False  # decode.replicas workers of role `both`, and no prefill worker
     block_size: int = setting(16, 1, 1024)  # tokens in a KV block
     transfer: TransferConfig = field(default_factory=TransferConfig)
+    liveness: LivenessConfig = field(default_factory=LivenessConfig)
     runtime_dir: str = ""  # folder of the sockets; empty: chosen at start
     log_level: LevelName = "info"
 
@@ -175,6 +186,11 @@ def check_topology(topology: Topology) -> Topology:
     for section, pool in (("prefill", topology.prefill), ("decode", topology.decode)):
         if pool.kv_cache_bytes is not None and pool.num_blocks is not None:
             raise ConfigError(f"{section}: kv_cache_bytes and num_blocks both say how large the KV cache is; keep one")
+    if topology.router.worker_timeout_s < 3 * topology.liveness.heartbeat_s:
+        raise ConfigError(
+            f"router.worker_timeout_s: {topology.router.worker_timeout_s:g} is less than three heartbeats of "
+            f"liveness.heartbeat_s: {topology.liveness.heartbeat_s:g}; one late heartbeat would look like a lost worker"
+        )
     if topology.router.disaggregate == "always" and (topology.colocated or topology.prefill.replicas == 0):
         raise ConfigError("router.disaggregate: always needs a prefill worker, and this topology has none; use auto")
     return topology

@@ -26,6 +26,8 @@ class KVMemory:
     no memory. Closing is idempotent.
     """
 
+    device: int | None = None  # number of the CUDA device that holds the region; None: host memory
+
     def __init__(self, num_blocks: int, num_layers: int, layer_bytes: int, staging_bytes: int = 0) -> None:
         self.num_blocks, self.num_layers, self.layer_bytes = num_blocks, num_layers, layer_bytes
         self.block_bytes = num_layers * layer_bytes
@@ -71,6 +73,10 @@ def _sealed_memfd(nbytes: int) -> int | None:
     if not hasattr(os, "memfd_create"):
         return None
     fd = os.memfd_create("penstock-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, nbytes)
-    fcntl.fcntl(fd, _ADD_SEALS, _SHRINK | _GROW | _SEAL)
+    try:
+        os.ftruncate(fd, nbytes)
+        fcntl.fcntl(fd, _ADD_SEALS, _SHRINK | _GROW | _SEAL)
+    except OSError:
+        os.close(fd)
+        raise
     return fd

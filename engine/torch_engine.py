@@ -24,7 +24,7 @@ from .sampler import SampledRow, sample
 
 LAYOUT = "block-major"
 DEFAULT_KV_BYTES = 1 << 30  # touched only as it fills
-STAGING_BYTES = 256 << 20  # likewise: only links that convert what they carry use it
+STAGING_BYTES = 512 << 20  # likewise: only links that convert what they carry use it
 
 Progress = Callable[[int, int], None]
 

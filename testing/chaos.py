@@ -25,23 +25,26 @@ class ChaosProfile:
     slow: float = 0.0  # probability of a long delay
     slow_s: float = 0.0
     corrupt: float = 0.0  # of block bytes on their way
+    corrupt_parked: float = 0.0  # of a sequence's bytes while they wait in host memory
     cut: float = 0.0  # of a hand-off link, per message on it
     engine_fail: float = 0.0  # of a prefill, at its last chunk
     kills: int = 0
     freezes: int = 0
+    hangs: int = 0
     drains: int = 0
     replay: float = 0.0  # of any earlier message on the same way, per message
     replay_s: float = 0.0  # how much later at most
     unknown: float = 0.0  # of a message about something that never was, per message
+    by_hand: bool = False  # somebody strikes whom this profile knows nothing of
 
     @property
     def is_lossless(self) -> bool:
         """Every message arrives once, in order and soon, unless a worker dies."""
-        return self.keeps_order and not (self.drop or self.cut or self.freezes or self.unknown)
+        return self.keeps_order and not (self.drop or self.cut or self.freezes or self.hangs or self.unknown)
 
     @property
     def keeps_order(self) -> bool:
-        return not (self.double or self.reorder or self.slow or self.replay)
+        return not (self.double or self.reorder or self.slow or self.replay or self.by_hand)
 
     @property
     def is_perfect(self) -> bool:
@@ -67,6 +70,7 @@ class ChaosProfile:
             engine_fail=maybe(0.2),
             kills=int(maybe(rng.randint(1, 4))),
             freezes=int(maybe(rng.randint(1, 2))),
+            hangs=int(rng.random() < 0.15),
             drains=int(maybe(rng.randint(1, 2))),
             replay=maybe(rng.choice([0.01, 0.1])),
             replay_s=rng.choice([0.02, 0.5, 3.0]),

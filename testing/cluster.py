@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 
 from ..core.errors import ServeError, Unavailable
 from ..core.ids import SeededIds, WorkerKey, new_epoch
+from ..engine.block_pool import BlockPool
 from ..engine.interface import ScheduledSeq
+from ..engine.kv_memory import KVMemory
 from ..kvtransfer.transports.inproc import InprocMesh
 from ..protocol import codec
 from ..protocol.messages import FromRouter, FromWorker, Push, Role
@@ -30,10 +32,12 @@ from .history import HistoryWriter
 from .invariants import InvariantBroken, guarded
 from .journal import Journal
 from .sim_network import SimNetwork
+from .sim_parking import SimParking
 from .sim_worker import CLUSTER_KEY, SimWorker, WorkerSizes
 from .situation import situation
 from .story import tell
 from .strangers import strange_command, strange_report
+from .tap import ROUTER, Crossing, Tap
 from .watch import Watch, check_empty
 
 ROUTER_TICK_S = 0.1
@@ -45,7 +49,7 @@ LONG_S = 1000.0  # longer than any timer that a worker has
 class ClusterShape:
     """Sizes of a simulated cluster. Pools are tiny on purpose: that is where block bugs live.
 
-    `num_foreign`: prefill workers with other weights, which must be kept out. `max_turn_s`: see `HealthWatch`.
+    `num_foreign`: prefill workers with other weights, which must be kept out.
     """
 
     num_prefill: int = 1
@@ -55,9 +59,16 @@ class ClusterShape:
     num_blocks: int = 24
     block_size: int = 4
     step_s: float = 0.002
-    workers: WorkerSizes = field(default_factory=WorkerSizes)
+    max_batch_tokens: int = 16
+    max_running: int = 4
+    max_waiting: int = 1024
+    max_early: int = 1024
+    early_s: float = 5.0
+    park_blocks: int = 0  # host memory of each decode worker
+    park_copy_s: float = 0.0  # what copying a sequence seems to take
+    lease_s: float = 2.0
     restart_s: float = 0.5
-    max_turn_s: float | None = None
+    max_step_s: float = 60.0
     router: RouterConfig = field(default_factory=RouterConfig)
 
     def roles(self) -> dict[str, Role]:
@@ -69,6 +80,17 @@ class ClusterShape:
             ("foreign", "prefill", self.num_foreign),
         ]
         return {f"{name}-{i}": role for name, role, number in numbers for i in range(number)}
+
+    def sizes(self) -> WorkerSizes:
+        return WorkerSizes(
+            self.lease_s,
+            self.max_batch_tokens,
+            self.max_running,
+            self.max_waiting,
+            self.max_early,
+            self.early_s,
+            self.max_step_s,
+        )
 
 
 class SimCluster:
@@ -85,6 +107,7 @@ class SimCluster:
         self.shape, self.profile = shape, profile
         self._seed = seed
         self.rng, self._ids = random.Random(seed), SeededIds(seed)
+        self._park_rng = random.Random(f"parking {seed}")
         self.clock = FakeClock()
         self.events = EventQueue(self.clock)
         self.faults: Counter[str] = Counter()
@@ -93,14 +116,15 @@ class SimCluster:
             self.clock,
             self.journal,
             shape.router,
-            lease_s=shape.workers.lease_s,
+            lease_s=shape.lease_s,
             is_perfect=profile.is_perfect,
             keeps_order=profile.keeps_order,
-            max_turn_s=shape.max_turn_s,
+            max_step_s=shape.max_step_s,
         )
         self.network = SimNetwork(self.events, profile, self.rng, self.faults)
         self.network.check_copy, self.network.check_leaving = self._check_copy, self.watch.leaves
         self.network.trace = self.say if trace is not None else None
+        self.tap = Tap()
         self._trace = trace
         self.router = RouterCore(shape.router, self.clock, self._ids, CLUSTER_KEY)
         self.workers: dict[str, SimWorker] = {}
@@ -121,22 +145,30 @@ class SimCluster:
         self.workers[worker_id] = SimWorker(
             key,
             role,
-            self.make_engine(worker_id, role),
+            self.make_engine(role, "foreign" if worker_id.startswith("foreign") else "fake"),
             self.events,
             self.network,
             lambda frame: self._to_router(key, frame),
             self.watch,
             self._on_exit,
-            self.shape.workers,
+            self.shape.sizes(),
+            self._make_parking,
         )
         self.say(f"{tell(key)} starts")
 
-    def make_engine(self, worker_id: str, role: Role) -> FakeEngine:
+    def _make_parking(self, memory: KVMemory, pool: BlockPool) -> SimParking:
+        shape = self.shape
+        return SimParking(memory, pool, shape.park_blocks, shape.park_copy_s, self.faults, self._spoils_parked)
+
+    def _spoils_parked(self) -> bool:
+        return not self.is_calm and self._park_rng.random() < self.profile.corrupt_parked
+
+    def make_engine(self, role: Role, weights: str = "fake") -> FakeEngine:
         shape = self.shape
         return FakeEngine(
             shape.num_blocks,
             shape.block_size,
-            weights="foreign" if worker_id.startswith("foreign") else "fake",
+            weights=weights,
             step_s=shape.step_s,
             fails=self._fails if role == "prefill" and self.profile.engine_fail else None,
         )
@@ -168,6 +200,12 @@ class SimCluster:
         if seconds > 1.0:
             for peer, _ in worker.mesh.linked():
                 self.events.after(1.0, lambda p=peer: self.network.cut(worker.key, p, seconds))  # type: ignore[misc]
+
+    def hang_worker(self, worker_id: str, seconds: float) -> None:
+        """Its engine hangs in a step while its other threads live."""
+        self.faults["hang"] += 1
+        self.say(f"{worker_id} hangs for {seconds:.2f} s")
+        self.workers[worker_id].hang(seconds)
 
     def drain_worker(self, worker_id: str) -> None:
         """SIGTERM; a new incarnation follows when it has ended."""
@@ -236,9 +274,14 @@ class SimCluster:
             return
         data = codec.from_router.encode(effect.message)
         kind = type(effect.message.body).__name__
+
+        def deliver(frame: bytes) -> None:
+            self._to_worker(effect.worker, codec.from_router.decode(frame))
+
         if self._trace is not None:
             self.say(f"router → {tell(effect.worker)}  {tell(effect.message.body)}")
-        wires[0].carry(kind, lambda: self._to_worker(effect.worker, codec.from_router.decode(data)))
+        crossing, tap = Crossing(ROUTER, effect.worker, effect.message.body, self.clock.now()), self.tap
+        tap.leaves(crossing, data, lambda frame: wires[0].carry(kind, lambda: tap.arrives(crossing, frame, deliver)))
         if self._has_stranger():
             self.faults["unknown Abort"] += 1
             self._to_worker(effect.worker, strange_command(self.rng, effect.message.router_epoch))
@@ -253,7 +296,8 @@ class SimCluster:
         kind = type(frame.body).__name__
         if kind != "Heartbeat" and self._trace is not None:
             self.say(f"{tell(key)} → router  {tell(frame.body)}")
-        self._wires[key][1].carry(kind, lambda: self._hear(codec.from_worker.decode(data)))
+        crossing, tap, wire = Crossing(key, ROUTER, frame.body, self.clock.now()), self.tap, self._wires[key][1]
+        tap.leaves(crossing, data, lambda data: wire.carry(kind, lambda: tap.arrives(crossing, data, self.hear_worker)))
         if self._has_stranger():
             strange = strange_report(self.rng, key)
             self.faults[f"unknown {type(strange.body).__name__}"] += 1
@@ -261,6 +305,10 @@ class SimCluster:
 
     def _has_stranger(self) -> bool:
         return not self.is_calm and self.profile.unknown > 0 and self.rng.random() < self.profile.unknown
+
+    def hear_worker(self, frame: bytes) -> None:
+        """A frame of a worker reaches the router."""
+        self._hear(codec.from_worker.decode(frame))
 
     def _hear(self, frame: FromWorker) -> None:
         self._perform(self.watch.router_hears(self.router, frame))

@@ -14,7 +14,6 @@ from .chaos import ChaosProfile
 from .cluster import ClusterShape, SimCluster
 from .history import HistoryWriter
 from .invariants import InvariantBroken
-from .sim_worker import WorkerSizes
 
 READY_S = 1.0  # workers have met by then, and the first request comes
 STORM_S = 8.0  # faults happen up to here
@@ -35,7 +34,7 @@ class Scenario:
     kills: tuple[tuple[float, str, bool], ...] = ()
     freezes: tuple[tuple[float, str, float], ...] = ()
     drains: tuple[tuple[float, str], ...] = ()
-    hangs: tuple[tuple[float, str], ...] = ()
+    hangs: tuple[tuple[float, str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +45,16 @@ class Outcome:
     num_errors: int
     num_retries: int
     num_preemptions: int
+    num_parked: int
+    num_unparked: int
     virtual_s: float
     faults: Counter[str]
 
 
 def draw_scenario(seed: int) -> Scenario:
     rng = random.Random(seed)
-    shape = _draw_shape(rng)
-    profile = ChaosProfile.draw(rng)
+    shape = _with_parking(_draw_shape(rng), seed)
+    profile = replace(ChaosProfile.draw(rng), corrupt_parked=random.Random(f"corrupt {seed}").choice([0.0, 0.3, 1.0]))
     within_s = rng.choice([0.02, 0.2, 2.0])  # from a burst to one after the other
     requests = tuple(_draw_request(rng, i, within_s) for i in range(rng.randint(3, 12)))
     cancels = tuple(_draw_cancel(rng, request, within_s) for _, request in requests if rng.random() < 0.2)
@@ -65,12 +66,13 @@ def draw_scenario(seed: int) -> Scenario:
         return Scenario(seed, _with_room(shape), ChaosProfile(drains=len(drains)), requests, drains=drains)
     kills = tuple((_moment(rng, within_s), rng.choice(names), rng.random() < 0.5) for _ in range(profile.kills))
     freezes = tuple((_moment(rng, within_s), rng.choice(names), rng.random() * 4) for _ in range(profile.freezes))
-    return Scenario(seed, shape, profile, requests, cancels, kills, freezes, drains)
+    hangs = tuple((_moment(rng, within_s), rng.choice(names), rng.random() * 4) for _ in range(profile.hangs))
+    return Scenario(seed, shape, profile, requests, cancels, kills, freezes, drains, hangs)
 
 
 def _with_room(shape: ClusterShape) -> ClusterShape:
     """Where nothing is lost, nothing may be refused for want of a place either."""
-    return replace(shape, workers=replace(shape.workers, max_waiting=1024, max_early=1024))
+    return replace(shape, max_waiting=1024, max_early=1024)
 
 
 def _moment(rng: random.Random, within_s: float) -> float:
@@ -87,13 +89,6 @@ def _draw_shape(rng: random.Random) -> ClusterShape:
         max_attempts=8,
         unavailable_s=20.0,
     )
-    sizes = WorkerSizes(
-        max_batch_tokens=rng.choice([4, 8, 16, 64]),
-        max_running=rng.choice([2, 4, 8]),
-        max_waiting=rng.choice([1024, 1024, 6]),
-        max_early=rng.choice([32, 4]),
-        early_s=rng.choice([5.0, 0.5]),
-    )
     shape = ClusterShape(
         num_prefill=rng.choice([1, 1, 2]),
         num_decode=rng.choice([1, 1, 2]),
@@ -101,12 +96,23 @@ def _draw_shape(rng: random.Random) -> ClusterShape:
         num_blocks=rng.randint(11, 24),
         block_size=rng.choice([2, 4, 4]),
         step_s=rng.choice([0.002, 0.002, 0.002, 0.1]),
-        workers=sizes,
+        max_batch_tokens=rng.choice([4, 8, 16, 64]),
+        max_running=rng.choice([2, 4, 8]),
+        max_waiting=rng.choice([1024, 1024, 6]),
+        max_early=rng.choice([32, 4]),
+        early_s=rng.choice([5.0, 0.5]),
+        max_step_s=rng.choice([60.0, 1.0]),
         router=router,
     )
     if rng.random() < 0.1:
         return replace(shape, num_prefill=0, num_decode=0, num_foreign=0, num_both=rng.randint(1, 2))
     return shape
+
+
+def _with_parking(shape: ClusterShape, seed: int) -> ClusterShape:
+    """Little host memory, and copies from free to dearer than any prefill."""
+    rng = random.Random(f"parking {seed}")
+    return replace(shape, park_blocks=rng.choice([0, 4, 12, 40, 40]), park_copy_s=rng.choice([0.0, 1e-6, 1e-3, 0.1]))
 
 
 def _draw_request(rng: random.Random, number: int, within_s: float) -> tuple[float, GenerateRequest]:
@@ -187,8 +193,8 @@ def _plan(cluster: SimCluster, scenario: Scenario) -> None:
         at(when, cluster.freeze_worker, name, seconds)
     for when, name in scenario.drains:
         at(when, cluster.drain_worker, name)
-    for when, name in scenario.hangs:
-        at(when, lambda name: cluster.workers[name].hang(), name)
+    for when, name, seconds in scenario.hangs:
+        at(when, cluster.hang_worker, name, seconds)
     cluster.events.after(STORM_S, cluster.calm, is_awaited=False)
 
 
@@ -203,13 +209,16 @@ def _check_no_false_alarm(cluster: SimCluster, scenario: Scenario) -> None:
 
 def _outcome(cluster: SimCluster, scenario: Scenario, virtual_s: float) -> Outcome:
     records = cluster.journal.records.values()
+    loads = [worker.core.snapshot().load for worker in cluster.workers.values()]
     return Outcome(
         seed=scenario.seed,
         num_events=cluster.events.num_run,
         num_requests=len(records),
         num_errors=sum(r.end is not None and r.end.error is not None for r in records),
         num_retries=cluster.router.counters.retries,
-        num_preemptions=sum(w.core.snapshot().load.preemptions for w in cluster.workers.values()),
+        num_preemptions=sum(load.preemptions for load in loads),
+        num_parked=sum(load.parked for load in loads),
+        num_unparked=sum(load.unparked for load in loads),
         virtual_s=virtual_s,
         faults=cluster.faults,
     )

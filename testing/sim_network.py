@@ -18,6 +18,7 @@ from .chaos import ChaosProfile, Wire
 from .events import EventQueue
 from .story import tell
 from .strangers import strange_handoff_message
+from .tap import Crossing, Tap
 
 RECONNECT_S = 0.1
 Pair = tuple[WorkerKey, WorkerKey]
@@ -38,6 +39,7 @@ class SimNetwork(InprocNetwork):
         self._wires: dict[Pair, Wire] = {}
         self._open_offers: dict[Pair, set[bytes]] = {}  # (source, destination) → offered, and no last word yet
         self.is_calm = False
+        self.tap = Tap()
         self.check_copy: CopyCheck | None = None
         self.check_leaving: LeaveCheck | None = None
         self.trace: Callable[[str], None] | None = None
@@ -66,7 +68,13 @@ class SimNetwork(InprocNetwork):
             self._events.after(0.0, lambda: self.cut(delivery.source, delivery.target, RECONNECT_S))
             return
         frame = codec.handoff.encode(item)
-        self._wire(delivery.source, delivery.target).carry(type(item).__name__, lambda: self._arrive(delivery, frame))
+        wire, tap = self._wire(delivery.source, delivery.target), self.tap
+        crossing = Crossing(delivery.source, delivery.target, item, self._events.clock.now())
+
+        def arrive(frame: bytes) -> None:
+            tap.arrives(crossing, frame, lambda frame: self._arrive(delivery, frame))
+
+        tap.leaves(crossing, frame, lambda frame: wire.carry(type(item).__name__, lambda: arrive(frame)))
         if not self.is_calm and self._profile.unknown and self._rng.random() < self._profile.unknown:
             self._send_strange(delivery)
 
@@ -118,6 +126,8 @@ class SimNetwork(InprocNetwork):
             self._faults["corrupt block"] += 1
             view = target.memory.block(block, push.first_layer, push.num_layers)
             view[self._rng.randrange(len(view))] ^= 1 << self._rng.randrange(8)
+        view = target.memory.block(block, push.first_layer, push.num_layers)
+        self.tap.copied(push, source.key, target.key, view)
 
     # ---- who was told what ----
 

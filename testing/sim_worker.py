@@ -14,6 +14,8 @@ from ..core.ids import WorkerKey
 from ..decode_node.role import DecodeRole
 from ..engine.block_pool import BlockPool
 from ..engine.interface import ScheduledSeq
+from ..engine.kv_memory import KVMemory
+from ..engine.parking import ParkingSpace
 from ..kvtransfer.destination import DestinationTable
 from ..kvtransfer.effects import LinkEvent, MessageArrived
 from ..kvtransfer.source import PushSizes, SourceTable
@@ -25,6 +27,7 @@ from ..worker.heartbeat import HeartbeatBuilder
 from ..worker.process import hello_of
 from ..worker.role import Role as RoleCode
 from ..worker.role import Tell
+from ..worker.turn_watch import MAX_STEP_S, TurnWatch
 from .events import EventQueue
 from .fake_engine import FakeEngine
 from .invariants import broken
@@ -33,6 +36,8 @@ from .sim_network import SimNetwork
 HEARTBEAT_S = 0.25
 TICK_S = 0.1
 CLUSTER_KEY = b"the simulation"
+
+MakeParking = Callable[[KVMemory, BlockPool], ParkingSpace]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +48,9 @@ class WorkerSizes:
     max_batch_tokens: int = 16
     max_running: int = 4
     max_waiting: int = 1024
-    max_early: int = 32
+    max_early: int = 1024
     early_s: float = 5.0
+    max_step_s: float = MAX_STEP_S
 
 
 class Observer(Protocol):
@@ -79,6 +85,7 @@ class SimWorker:
         observer: Observer,
         on_exit: Callable[[SimWorker], None],
         sizes: WorkerSizes,
+        make_parking: MakeParking,
     ) -> None:
         self.key, self.role, self.engine = key, role, engine
         self._events, self._to_router, self._observer, self._on_exit = events, to_router, observer, on_exit
@@ -89,29 +96,33 @@ class SimWorker:
         self.destination = DestinationTable(
             sizes.lease_s, early_s=sizes.early_s, max_early=sizes.max_early
         )
+        self.decode: DecodeRole | None = None
+        roles = self._roles(sizes, make_parking)
         self.core = WorkerCore(
-            key, role, engine, self.pool, self._roles(sizes), events.clock, max_batch_tokens=sizes.max_batch_tokens
+            key, role, engine, self.pool, roles, events.clock, max_batch_tokens=sizes.max_batch_tokens
         )
         self.mesh = InprocMesh(key, role, engine.spec.fingerprint, engine.memory, self._on_link, network)
         self._network = network
-        self._heartbeat = HeartbeatBuilder()
+        self._turns = TurnWatch(events.clock, sizes.max_step_s)
+        self._heartbeat = HeartbeatBuilder(self._turns)
         self._inbox: deque[FromRouter | LinkEvent] = deque()
         self._router_epoch: str | None = None
-        self._is_busy = self._is_hung = self._is_draining = False
-        self._turn_began = 0.0
-        self._frozen_until = 0.0
+        self._is_busy = self._is_draining = False
+        self._turned_at = events.clock.now()
+        self._frozen_until = self._hung_until = 0.0
         self.is_alive = True
         events.after(0.0, self._beat, is_awaited=False)
         events.after(TICK_S, self._tick, is_awaited=False)
         self._renew_s = sizes.lease_s / 3
         events.after(self._renew_s, self._renew, is_awaited=False)
 
-    def _roles(self, sizes: WorkerSizes) -> list[RoleCode]:
+    def _roles(self, sizes: WorkerSizes, make_parking: MakeParking) -> list[RoleCode]:
         roles: list[RoleCode] = []
         key, spec, pool = self.key, self.engine.spec, self.pool
         if self.role != "prefill":
-            bounds = (sizes.max_running, sizes.max_waiting)
-            roles.append(DecodeRole(key, spec, pool, self.destination, CLUSTER_KEY, *bounds))
+            bounds, parking = (sizes.max_running, sizes.max_waiting), make_parking(self.engine.memory, pool)
+            self.decode = DecodeRole(key, spec, pool, self.destination, CLUSTER_KEY, *bounds, parking=parking)
+            roles.append(self.decode)
         if self.role != "decode":
             roles.append(PrefillRole(key, spec, pool, self.source, CLUSTER_KEY, sizes.max_waiting))
         return roles
@@ -137,7 +148,7 @@ class SimWorker:
     def _beat(self) -> None:
         if not self.is_alive:
             return
-        if not self._is_frozen:
+        if not self._is_silent:
             if self._router_epoch is None:
                 self._say(hello_of(self.core, self.mesh))
             else:
@@ -150,14 +161,16 @@ class SimWorker:
         if not self.is_alive:
             return
         if self._inbox or self._is_draining or not self.is_quiet:
-            self._turn()  # else nothing that a timer could end is there
+            self._turn()
+        else:
+            self._note_turn()  # there is nothing that a timer could end
         self._events.after(TICK_S, self._tick, is_awaited=False)
 
     def _renew(self) -> None:
         """The links' own threads: they go on while a step computes."""
         if not self.is_alive:
             return
-        if not self._is_frozen:
+        if not self._is_silent and not self._turns.is_stalled():
             self.mesh.renew()
         self._events.after(self._renew_s, self._renew, is_awaited=False)
 
@@ -168,9 +181,10 @@ class SimWorker:
         self._frozen_until = self._events.clock.now() + seconds
         self._events.after(seconds, self._turn)
 
-    def hang(self) -> None:
-        """The engine never comes back from its next step, while the process's other threads go on."""
-        self._is_hung = True
+    def hang(self, seconds: float) -> None:
+        """The engine hangs: its step, or the next turn of the loop, lasts so long, while the heartbeats go on."""
+        self._hung_until = self._events.clock.now() + seconds
+        self._events.after(seconds, self._turn)
 
     def drain(self) -> None:
         """SIGTERM: take nothing new, finish, say goodbye, end."""
@@ -185,12 +199,22 @@ class SimWorker:
 
     @property
     def _is_frozen(self) -> bool:
+        """The loop does not go on."""
+        return self._events.clock.now() < max(self._frozen_until, self._hung_until)
+
+    @property
+    def _is_silent(self) -> bool:
+        """The whole process stands still."""
         return self._events.clock.now() < self._frozen_until
 
     @property
     def turn_age_s(self) -> float:
-        """Since the loop began the turn it is in; 0 between two turns."""
-        return self._events.clock.now() - self._turn_began if self._is_busy else 0.0
+        """Since the loop began its last turn."""
+        return self._events.clock.now() - self._turned_at
+
+    def _note_turn(self) -> None:
+        self._turned_at = self._events.clock.now()
+        self._turns.turn()
 
     @property
     def is_quiet(self) -> bool:
@@ -211,6 +235,7 @@ class SimWorker:
     def _turn(self) -> None:
         if self._is_busy or not self.is_alive or self._is_frozen:
             return
+        self._note_turn()
         while self._inbox:
             self._perform(self._observer.hears(self, self._inbox.popleft()))
         try:
@@ -222,13 +247,13 @@ class SimWorker:
         self._perform(effects)
         self._observer.turned(self, has_ticked=True)
         if batch:
-            self._is_busy, self._turn_began = True, self._events.clock.now()
+            self._is_busy = True
             self._events.after(self.engine.cost_s([e for _, e in batch]), lambda: self._finish(batch))
         elif self._is_draining and self.core.is_idle:
             self._exit()
 
     def _finish(self, batch: list[tuple[RoleCode, ScheduledSeq]]) -> None:
-        if not self.is_alive or self._is_hung:
+        if not self.is_alive:
             return
         if self._is_frozen:
             self._events.after(TICK_S, lambda: self._finish(batch))

@@ -31,7 +31,8 @@ class Tally:
     def __init__(self, num_seeds: int, quiet: bool) -> None:
         self._num_seeds, self._quiet = num_seeds, quiet
         self._start = self._said_at = time.perf_counter()
-        self.outcomes = self.requests = self.errors = self.retries = self.preemptions = 0
+        self.outcomes = self.requests = self.errors = self.retries = 0
+        self.preemptions = self.parked = self.unparked = 0
         self.faults: Counter[str] = Counter()
         self.failures: list[Failure] = []
 
@@ -45,6 +46,8 @@ class Tally:
             self.errors += result.num_errors
             self.retries += result.num_retries
             self.preemptions += result.num_preemptions
+            self.parked += result.num_parked
+            self.unparked += result.num_unparked
             self.faults += result.faults
         now = time.perf_counter()
         if not self._quiet and now - self._said_at >= PROGRESS_S:
@@ -62,7 +65,8 @@ class Tally:
     def summary(self) -> str:
         return (
             f"{self.total} seeds, {len(self.failures)} failed, {self.rate:.1f} seeds/s; {self.requests} requests, "
-            f"{self.errors} clean errors, {self.retries} retries, {self.preemptions} preemptions, "
+            f"{self.errors} clean errors, {self.retries} retries, {self.preemptions} preemptions "
+            f"({self.parked} parked, {self.unparked} unparked), "
             f"{sum(self.faults.values())} faults of {len(self.faults)} kinds"
         )
 

@@ -51,13 +51,13 @@ class Watch:
         lease_s: float,
         is_perfect: bool,
         keeps_order: bool,
-        max_turn_s: float | None = None,
+        max_step_s: float,
     ) -> None:
         self._journal = journal
         self.blocks = BlockWatch()
         self.leases = LeaseWatch(clock, lease_s)
         self.deadlines = DeadlineWatch(clock)
-        self.health = HealthWatch(clock, config.worker_timeout_s, max_turn_s)
+        self.health = HealthWatch(clock, config.worker_timeout_s, max_step_s)
         self.routing = RouterWatch(config, is_perfect, keeps_order)
         self._num_router_events = 0
 
@@ -183,6 +183,8 @@ def check_empty(worker: SimWorker, name: str, when: str) -> None:
     if load.free_blocks != load.total_blocks:
         num_held = load.total_blocks - load.free_blocks
         raise InvariantBroken(f"{name} {worker.key}: {num_held} blocks are still held {when}")
+    if load.parked_bytes:
+        raise InvariantBroken(f"{name} {worker.key}: {load.parked_bytes} bytes are still parked {when}")
     if worker.source.active() or worker.destination.active():
         raise InvariantBroken(f"{name} {worker.key}: hand-offs are still open {when}")
     seats = load.running + load.waiting + load.receiving + load.handing_off

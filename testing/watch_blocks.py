@@ -62,6 +62,8 @@ class BlockWatch:
     def audit(self, worker: SimWorker) -> None:
         with guarded("I4", worker.key, "blocks"):
             worker.core.check_invariants()
+            if worker.decode is not None:
+                worker.decode.check_invariants()
             if not _is_balanced(worker.pool, worker):
                 raise InvariantBroken(f"I4 {worker.key}: free and owned blocks are not {worker.pool.num_blocks}")
         with guarded("I5", worker.key, "hand-off table"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..core.ids import Ticket
 from ..kvtransfer.effects import LinkEvent, MessageArrived
-from ..protocol.messages import Ack, AttemptFailed, Cancel, Done, FromWorker, Grant, Output, Reached
+from ..protocol.messages import Ack, AttemptFailed, Cancel, Done, FromWorker, Grant, Output
 from ..router.core import RouterCore
 from .invariants import InvariantBroken
 from .journal import Journal
@@ -20,7 +20,7 @@ def is_late(worker: SimWorker, event: LinkEvent) -> bool:
     match event:
         case MessageArrived(message=Grant() | Ack() | Cancel() as message):
             return worker.role != "decode" and Ticket(message.ticket) not in worker.source.active()
-        case MessageArrived(message=Done() | Reached() as message):
+        case MessageArrived(message=Done() as message):
             return worker.role != "prefill" and Ticket(message.ticket) not in worker.destination.active()
         case _:
             return False

@@ -97,7 +97,9 @@ class RouterWatch:
             if again or _live(router) != before:
                 what = "tries it again" if again else "takes a worker out"
                 raise InvariantBroken(f"I14 router: {body.request_id} failed by {body.code}, and the router {what}")
-        elif self._is_perfect and not is_over and (isinstance(body, AttemptFailed) or not body.ok):
+            return
+        is_current = not is_over and body.attempt == self._last_attempt.get(body.request_id)
+        if self._is_perfect and is_current and (isinstance(body, AttemptFailed) or not body.ok):
             raise InvariantBroken(
                 f"I14 {key}: {body.request_id} fails by {body.code} where nothing is lost: {body.message}"
             )

@@ -103,11 +103,11 @@ class DeadlineWatch:
 class HealthWatch:
     """I13: who is called ready has spoken lately, and its loop turns.
 
-    `max_turn_s`: how long a loop may be in one turn and still be called ready by its own heartbeats; None: no matter.
+    `max_step_s`: how long a loop may be in one turn and still be called ready by its own heartbeats.
     """
 
-    def __init__(self, clock: FakeClock, worker_timeout_s: float, max_turn_s: float | None) -> None:
-        self._clock, self._timeout_s, self._max_turn_s = clock, worker_timeout_s, max_turn_s
+    def __init__(self, clock: FakeClock, worker_timeout_s: float, max_step_s: float) -> None:
+        self._clock, self._timeout_s, self._max_step_s = clock, worker_timeout_s, max_step_s
         self._heard: dict[WorkerKey, float] = {}
 
     def heard(self, key: WorkerKey) -> None:
@@ -115,7 +115,7 @@ class HealthWatch:
 
     def beats(self, worker: SimWorker, beat: Heartbeat) -> None:
         turn_s = worker.turn_age_s
-        if self._max_turn_s is not None and beat.state == "ready" and turn_s > self._max_turn_s + SLACK_S:
+        if beat.state == "ready" and turn_s > self._max_step_s + SLACK_S:
             raise InvariantBroken(f"I13 {worker.key}: says ready, and its loop has not turned for {turn_s:.2f} s")
 
     def check(self, router: RouterCore) -> None:

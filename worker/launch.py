@@ -13,7 +13,7 @@ from ..core.config import Topology, WorkerSpec
 from ..core.ids import SecureIds, WorkerKey, new_epoch
 from ..engine.block_pool import BlockPool
 from ..engine.core_share import MAX_WORKERS, CoreShare, SharingEngine
-from ..engine.interface import Engine, EngineSpec
+from ..engine.interface import Engine
 from ..kvtransfer.effects import LinkEvent
 from ..kvtransfer.link import Mesh
 from ..kvtransfer.mesh import TRANSPORTS, MeshSettings, SocketMesh
@@ -21,22 +21,30 @@ from ..kvtransfer.socket_link import LinkTimes
 from .core import WorkerCore
 from .process import Incarnation, run_worker
 from .role import Role
+from .turn_watch import TurnWatch
 
 log = logging.getLogger(__name__)
 
 CORES_FILE = "cores"  # in the runtime folder; see engine.core_share
 
-MakeRoles = Callable[[WorkerKey, EngineSpec, BlockPool, Topology], list[Role]]
+MakeRoles = Callable[[WorkerKey, Engine, BlockPool, Topology], list[Role]]
 
 
 def launch(topology: Topology, name: str, make_roles: MakeRoles) -> int:
     """Run worker `name` of `topology` until SIGTERM; the exit status."""
     spec = topology.worker(name)
     key = WorkerKey(name, new_epoch(SecureIds()))
-    who = Incarnation(key, spec.role, topology.router_address, drain_s=topology.gateway.drain_s)
+    who = Incarnation(
+        key,
+        spec.role,
+        topology.router_address,
+        drain_s=topology.gateway.drain_s,
+        heartbeat_s=topology.liveness.heartbeat_s,
+    )
     engine = load_engine(topology, spec)
+    turns = TurnWatch(MonotonicClock(), topology.liveness.max_step_s)
     make_core = partial(_make_core, topology, spec, key, make_roles)
-    return run_worker(who, engine, make_core, partial(_make_mesh, topology, spec, key))
+    return run_worker(who, engine, make_core, partial(_make_mesh, topology, spec, key, turns), turns)
 
 
 def load_engine(topology: Topology, spec: WorkerSpec) -> Engine:
@@ -70,7 +78,7 @@ def _make_core(
         spec.role,
         engine,
         pool,
-        make_roles(key, engine.spec, pool, topology),
+        make_roles(key, engine, pool, topology),
         clock,
         max_batch_tokens=spec.config.max_num_batched_tokens,
         max_batch_seqs=spec.config.max_num_seqs,
@@ -78,7 +86,12 @@ def _make_core(
 
 
 def _make_mesh(
-    topology: Topology, spec: WorkerSpec, key: WorkerKey, engine: Engine, on_event: Callable[[LinkEvent], None]
+    topology: Topology,
+    spec: WorkerSpec,
+    key: WorkerKey,
+    turns: TurnWatch,
+    engine: Engine,
+    on_event: Callable[[LinkEvent], None],
 ) -> Mesh:
     chosen = topology.transfer.transport
     return SocketMesh(
@@ -90,5 +103,5 @@ def _make_mesh(
         runtime_dir=Path(topology.runtime_dir),
         cluster_key=cluster_key(topology),
         settings=MeshSettings(TRANSPORTS if chosen == "auto" else (chosen,), topology.transfer.wire_dtype),
-        times=LinkTimes(renew_s=topology.transfer.lease_s / 5),
+        times=LinkTimes(renew_s=topology.transfer.lease_s / 5, is_stalled=turns.is_stalled),
     )
