@@ -101,6 +101,7 @@ class TransferConfig:
     transport: TransportName = "auto"  # auto: shared memory on one host, else TCP
     wire_dtype: WireDtypeName = "lossless"  # what travels where cache formats differ; auto may choose 8 bits
     lease_s: float = setting(5.0, 0.5, 600)
+    one_pool: bool = False  # all workers keep their blocks in one memory of the supervisor's (`engine.shared_pool`)
     key_file: str | None = None  # 64 hex digits that all processes share; None: made in the runtime folder
 
 
@@ -191,9 +192,22 @@ def check_topology(topology: Topology) -> Topology:
             f"router.worker_timeout_s: {topology.router.worker_timeout_s:g} is less than three heartbeats of "
             f"liveness.heartbeat_s: {topology.liveness.heartbeat_s:g}; one late heartbeat would look like a lost worker"
         )
+    _check_one_pool(topology)
     if topology.router.disaggregate == "always" and (topology.colocated or topology.prefill.replicas == 0):
         raise ConfigError("router.disaggregate: always needs a prefill worker, and this topology has none; use auto")
     return topology
+
+
+def _check_one_pool(topology: Topology) -> None:
+    """Model, dtype and block size are the topology's, so all its workers share them; the rest has to fit."""
+    if not topology.transfer.one_pool:
+        return
+    if topology.colocated or topology.prefill.replicas == 0:
+        raise ConfigError("transfer.one_pool: nothing is handed over without a prefill worker; set it to false")
+    if topology.transfer.transport not in ("auto", "shm"):
+        raise ConfigError(
+            f"transfer.one_pool: transport is {topology.transfer.transport}, and one memory needs auto or shm"
+        )
 
 
 def load_topology(path: str | os.PathLike[str]) -> Topology:

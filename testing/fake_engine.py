@@ -87,7 +87,8 @@ def _draw(
 class FakeEngine:
     """Implements `engine.interface.Engine` on a few bytes per token.
 
-    `cost_s` is what a step would take, for virtual time. Another `weights` gives other values.
+    `cost_s` is what a step would take, for virtual time. Another `weights` gives other values. `memory`: one that it
+    shares with others, of this layout.
     """
 
     def __init__(
@@ -103,11 +104,12 @@ class FakeEngine:
         token_s: float = 0.0002,
         max_model_len: int = 1 << 16,
         fails: Callable[[ScheduledSeq], bool] | None = None,
+        memory: KVMemory | None = None,
     ) -> None:
         fingerprint = Fingerprint(model, weights, "u64", num_layers, 1, 1, block_size, "block-major")
         self._step_s, self._token_s, self._fails = step_s, token_s, fails
         self._salt = 0 if weights == "fake" else xxhash.xxh3_64_intdigest(weights.encode())
-        self.memory = KVMemory(num_blocks, num_layers, block_size * _SLOT_BYTES)
+        self.memory = memory or KVMemory(num_blocks, num_layers, block_size * _SLOT_BYTES)
         self._slots = self.memory.buffer.cast("Q")
         self.spec = EngineSpec(
             fingerprint=fingerprint,
