@@ -1,0 +1,4 @@
+from contextlib import nullcontext
+BUGS = {}
+def plant_of(name):
+    return nullcontext
