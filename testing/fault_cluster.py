@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
-from ..core.errors import InternalError, ServeError, Unavailable
+from ..core.errors import ServeError, Unavailable
 from ..core.ids import WorkerKey
 from ..engine import kv_memory
 from ..engine.interface import OnLayers, ScheduledSeq
@@ -161,7 +161,7 @@ class FaultCluster(SimCluster):
     # ---- frames ----
 
     def _on_refused(self, source: WorkerKey, target: WorkerKey) -> None:
-        """A frame that does not decode: between workers it ends the link, on the way to or from the router it is dropped."""
+        """A frame that does not decode ends a link between workers; the router and its workers drop it."""
         if ROUTER not in (source, target):
             self.network.cut(source, target, RECONNECT_S)
 

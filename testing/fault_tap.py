@@ -53,7 +53,9 @@ class Hold:
 class FaultTap(Tap):
     """`on_refused(source, target)` hears of frames that their receiver could not decode."""
 
-    def __init__(self, clock: FakeClock, events: EventQueue, on_refused: Callable[[WorkerKey, WorkerKey], None]) -> None:
+    def __init__(
+        self, clock: FakeClock, events: EventQueue, on_refused: Callable[[WorkerKey, WorkerKey], None]
+    ) -> None:
         self.clock, self.events, self._on_refused = clock, events, on_refused
         self.conditions: list[Condition] = []
         self.on_leave: Callable[[Crossing], bool] | None = None  # True: this frame is lost
