@@ -65,6 +65,12 @@ def _add_worker_options(parser: argparse.ArgumentParser) -> None:
         help="how KV blocks move: shared memory or TCP (default: auto, shared memory on one machine)",
     )
     group.add_argument(
+        "--one-pool",
+        action="store_true",
+        default=None,
+        help="keep the KV blocks of all workers in one memory that outlives each of them",
+    )
+    group.add_argument(
         "--policy",
         choices=("prefix-affinity", "least-loaded", "round-robin"),
         help="how the router picks workers (default: prefix-affinity)",
@@ -125,7 +131,7 @@ def topology_from(args: argparse.Namespace) -> Topology:
         router=_override(base.router, policy=args.policy),
         prefill=replace(_override(base.prefill, replicas=args.prefill), **cache),
         decode=replace(_override(base.decode, replicas=args.decode), **cache),
-        transfer=_override(base.transfer, transport=args.transport),
+        transfer=_override(base.transfer, transport=args.transport, one_pool=args.one_pool),
     )
     topology = check_topology(_override(topology, colocated=args.colocated, log_level=args.log_level))
     return split_threads(topology, args.threads) if args.threads else topology

@@ -49,10 +49,12 @@ class Bulk(Protocol):
     """Moves bytes over one link. One thread calls `send`, another `receive` and `discard`; neither ever calls both.
 
     Everything may raise OSError or TransferFailed, which ends the link. `quarantine_s`: how long after `close` a write
-    into our own memory may still land (one-sided hardware); 0 when none can.
+    into our own memory may still land (one-sided hardware); 0 when none can. `is_reader`: the destination reads by
+    itself, so a push may be received in parts, each checked while it is warm in the processor's caches.
     """
 
     quarantine_s: float
+    is_reader: bool
 
     def send(self, spans: Sequence[Span]) -> None:
         """Source: let these bytes of our memory reach the peer, which receives the same number of bytes.

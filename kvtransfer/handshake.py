@@ -175,6 +175,12 @@ def _objection_to_listener(me: Identity, peer: Peer, hello: KvHello, transports:
         return f"expected {WorkerKey(peer.worker_id, peer.epoch)}, met {WorkerKey(hello.worker_id, hello.epoch)}"
     if len(hello.transports) != 1 or hello.transports[0] not in transports:
         return f"transports differs: {hello.transports} chosen, {list(transports)} possible"
+    return _difference(me, hello)
+
+
+def _difference(me: Identity, hello: KvHello) -> str | None:
+    if me.digests != hello.digests:
+        return f"digests differs: {me.digests} here, {hello.digests} there"
     return me.fingerprint.difference(hello.fingerprint)
 
 
@@ -289,7 +295,7 @@ def _objection_to_dialer(me: Identity, hello: KvHello) -> str | None:
         return f"epoch differs: {me.key.worker_id} is not the incarnation {str(hello.peer_epoch)[:6]} that is expected"
     if me.role not in SOURCE_ROLES or hello.worker_id == me.key.worker_id:
         return f"role differs: {me.key.worker_id} is no source for {hello.worker_id}"
-    return me.fingerprint.difference(hello.fingerprint)
+    return _difference(me, hello)
 
 
 def _deliver(data: socket.socket, token: bytes, rendezvous: Rendezvous) -> None:
@@ -313,7 +319,7 @@ def _open_bulk(link: Established, me: Identity, received: _Received, deadline: D
         link.bulk = TcpBulk(me.memory, _open_data(me, peer, hello.token, deadline.remaining))
     else:
         facts = LinkFacts(
-            me.key, link.peer, link.session.session_id, peer is not None, region_bytes(hello), deadline.remaining
+            me.key, link.peer, link.session.name, peer is not None, region_bytes(hello), deadline.remaining
         )
         link.bulk = me.libraries[link.transport].connect(facts, hello.offers.get(link.transport, b""))
 

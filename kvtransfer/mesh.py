@@ -44,10 +44,14 @@ _MAX_KNOCKING = 64  # connections that have not said who they are
 
 @dataclass(frozen=True, slots=True)
 class MeshSettings:
-    """`transports`: those allowed, the preferred one first, or one alone to force it. `wire_dtype`: `wire_format`."""
+    """`transports`: those allowed, the preferred one first, or one alone to force it. `wire_dtype`: `wire_format`.
+
+    Without `digests`, which both ends must agree on, nothing notices bytes that change on the way.
+    """
 
     transports: tuple[str, ...] = TRANSPORTS
     wire_dtype: str = "lossless"
+    digests: bool = True
 
 
 DEFAULT_SETTINGS, DEFAULT_TIMES = MeshSettings(), LinkTimes()
@@ -85,6 +89,7 @@ class SocketMesh(Mesh):
             StagingArea(memory),
             cluster_key,
             settings.wire_dtype,
+            settings.digests,
             libraries,
         )
         self._on_event, self._times = on_event, times
@@ -136,6 +141,13 @@ class SocketMesh(Mesh):
         """Links whose PeerUp is on its way to the worker: what is asked of it because of this list comes behind."""
         with self._lock:
             return sorted((key, link.transport) for key, link in self._links.items() if key in self._reported)
+
+    def drop_links(self) -> None:
+        """Break every live link; those that are ours to dial are made anew after a pause."""
+        with self._lock:
+            links = list(self._links.values())
+        for link in links:
+            link.stop("the link was dropped on request")
 
     def close(self) -> None:
         """End all links and threads and remove the socket file. Idempotent; not from an `on_event` call."""

@@ -33,6 +33,7 @@ from ..protocol.messages import (
     Taken,
 )
 from .conversion import Decoder, Encoder, WireCodec
+from .digest import block_digest, no_digest
 from .effects import (
     AcceptBlocks,
     LinkEffect,
@@ -82,8 +83,11 @@ class SocketLink:
         self._alive: dict[Ticket, None] = {}
         self._outbox: Outbox[HandoffMessage] = Outbox(MAX_QUEUED)
         encoder, decoder = _converters(established, me)
-        self._sender = PushSender(me.memory, self._bulk, encoder, self._put)
-        self._receiver = PushReceiver(self.peer, established.hello, me.memory, self._bulk, decoder, on_event, self._put)
+        digest = block_digest if me.digests else no_digest
+        self._sender = PushSender(me.memory, self._bulk, encoder, self._put, digest)
+        self._receiver = PushReceiver(
+            self.peer, established.hello, me.memory, self._bulk, decoder, on_event, self._put, digest
+        )
         self._lock = threading.Lock()
         self._why = ""
 

@@ -23,6 +23,7 @@ class ChaosProfile:
     slow: float = 0.0  # probability of a long delay
     slow_s: float = 0.0
     corrupt: float = 0.0  # of block bytes on their way
+    corrupt_parked: float = 0.0  # of a sequence's bytes while they wait in host memory
     cut: float = 0.0  # of a hand-off link, per message on it
     engine_fail: float = 0.0  # of a prefill, at its last chunk
     kills: int = 0

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 
 from ..core.errors import ServeError
 from ..core.ids import BlockId, SeededIds, Ticket, WorkerKey, new_epoch
+from ..engine.block_pool import BlockPool
 from ..engine.interface import ScheduledSeq
+from ..engine.kv_memory import KVMemory
 from ..kvtransfer.transports.inproc import InprocMesh
 from ..protocol import codec
 from ..protocol.messages import FromWorker, Push, Role
@@ -27,6 +29,7 @@ from .events import EventQueue
 from .fake_engine import FakeEngine
 from .journal import InvariantBroken, Journal
 from .sim_network import SimNetwork
+from .sim_parking import SimParking
 from .sim_worker import CLUSTER_KEY, SimWorker
 from .tap import ROUTER, Crossing, Tap
 
@@ -44,8 +47,11 @@ class ClusterShape:
     block_size: int = 4
     max_batch_tokens: int = 16
     max_running: int = 4
+    park_blocks: int = 0  # host memory of each decode worker
+    park_copy_s: float = 0.0  # what copying a sequence seems to take
     lease_s: float = 2.0
     restart_s: float = 0.5
+    max_step_s: float = 60.0
     router: RouterConfig = field(default_factory=RouterConfig)
 
 
@@ -58,6 +64,7 @@ class SimCluster:
         self.shape, self.profile = shape, profile
         self._seed = seed
         self.rng, self._ids = random.Random(seed), SeededIds(seed)
+        self._park_rng = random.Random(f"parking {seed}")
         self.clock = FakeClock()
         self.events = EventQueue(self.clock)
         self.faults: Counter[str] = Counter()
@@ -99,8 +106,17 @@ class SimCluster:
             lease_s=shape.lease_s,
             max_batch_tokens=shape.max_batch_tokens,
             max_running=shape.max_running,
+            max_step_s=shape.max_step_s,
+            make_parking=self._make_parking,
         )
         self.say(f"{key} starts")
+
+    def _make_parking(self, memory: KVMemory, pool: BlockPool) -> SimParking:
+        shape = self.shape
+        return SimParking(memory, pool, shape.park_blocks, shape.park_copy_s, self.faults, self._spoils_parked)
+
+    def _spoils_parked(self) -> bool:
+        return not self.is_calm and self._park_rng.random() < self.profile.corrupt_parked
 
     def make_engine(self, role: Role) -> FakeEngine:
         shape = self.shape
@@ -133,6 +149,12 @@ class SimCluster:
         if seconds > 1.0:
             for peer, _ in worker.mesh.linked():
                 self.events.after(1.0, lambda p=peer: self.network.cut(worker.key, p, seconds))  # type: ignore[misc]
+
+    def hang_worker(self, worker_id: str, seconds: float) -> None:
+        """Its engine hangs in a step while its other threads live."""
+        self.faults["hang"] += 1
+        self.say(f"{worker_id} hangs for {seconds:.2f} s")
+        self.workers[worker_id].hang(seconds)
 
     def calm(self) -> None:
         """No more faults: what was lost must now be made good."""
@@ -221,6 +243,8 @@ class SimCluster:
             worker.core.check_invariants()
             worker.source.check_invariants()
             worker.destination.check_invariants()
+            if worker.decode is not None:
+                worker.decode.check_invariants()
         except InvariantBroken:
             raise
         except AssertionError as error:
@@ -265,5 +289,7 @@ class SimCluster:
                 raise InvariantBroken(
                     f"I8 {worker.key}: {load.total_blocks - load.free_blocks} blocks are still held at rest"
                 )
+            if load.parked_bytes:
+                raise InvariantBroken(f"I8 {worker.key}: {load.parked_bytes} bytes are still parked at rest")
             if worker.source.active() or worker.destination.active():
                 raise InvariantBroken(f"I8 {worker.key}: hand-offs are still open at rest")

@@ -55,7 +55,7 @@ def _draw(
 class FakeEngine:
     """Implements `engine.interface.Engine` on a few bytes per token.
 
-    `cost_s` is what a step would take, for virtual time.
+    `cost_s` is what a step would take, for virtual time. `memory`: one that it shares with others, of this layout.
     """
 
     def __init__(
@@ -70,10 +70,11 @@ class FakeEngine:
         token_s: float = 0.0002,
         max_model_len: int = 1 << 16,
         fails: Callable[[ScheduledSeq], bool] | None = None,
+        memory: KVMemory | None = None,
     ) -> None:
         fingerprint = Fingerprint(model, "fake", "u64", num_layers, 1, 1, block_size, "block-major")
         self._step_s, self._token_s, self._fails = step_s, token_s, fails
-        self.memory = KVMemory(num_blocks, num_layers, block_size * _SLOT_BYTES)
+        self.memory = memory or KVMemory(num_blocks, num_layers, block_size * _SLOT_BYTES)
         self.spec = EngineSpec(
             fingerprint=fingerprint,
             num_blocks=num_blocks,

@@ -39,6 +39,8 @@ class Outcome:
     num_errors: int
     num_retries: int
     num_preemptions: int
+    num_parked: int
+    num_unparked: int
     virtual_s: float
     faults: Counter[str]
 
@@ -48,8 +50,8 @@ CALM_EVERY = 10  # one seed in so many meets a perfect network and immortal work
 
 def draw_scenario(seed: int) -> Scenario:
     rng = random.Random(seed)
-    shape = _draw_shape(rng)
-    profile = ChaosProfile.draw(rng)
+    shape = _with_parking(_draw_shape(rng), seed)
+    profile = replace(ChaosProfile.draw(rng), corrupt_parked=random.Random(f"corrupt {seed}").choice([0.0, 0.3, 1.0]))
     within_s = rng.choice([0.02, 0.2, 2.0])  # from a burst to one after the other
     requests = tuple(_draw_request(rng, i, within_s) for i in range(rng.randint(3, 12)))
     cancels = tuple(_draw_cancel(rng, request, within_s) for _, request in requests if rng.random() < 0.2)
@@ -84,6 +86,12 @@ def _draw_shape(rng: random.Random) -> ClusterShape:
         router=router,
     )
     return replace(shape, num_prefill=0, num_decode=0, num_both=rng.randint(1, 2)) if rng.random() < 0.1 else shape
+
+
+def _with_parking(shape: ClusterShape, seed: int) -> ClusterShape:
+    """Little host memory, and copies from free to dearer than any prefill."""
+    rng = random.Random(f"parking {seed}")
+    return replace(shape, park_blocks=rng.choice([0, 4, 12, 40, 40]), park_copy_s=rng.choice([0.0, 1e-6, 1e-3, 0.1]))
 
 
 def _draw_request(rng: random.Random, number: int, within_s: float) -> tuple[float, GenerateRequest]:
@@ -152,13 +160,16 @@ def _check_no_false_alarm(cluster: SimCluster, scenario: Scenario) -> None:
 
 def _outcome(cluster: SimCluster, scenario: Scenario, virtual_s: float) -> Outcome:
     records = cluster.journal.records.values()
+    loads = [worker.core.snapshot().load for worker in cluster.workers.values()]
     return Outcome(
         seed=scenario.seed,
         num_events=cluster.events.num_run,
         num_requests=len(records),
         num_errors=sum(r.end is not None and r.end.error is not None for r in records),
         num_retries=cluster.router.counters.retries,
-        num_preemptions=sum(w.core.snapshot().load.preemptions for w in cluster.workers.values()),
+        num_preemptions=sum(load.preemptions for load in loads),
+        num_parked=sum(load.parked for load in loads),
+        num_unparked=sum(load.unparked for load in loads),
         virtual_s=virtual_s,
         faults=cluster.faults,
     )

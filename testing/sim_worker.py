@@ -11,6 +11,8 @@ from ..core.ids import WorkerKey
 from ..decode_node.role import DecodeRole
 from ..engine.block_pool import BlockPool
 from ..engine.interface import ScheduledSeq
+from ..engine.kv_memory import KVMemory
+from ..engine.parking import ParkingSpace
 from ..kvtransfer.destination import DestinationTable
 from ..kvtransfer.effects import LinkEvent, MessageArrived
 from ..kvtransfer.source import PushSizes, SourceTable
@@ -22,6 +24,7 @@ from ..worker.heartbeat import HeartbeatBuilder
 from ..worker.process import hello_of
 from ..worker.role import Role as RoleCode
 from ..worker.role import Tell
+from ..worker.turn_watch import MAX_STEP_S, TurnWatch
 from .events import EventQueue
 from .fake_engine import FakeEngine
 from .sim_network import SimNetwork
@@ -29,6 +32,8 @@ from .sim_network import SimNetwork
 HEARTBEAT_S = 0.25
 TICK_S = 0.1
 CLUSTER_KEY = b"the simulation"
+
+MakeParking = Callable[[KVMemory, BlockPool], ParkingSpace]
 
 
 class SimWorker:
@@ -47,25 +52,33 @@ class SimWorker:
         lease_s: float,
         max_batch_tokens: int,
         max_running: int,
+        max_step_s: float = MAX_STEP_S,
+        make_parking: MakeParking | None = None,
     ) -> None:
         self.key, self.role, self.engine = key, role, engine
         self._events, self._to_router, self._after_event = events, to_router, after_event
         self.pool = BlockPool(engine.spec.num_blocks, engine.spec.block_size)
         sizes = PushSizes(engine.spec.fingerprint.num_layers, most=6, least=1 + len(key.epoch.strip("01234567")) % 3)
         self.source, self.destination = SourceTable(lease_s, lease_s, sizes), DestinationTable(lease_s)
+        self.decode: DecodeRole | None = None
         roles: list[RoleCode] = []
         if role != "prefill":
-            roles.append(DecodeRole(key, engine.spec, self.pool, self.destination, CLUSTER_KEY, max_running))
+            parking = make_parking(engine.memory, self.pool) if make_parking is not None else None
+            self.decode = DecodeRole(
+                key, engine.spec, self.pool, self.destination, CLUSTER_KEY, max_running, parking=parking
+            )
+            roles.append(self.decode)
         if role != "decode":
             roles.append(PrefillRole(key, engine.spec, self.pool, self.source, CLUSTER_KEY))
         self.core = WorkerCore(key, role, engine, self.pool, roles, events.clock, max_batch_tokens=max_batch_tokens)
         self.mesh = InprocMesh(key, role, engine.spec.fingerprint, engine.memory, self._on_link, network)
         self._network = network
-        self._heartbeat = HeartbeatBuilder()
+        self._turns = TurnWatch(events.clock, max_step_s)
+        self._heartbeat = HeartbeatBuilder(self._turns)
         self._inbox: list[FromRouter | LinkEvent] = []
         self._router_epoch: str | None = None
         self._is_busy = False
-        self._frozen_until = 0.0
+        self._frozen_until = self._hung_until = 0.0
         self.is_alive = True
         events.after(0.0, self._beat)
         events.after(TICK_S, self._tick)
@@ -92,7 +105,7 @@ class SimWorker:
     def _beat(self) -> None:
         if not self.is_alive:
             return
-        if not self._is_frozen:
+        if not self._is_silent:
             has_router = self._router_epoch is not None
             snapshot = self.core.snapshot() if has_router else None
             self._say(
@@ -110,7 +123,7 @@ class SimWorker:
         """The links' own threads: they go on while a step computes."""
         if not self.is_alive:
             return
-        if not self._is_frozen:
+        if not self._is_silent and not self._turns.is_stalled():
             self.mesh.renew()
         self._events.after(self._renew_s, self._renew)
 
@@ -119,8 +132,19 @@ class SimWorker:
         self._frozen_until = self._events.clock.now() + seconds
         self._events.after(seconds, self._turn)
 
+    def hang(self, seconds: float) -> None:
+        """The engine hangs: its step, or the next turn of the loop, lasts so long, while the heartbeats go on."""
+        self._hung_until = self._events.clock.now() + seconds
+        self._events.after(seconds, self._turn)
+
     @property
     def _is_frozen(self) -> bool:
+        """The loop does not go on."""
+        return self._events.clock.now() < max(self._frozen_until, self._hung_until)
+
+    @property
+    def _is_silent(self) -> bool:
+        """The whole process stands still."""
         return self._events.clock.now() < self._frozen_until
 
     def kill(self) -> None:
@@ -133,6 +157,7 @@ class SimWorker:
     def _turn(self) -> None:
         if self._is_busy or not self.is_alive or self._is_frozen:
             return
+        self._turns.turn()
         while self._inbox:
             item = self._inbox.pop(0)
             self._perform(self.core.on_frame(item) if isinstance(item, FromRouter) else self.core.on_link(item))

@@ -92,10 +92,12 @@ def _summarise(outcomes: list[Outcome], failures: list[str], seconds: float) -> 
     faults: Counter[str] = sum((o.faults for o in outcomes), Counter())
     requests, errors = sum(o.num_requests for o in outcomes), sum(o.num_errors for o in outcomes)
     retries, preemptions = sum(o.num_retries for o in outcomes), sum(o.num_preemptions for o in outcomes)
+    parked, unparked = sum(o.num_parked for o in outcomes), sum(o.num_unparked for o in outcomes)
     sys.stdout.write(
         f"{total} seeds, {len(failures)} failed, {total / seconds:.1f} seeds/s; {requests} requests, "
         f"{errors} clean errors, {retries} retries, "
-        f"{preemptions} preemptions, {sum(faults.values())} faults of {len(faults)} kinds\n"
+        f"{preemptions} preemptions ({parked} parked, {unparked} unparked), "
+        f"{sum(faults.values())} faults of {len(faults)} kinds\n"
     )
 
 

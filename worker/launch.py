@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,37 +14,52 @@ from ..core.config import Topology, WorkerSpec
 from ..core.ids import SecureIds, WorkerKey, new_epoch
 from ..engine.block_pool import BlockPool
 from ..engine.core_share import MAX_WORKERS, CoreShare, SharingEngine
-from ..engine.interface import Engine, EngineSpec
+from ..engine.interface import Engine
+from ..engine.kv_memory import DEFAULT_KV_BYTES
 from ..kvtransfer.effects import LinkEvent
 from ..kvtransfer.link import Mesh
 from ..kvtransfer.mesh import TRANSPORTS, MeshSettings, SocketMesh
 from ..kvtransfer.socket_link import LinkTimes
 from .core import WorkerCore
+from .membership import Membership
 from .process import Incarnation, run_worker
 from .role import Role
+from .turn_watch import TurnWatch
 
 log = logging.getLogger(__name__)
 
 CORES_FILE = "cores"  # in the runtime folder; see engine.core_share
 
-MakeRoles = Callable[[WorkerKey, EngineSpec, BlockPool, Topology], list[Role]]
+MakeRoles = Callable[[WorkerKey, Engine, BlockPool, Topology], list[Role]]
 
 
 def launch(topology: Topology, name: str, make_roles: MakeRoles) -> int:
     """Run worker `name` of `topology` until SIGTERM; the exit status."""
     spec = topology.worker(name)
     key = WorkerKey(name, new_epoch(SecureIds()))
-    who = Incarnation(key, spec.role, topology.router_address, drain_s=topology.gateway.drain_s)
-    engine = load_engine(topology, spec)
-    make_core = partial(_make_core, topology, spec, key, make_roles)
-    return run_worker(who, engine, make_core, partial(_make_mesh, topology, spec, key))
+    who = Incarnation(
+        key,
+        spec.role,
+        topology.router_address,
+        drain_s=topology.gateway.drain_s,
+        heartbeat_s=topology.liveness.heartbeat_s,
+    )
+    membership = Membership(topology, spec, os.environ) if topology.transfer.one_pool else None
+    engine = load_engine(topology, spec, membership)
+    turns = TurnWatch(MonotonicClock(), topology.liveness.max_step_s)
+    make_core = partial(_make_core, topology, spec, key, make_roles, membership)
+    try:
+        return run_worker(who, engine, make_core, partial(_make_mesh, topology, spec, key, turns), turns)
+    finally:
+        if membership is not None:
+            membership.close()
 
 
-def load_engine(topology: Topology, spec: WorkerSpec) -> Engine:
+def load_engine(topology: Topology, spec: WorkerSpec, membership: Membership | None = None) -> Engine:
     """The torch engine for one worker. Imports torch, so only a worker process calls it."""
     import torch
 
-    from ..engine.torch_engine import DEFAULT_KV_BYTES, TorchEngine
+    from ..engine.torch_engine import TorchEngine
 
     pool = spec.config
     engine = TorchEngine.load(
@@ -55,6 +71,7 @@ def load_engine(topology: Topology, spec: WorkerSpec) -> Engine:
         block_size=topology.block_size,
         max_model_len=topology.model.max_model_len,
         num_threads=pool.threads,
+        make_memory=membership.make_memory if membership is not None else None,
     )
     path, slot = Path(topology.runtime_dir) / CORES_FILE, topology.workers().index(spec) % MAX_WORKERS
     share = CoreShare(path, slot, torch.get_num_threads(), MonotonicClock())
@@ -62,15 +79,24 @@ def load_engine(topology: Topology, spec: WorkerSpec) -> Engine:
 
 
 def _make_core(
-    topology: Topology, spec: WorkerSpec, key: WorkerKey, make_roles: MakeRoles, engine: Engine, clock: Clock
+    topology: Topology,
+    spec: WorkerSpec,
+    key: WorkerKey,
+    make_roles: MakeRoles,
+    membership: Membership | None,
+    engine: Engine,
+    clock: Clock,
 ) -> WorkerCore:
-    pool = BlockPool(engine.spec.num_blocks, engine.spec.block_size)
+    if membership is not None:
+        pool = membership.first_pool(engine.spec.block_size)
+    else:
+        pool = BlockPool(engine.spec.num_blocks, engine.spec.block_size)
     return WorkerCore(
         key,
         spec.role,
         engine,
         pool,
-        make_roles(key, engine.spec, pool, topology),
+        make_roles(key, engine, pool, topology),
         clock,
         max_batch_tokens=spec.config.max_num_batched_tokens,
         max_batch_seqs=spec.config.max_num_seqs,
@@ -78,7 +104,12 @@ def _make_core(
 
 
 def _make_mesh(
-    topology: Topology, spec: WorkerSpec, key: WorkerKey, engine: Engine, on_event: Callable[[LinkEvent], None]
+    topology: Topology,
+    spec: WorkerSpec,
+    key: WorkerKey,
+    turns: TurnWatch,
+    engine: Engine,
+    on_event: Callable[[LinkEvent], None],
 ) -> Mesh:
     chosen = topology.transfer.transport
     return SocketMesh(
@@ -90,5 +121,5 @@ def _make_mesh(
         runtime_dir=Path(topology.runtime_dir),
         cluster_key=cluster_key(topology),
         settings=MeshSettings(TRANSPORTS if chosen == "auto" else (chosen,), topology.transfer.wire_dtype),
-        times=LinkTimes(renew_s=topology.transfer.lease_s / 5),
+        times=LinkTimes(renew_s=topology.transfer.lease_s / 5, is_stalled=turns.is_stalled),
     )

@@ -54,7 +54,7 @@ def run_cluster(
     worker: str = "import signal; signal.pause()",
 ) -> list[News]:
     specs = [child("router", FRONT, is_front=True), child("decode-0", worker)]
-    monkeypatch.setattr(cluster, "child_specs", lambda topology, folder: specs)
+    monkeypatch.setattr(cluster, "child_specs", lambda topology, folder, shared: specs)
 
     async def run() -> list[News]:
         audience = Audience(lambda news: react(subject, news))

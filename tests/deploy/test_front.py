@@ -51,9 +51,12 @@ def test_readiness_is_reported_each_time_it_comes_back() -> None:
 
 
 def test_router_settings_come_from_the_topology() -> None:
-    topology = replace(Topology(), router=RouterConfig(policy="round-robin", max_attempts=2, worker_timeout_s=9.0))
+    topology = replace(
+        Topology(), router=RouterConfig("round-robin", max_attempts=2, worker_timeout_s=9, unavailable_s=7)
+    )
     config = router_config(topology)
-    assert (config.policy, config.max_attempts, config.worker_timeout_s) == ("round-robin", 2, 9.0)
+    assert (config.policy, config.max_attempts, config.worker_timeout_s) == ("round-robin", 2, 9)
+    assert config.unavailable_s == 7
     assert config.expected_workers == 2
 
 
