@@ -25,6 +25,7 @@ from .turn_watch import TurnWatch
 
 log = logging.getLogger(__name__)
 
+LOAD_S = 60.0
 CORES_FILE = "cores"  # in the runtime folder; see engine.core_share
 
 MakeRoles = Callable[[WorkerKey, EngineSpec, BlockPool, Topology], list[Role]]
@@ -54,6 +55,10 @@ def load_engine(topology: Topology, spec: WorkerSpec) -> Engine:
     from ..engine.torch_engine import DEFAULT_KV_BYTES, TorchEngine
 
     pool = spec.config
+    path, slot = Path(topology.runtime_dir) / CORES_FILE, topology.workers().index(spec) % MAX_WORKERS
+    share = CoreShare(path, slot, torch.get_num_threads(), MonotonicClock())
+    # Loading takes its share like a step: the workers that serve meanwhile must not wait for each other's threads.
+    torch.set_num_threads(share.begin(LOAD_S))
     engine = TorchEngine.load(
         Path(topology.model.source),
         model_name=topology.model.served_name,
@@ -64,8 +69,7 @@ def load_engine(topology: Topology, spec: WorkerSpec) -> Engine:
         max_model_len=topology.model.max_model_len,
         num_threads=pool.threads,
     )
-    path, slot = Path(topology.runtime_dir) / CORES_FILE, topology.workers().index(spec) % MAX_WORKERS
-    share = CoreShare(path, slot, torch.get_num_threads(), MonotonicClock())
+    share.rest()
     return SharingEngine(engine, share, torch.set_num_threads)
 
 
