@@ -28,6 +28,7 @@ from .turn_watch import TurnWatch
 
 log = logging.getLogger(__name__)
 
+LOAD_S = 60.0
 CORES_FILE = "cores"  # in the runtime folder; see engine.core_share
 
 MakeRoles = Callable[[WorkerKey, Engine, BlockPool, Topology], list[Role]]
@@ -62,6 +63,10 @@ def load_engine(topology: Topology, spec: WorkerSpec, membership: Membership | N
     from ..engine.torch_engine import TorchEngine
 
     pool = spec.config
+    path, slot = Path(topology.runtime_dir) / CORES_FILE, topology.workers().index(spec) % MAX_WORKERS
+    share = CoreShare(path, slot, torch.get_num_threads(), MonotonicClock())
+    # Loading takes its share like a step: the workers that serve meanwhile must not wait for each other's threads.
+    torch.set_num_threads(share.begin(LOAD_S))
     engine = TorchEngine.load(
         Path(topology.model.source),
         model_name=topology.model.served_name,
@@ -73,8 +78,7 @@ def load_engine(topology: Topology, spec: WorkerSpec, membership: Membership | N
         num_threads=pool.threads,
         make_memory=membership.make_memory if membership is not None else None,
     )
-    path, slot = Path(topology.runtime_dir) / CORES_FILE, topology.workers().index(spec) % MAX_WORKERS
-    share = CoreShare(path, slot, torch.get_num_threads(), MonotonicClock())
+    share.rest()
     return SharingEngine(engine, share, torch.set_num_threads)
 
 
