@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 
-from ..core.errors import ConfigError
+from ..core.errors import ConfigError, ProtocolError
 from ..protocol.messages import CONVERTIBLE_DTYPES, Fingerprint
 from .figures import LinkFigures
 from .wire_choice import BlockShape, choose_wire_dtype, wire_candidates

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Iterable, Sequence as Items
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Items
 from itertools import islice
 
 import xxhash
@@ -19,7 +20,6 @@ from ..core.errors import InternalError
 from ..core.random_bits import choice_seed, uniform
 from ..engine.interface import EngineSpec, OnLayers, ScheduledSeq
 from ..engine.kv_memory import KVMemory
-from ..engine.sequence import Sequence
 from ..protocol.messages import Fingerprint, SampledToken, TokenLogprob
 from ..protocol.sampling import SamplingParams
 
