@@ -264,7 +264,7 @@ OUT = torch.zeros(2, 480, dtype=torch.uint8)
         (KV, OUT.to(torch.int8), "float32", "torch.int8"),
         (KV, torch.zeros(480, 2, dtype=torch.uint8).T, "float32", r"at strides \[1, 2\]"),
         (KV, OUT.to("meta"), "float32", "wire blocks are on meta, kv is on cpu"),
-        (KV, OUT, "float8", "wire_dtype: 'float8' is not one of float32, bfloat16, float16, int8, fp8_e4m3"),
+        (KV, OUT, "float8", "wire_dtype: 'float8' is not one of float32, float16, bfloat16, int8, fp8_e4m3"),
     ],
 )
 def test_what_does_not_fit_is_refused(convert: Callable[..., None], kv, data, wire_dtype: str, message: str) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from penstock.core.errors import LayoutMismatch
 from penstock.engine.kv_memory import KVMemory
-from penstock.kvtransfer.layout import BadLayout, CacheLayout, Copy, compatible, plan
+from penstock.kvtransfer.layout import BadLayout, CacheLayout, Copy, Order, compatible, plan
 
 Bytes = npt.NDArray[np.uint8]
 Shards = dict[tuple[int, int], Bytes]  # (shard, ordinal) → the block's bytes
@@ -138,7 +138,7 @@ def moves(draw: st.DrawFn) -> tuple[CacheLayout, CacheLayout, int, range, range]
     layers = sorted(draw(st.tuples(st.integers(0, num_layers), st.integers(0, num_layers))))
     whole = draw(st.booleans())
     source = layout()
-    other_order = "head-major" if source.order == "token-major" else "token-major"
+    other_order: Order = "head-major" if source.order == "token-major" else "token-major"
     similar = [source, replace(source, order=other_order), replace(source, tp=draw(st.sampled_from(degrees)))]
     target = draw(st.sampled_from([*similar, layout(), layout()]))
     if whole:
