@@ -70,10 +70,10 @@ def load_engine(topology: Topology, spec: WorkerSpec, membership: Membership | N
     engine = TorchEngine.load(
         Path(topology.model.source),
         model_name=topology.model.served_name,
-        dtype=topology.model.dtype,
+        dtype=pool.dtype or topology.model.dtype,
         num_blocks=pool.num_blocks,
         kv_bytes=pool.kv_cache_bytes or DEFAULT_KV_BYTES,
-        block_size=topology.block_size,
+        block_size=pool.block_size or topology.block_size,
         max_model_len=topology.model.max_model_len,
         num_threads=pool.threads,
         make_memory=membership.make_memory if membership is not None else None,
