@@ -75,6 +75,7 @@ class Ownership:
     def choose(self, candidates: Candidates) -> list[BlockId]:
         """Which of the blocks to give; the others are to be copied, and stay.
 
+        The table may be a part of the sequence's, with the hashes and the count of that part. Ask right before `give`.
         A block that another sequence references stays. So does, with `keep_prefix`, a published one that has shown to
         be of use twice: it was found in the cache for this sequence, or is computed again after it was given away.
         """

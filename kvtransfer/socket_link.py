@@ -57,6 +57,7 @@ from .transports.wire import Liveness, read_frame, send_frame, shut
 
 logger = logging.getLogger(__name__)
 
+MAX_RENEWED = 65536  # tickets in one Renew
 MAX_QUEUED = 16384  # messages waiting for the writer; a peer that lets so many pile up is as good as gone
 
 
@@ -231,9 +232,7 @@ def _converters(established: Established, me: Identity) -> tuple[Encoder | None,
         encoder = Encoder(WireCodec(me.memory, me.fingerprint, me.fingerprint, wire_dtype), me.staging)
     if wire_dtype and me.role in DESTINATION_ROLES:
         try:
-            decoder = Decoder(
-                WireCodec(me.memory, me.fingerprint, theirs, wire_dtype), me.staging, established.hello
-            )
+            decoder = Decoder(WireCodec(me.memory, me.fingerprint, theirs, wire_dtype), me.staging, established.hello)
         except Unusable:
             if encoder is not None:
                 encoder.close()

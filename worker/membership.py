@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..core.config import Topology, WorkerSpec
-from ..core.errors import InternalError
+from ..core.errors import InternalError, ProtocolError
 from ..engine.block_pool import BlockPool
 from ..engine.kv_memory import DEFAULT_KV_BYTES, KVMemory, blocks_in
 from ..engine.shared_files import inherited_fds
@@ -25,6 +25,13 @@ class Membership:
         self.number = 1 + self._workers.index(spec)
         self._fds = inherited_fds(environment)
         self._pool: SharedPool | None = None
+
+    def number_of(self, worker_id: str) -> int:
+        """The number of another worker; raises ProtocolError for one that is not in this topology."""
+        for number, worker in enumerate(self._workers, 1):
+            if worker.name == worker_id:
+                return number
+        raise ProtocolError(f"worker {worker_id} has no place in the shared pool of this topology")
 
     @property
     def pool(self) -> SharedPool:

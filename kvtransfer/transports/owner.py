@@ -28,6 +28,7 @@ class OwnerBulk(Bulk):
     """One link between owners `me` and `peer` of one memory. `refused` counts spans whose blocks are not as said."""
 
     quarantine_s = 0.0
+    is_reader = True
 
     def __init__(self, memory: KVMemory, ledger: Ledger, me: int, peer: int) -> None:
         self._memory, self._ledger, self._me, self.peer = memory, ledger, me, peer
@@ -98,9 +99,7 @@ class OwnerTransport(Transport):
             raise Unusable(f"owner: an offer of {len(peer_offer)} bytes; one of this host has {len(mine)}")
         device, inode, peer, length = _OFFER.unpack_from(peer_offer)
         if _OFFER.pack(device, inode, self._me, length) + peer_offer[_OFFER.size :] != mine:
-            raise Unusable(
-                f"owner: {facts.peer} maps another memory; only workers of one cluster share one"
-            )
+            raise Unusable(f"owner: {facts.peer} maps another memory; only workers of one cluster share one")
         if peer == self._me or not self._ledger.is_owner(peer):
             raise Unusable(f"owner: {facts.peer} calls itself worker {peer}, this is {self._me}")
         return OwnerBulk(self._memory, self._ledger, self._me, peer)
