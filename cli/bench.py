@@ -85,7 +85,17 @@ def _as_json(figures: list[TransferFigures]) -> str:
 
 
 def _as_table(figures: list[TransferFigures]) -> str:
-    header = ("TRANSPORT", "GB/s", "MEMCPY", "SHARE", "64 SHORT, GB/s", "ONE BLOCK, µs", "CPU s/GB", "DIGESTS COST")
+    header = (
+        "TRANSPORT",
+        "GB/s",
+        "MEMCPY",
+        "SHARE",
+        "64 SHORT, GB/s",
+        "ONE BLOCK, µs",
+        "CPU s/GB",
+        "DIGESTS",
+        "PLAIN SOCKET",
+    )
     rows = [
         (
             item.transport,
@@ -96,10 +106,11 @@ def _as_table(figures: list[TransferFigures]) -> str:
             f"{item.latency_us:.0f}",
             f"{item.cpu_s_per_gb:.2f}",
             f"{item.digest_cost:+.0%}",
+            f"{item.plain_socket_gbps:.2f}" if item.plain_socket_gbps else "-",
         )
         for item in figures
     ]
-    return table([header, *rows], right=frozenset(range(1, 8)))
+    return table([header, *rows], right=frozenset(range(1, 9)))
 
 
 def _say(line: str) -> None:

@@ -9,8 +9,8 @@ cache here) →
 3. waiting → running by admission (blocks for all tokens it has), oldest first over `waiting` and `offers` alike.
 4. running: one token a step and sequence; its table grows block by block. When no block is left the youngest
 running sequence
-   is preempted: blocks freed (their content stays findable while it lasts), back to the head of `waiting`,
-   recomputed later.
+   is preempted: its blocks are parked in host memory, or given up and computed again, whichever is cheaper
+   (preemption.py), and it goes back to `waiting` by its arrival. Freed blocks stay findable while they last.
 5. each choice ends with a finish_reason in its last Tokens, or the whole attempt with AttemptFailed. Blocks are
 freed once;
    those of a hand-off that is cut short are freed only when no write can reach them any more.
@@ -26,6 +26,7 @@ from ..core.recent import RecentSet
 from ..core.tickets import TicketFacts, is_proven
 from ..engine.block_pool import BlockPool
 from ..engine.interface import EngineSpec, ScheduledSeq
+from ..engine.parking import ParkingSpace
 from ..engine.sequence import Sequence
 from ..kvtransfer.destination import DestinationTable
 from ..kvtransfer.effects import (
@@ -62,6 +63,7 @@ from ..worker.role import Budget, Computed, Effect, Tell
 from .finish import close_with
 from .group import Group, GroupState, build_group
 from .phases import local_phases, received_phases
+from .preemption import Preemption
 from .scheduler import DecodeScheduler
 
 FINAL_CODES = frozenset({"bad_request", "cancelled", "deadline_exceeded"})  # another attempt would end the same way
@@ -84,10 +86,13 @@ class DecodeRole:
         cluster_key: bytes,
         max_running: int = 64,
         max_waiting: int = 1024,
+        parking: ParkingSpace | None = None,
     ) -> None:
         self._me, self._cluster_key = me, cluster_key
         self._spec, self._pool, self._destination, self._max_waiting = spec, pool, destination, max_waiting
-        self._scheduler = DecodeScheduler(pool, max_running)
+        self._preemption = Preemption(pool, parking)
+        self._scheduler = DecodeScheduler(pool, max_running, self._preemption)
+        self._step_began = 0.0
         self._groups: dict[AttemptKey, Group] = {}
         self._by_ticket: dict[Ticket, Group] = {}  # receiving, and cut short but not yet safe to free
         self._peers: set[WorkerKey] = set()
@@ -225,6 +230,7 @@ class DecodeRole:
             return
         group.move(GroupState.LIVE)
         lead.num_computed_tokens = lead.num_tokens
+        self._preemption.note_handoff(lead.num_tokens, done.phases, now)
         self._scheduler.join(lead)
         group.phases = received_phases(lead, done, self._pool.block_size * self._spec.bytes_per_token, now)
         self._first_tokens(group, done.first_tokens)
@@ -241,11 +247,13 @@ class DecodeRole:
     # ---- steps ----
 
     def schedule(self, budget: Budget, now: float) -> list[ScheduledSeq]:
+        self._step_began = now
         self._expire(now)
         self._grant_offers(now)
         return self._scheduler.schedule(budget, now)
 
     def commit(self, computed: list[Computed], now: float) -> None:
+        self._preemption.note_step([entry for entry, _ in computed], now - self._step_began, now)
         for entry, tokens in computed:
             group = self._groups.get(entry.seq.key)
             if group is None or not self._scheduler.advance(entry) or not tokens:
@@ -347,8 +355,12 @@ class DecodeRole:
             running=len(scheduler.running),
             waiting=len(scheduler.waiting) + len(scheduler.offers),
             receiving=len(scheduler.receiving),
-            queued_tokens=sum(s.num_uncomputed_tokens for s in scheduler.waiting),
+            queued_tokens=sum(s.num_uncomputed_tokens - s.num_parked_tokens for s in scheduler.waiting),
             preemptions=scheduler.num_preemptions,
+            parked=self._preemption.num_parked,
+            unparked=self._preemption.num_unparked,
+            parked_bytes=self._preemption.parked_bytes,
+            corrupt_parked_blocks=self._preemption.num_corrupt,
             prefix_hit_tokens=scheduler.hit_tokens,
             prefix_query_tokens=scheduler.queried_tokens,
             transferred_blocks=self._received_blocks,
@@ -359,3 +371,7 @@ class DecodeRole:
 
     def owners(self) -> Iterable[list[BlockId]]:
         return self._scheduler.owners()
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError where the scheduler's books do not balance. For tests and the simulation."""
+        self._scheduler.check_invariants()

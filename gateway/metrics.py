@@ -42,11 +42,18 @@ _WORKER_GAUGES = {
         "KV blocks that can be allocated now, retained prefixes included",
         "free_blocks",
     ),
+    "penstock_worker_parked_bytes": ("KV bytes of preempted sequences in host memory", "parked_bytes"),
     "penstock_worker_cached_kv_blocks": ("Free KV blocks that hold a retained prefix", "cached_blocks"),
 }
 _WORKER_COUNTERS = {
     "penstock_worker_steps": ("Engine steps", "steps"),
     "penstock_worker_preemptions": ("Sequences preempted for lack of KV blocks", "preemptions"),
+    "penstock_worker_parked_sequences": ("Preempted sequences copied to host memory", "parked"),
+    "penstock_worker_unparked_sequences": ("Preempted sequences copied back from host memory", "unparked"),
+    "penstock_worker_corrupt_parked_blocks": (
+        "KV blocks that came back from host memory corrupt and were computed again",
+        "corrupt_parked_blocks",
+    ),
     "penstock_worker_prefix_hit_tokens": ("Prompt tokens found in the prefix cache", "prefix_hit_tokens"),
     "penstock_worker_prefix_query_tokens": ("Prompt tokens looked up in the prefix cache", "prefix_query_tokens"),
     "penstock_worker_transferred_bytes": ("KV bytes handed over", "transferred_bytes"),

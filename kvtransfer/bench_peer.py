@@ -10,6 +10,7 @@ import json
 import queue
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 from ..core.ids import BlockId, SecureIds, Ticket, WorkerKey, new_epoch
 from ..engine.kv_memory import KVMemory
 from ..protocol.messages import Fingerprint, Peer, Phases
+from .bench_socket import PlainSocket, send_plainly
 from .destination import DestinationTable
 from .effects import (
     BlocksArrived,
@@ -152,9 +154,23 @@ class BenchPeer:
             np.copyto(target[at : at + piece], source[at : at + piece])
         return {"seconds": time.perf_counter() - started}
 
-    def close(self) -> dict[str, Any]:
+    def listen(self, _: object) -> dict[str, int]:
+        """Where a plain socket of this end listens."""
+        self._plain = self._plain or PlainSocket()
+        return {"port": self._plain.port}
+
+    def receive_plainly(self, num_blocks: int) -> dict[str, float]:
+        assert self._plain is not None
+        return {"moment": self._plain.receive(self.memory, num_blocks * self.memory.block_bytes)}
+
+    def send_plainly(self, job: list[int]) -> dict[str, float]:
+        port, num_blocks = job
+        return {"moment": send_plainly(self.memory, port, num_blocks * self.memory.block_bytes)}
+
+    def close(self) -> None:
         self.mesh.close()
-        return {}
+        if self._plain is not None:
+            self._plain.close()
 
     # ---- inside ----
 
@@ -197,6 +213,7 @@ class BenchPeer:
                     self.mesh.perform(effect)
 
     _next = 0
+    _plain: PlainSocket | None = None
 
 
 def _fill(memory: KVMemory, seed: int) -> None:
@@ -211,16 +228,22 @@ def main(argv: list[str]) -> int:
     """Serve commands until stdin ends."""
     role, settings = argv[0], msgspec.json.decode(argv[1], type=BenchSettings)
     peer = BenchPeer(role, settings)
-    commands = {"connect": peer.connect, "expect": peer.expect, "open": peer.open, "receive": peer.receive}
+    commands: dict[str, Callable[[Any], dict[str, Any]]] = {
+        "connect": peer.connect,
+        "expect": peer.expect,
+        "open": peer.open,
+        "receive": peer.receive,
+        "memcpy": peer.memcpy,
+        "listen": peer.listen,
+        "receive_plainly": peer.receive_plainly,
+        "send_plainly": peer.send_plainly,
+    }
     _answer(peer.introduction())
     for line in sys.stdin:
         name, argument = json.loads(line)
-        if name == "memcpy":
-            _answer(peer.memcpy(argument))
-        elif name == "close":
+        if name == "close":
             break
-        else:
-            _answer(commands[name](argument))
+        _answer(commands[name](argument))
     peer.close()
     return 0
 

@@ -265,8 +265,11 @@ class DestinationTable:
         ticket = Ticket(message.ticket)
         incoming = self._mine(peer, ticket)
         if incoming is None:
-            return self._not_mine(peer, ticket)
-        if incoming.offer is None or not incoming.reached < message.reached <= incoming.num_blocks:
+            is_early = self._early.advance(peer, ticket, message.reached)
+            return [] if is_early else self._not_mine(peer, ticket)
+        if incoming.state not in (State.OFFERED, State.GRANTED):
+            return []
+        if not incoming.reached < message.reached <= incoming.num_blocks:
             return []  # it says again what is known
         incoming.reached = message.reached
         return [Advanced(ticket, message.reached)]

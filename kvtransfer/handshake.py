@@ -18,6 +18,8 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -34,7 +36,7 @@ from .transports.address import KvAddress
 from .transports.shm import MappedPool, ShmBulk
 from .transports.tcp import Rendezvous, TcpBulk, tune
 from .transports.wire import MAX_HELLO_BYTES, Deadline, read_body, read_frame, read_header_and_fd, send_frame
-from .wire_format import negotiate
+from .wire_format import check_wire_dtype, negotiate
 from .wording import safe_text
 
 __all__ = ["Established", "Identity", "Refused", "answer", "boot_id", "dial"]
@@ -164,7 +166,8 @@ def _conclude_dialing(link: Established, me: Identity, mine: KvHello, deadline: 
         def ask(nbytes: int) -> None:
             send_frame(link.control, Measure(nbytes=nbytes), link.session)
 
-        link.figures = measure(link.bulk, me.staging, link.hello, ask)
+        with _stopped_at(deadline, link.bulk):
+            link.figures = measure(link.bulk, me.staging, link.hello, ask)
     link.wire_dtype = negotiate(me.fingerprint, link.hello.fingerprint, me.wire_dtype, link.figures)
     send_frame(link.control, KvReady(wire_dtype=link.wire_dtype), link.session)
     _expect(link.control, deadline, KvReady, link.session)
@@ -269,9 +272,11 @@ def _conclude_answering(link: Established, me: Identity, deadline: Deadline) -> 
     assert link.bulk is not None
     while True:
         message = read_frame(link.control, deadline, link.session, MAX_HELLO_BYTES)
-        if isinstance(message, Measure) and message.nbytes <= MEASURED_BYTES:
-            answer_measure(link.bulk, me.memory, message.nbytes)
+        if isinstance(message, Measure) and message.nbytes <= min(MEASURED_BYTES, me.memory.staging_bytes):
+            with _stopped_at(deadline, link.bulk):
+                answer_measure(link.bulk, me.memory, message.nbytes)
         elif isinstance(message, KvReady):
+            check_wire_dtype(me.fingerprint, link.hello.fingerprint, message.wire_dtype)
             link.wire_dtype = message.wire_dtype
             send_frame(link.control, KvReady(), link.session)
             return
@@ -319,7 +324,7 @@ def _open_bulk(link: Established, me: Identity, received: _Received, deadline: D
         link.bulk = TcpBulk(me.memory, _open_data(me, peer, hello.token, deadline.remaining))
     else:
         facts = LinkFacts(
-            me.key, link.peer, link.session.session_id, peer is not None, region_bytes(hello), deadline.remaining
+            me.key, link.peer, link.session.name, peer is not None, region_bytes(hello), deadline.remaining
         )
         link.bulk = me.libraries[link.transport].connect(facts, hello.offers.get(link.transport, b""))
 
@@ -391,6 +396,18 @@ def _map_pool(received: _Received, needed: bool) -> MappedPool | None:
     if pool is None and needed:
         raise ShmUnusable("the peer passed no pool")
     return pool
+
+
+@contextlib.contextmanager
+def _stopped_at(deadline: Deadline, bulk: Bulk) -> Iterator[None]:
+    """A peer that falls silent while bytes are measured holds nobody up for longer than any other part may take."""
+    timer = threading.Timer(deadline.remaining, bulk.stop)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
 
 
 def _settle(link: Established) -> None:

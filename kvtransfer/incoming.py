@@ -61,6 +61,8 @@ class Incoming:
 
     @property
     def is_unheard(self) -> bool:
-        """Granted ordinals have not come: perhaps the source does not know that it may send them."""
+        """Granted ordinals have not come, or only Done is missing: perhaps the source has not heard the grant."""
         granted = self.granted
-        return self.state is State.GRANTED and granted is not None and granted.held + len(self.digests) < granted.stop
+        if self.state is not State.GRANTED or granted is None:
+            return False
+        return granted.held + len(self.digests) < granted.stop or self.has_everything

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from ..core.errors import ProtocolError
@@ -16,6 +17,8 @@ from .effects import BlocksArrived, Revoked
 from .link import OnEvent
 from .outbox import Outbox
 from .push_sender import layers_span
+
+logger = logging.getLogger(__name__)
 
 MAX_QUEUED = 4096  # announced pushes that have not been taken
 _WARM_BYTES = 512 << 10
@@ -83,6 +86,7 @@ class PushReceiver:
             self._bulk.receive(source[part], target[part], lambda: self.acceptances.is_wanted(push))
             views = [self._memory.block(block, *layers) for block in blocks[part]]
             corrupt += corrupt_ordinals(push, views, self._digest, part.start)
+        logger.debug("%s", _arrival(push))
         self._tell(push, self.acceptances.finish(push), corrupt)
 
     def _parts(self, count: int, nbytes: int) -> list[slice]:
@@ -114,6 +118,11 @@ class PushReceiver:
             self._on_event(Revoked(self._peer, Ticket(push.ticket)))
         elif outcome.arrived or corrupt:
             self._on_event(arrived_event(self._peer, push, outcome, corrupt))
+
+
+def _arrival(push: Push) -> str:
+    stop = push.first_layer + push.num_layers
+    return f"layers {push.first_layer} to {stop} of {len(push.ordinals)} blocks from {push.ordinals[0]} on are here"
 
 
 def corrupt_ordinals(push: Push, views: list[memoryview], digest: Digest = block_digest, first: int = 0) -> list[int]:

@@ -29,17 +29,17 @@ class _Prepared:
 
 
 class PushSender:
-    """`run` on the link's bulk-sending thread; everything else from any thread. `announce` queues a control message."""
+    """`run` on the link's bulk-sending thread; everything else from any thread. `tell` queues a control message."""
 
     def __init__(
         self,
         memory: KVMemory,
         bulk: Bulk,
         encoder: Encoder | None,
-        announce: Callable[[Push | Done], None],
+        tell: Callable[[Push | Done], None],
         digest: Digest = block_digest,
     ) -> None:
-        self._memory, self._bulk, self._encoder, self._announce = memory, bulk, encoder, announce
+        self._memory, self._bulk, self._encoder, self._tell = memory, bulk, encoder, tell
         self._digest = digest
         self._outbox: Outbox[SendBlocks | Done | Withdraw] = Outbox(MAX_QUEUED)
         self._withdrawn: set[Ticket] = set()
@@ -62,7 +62,7 @@ class PushSender:
                 case SendBlocks() as effect:
                     self._send(effect)
                 case Done() as done if Ticket(done.ticket) not in self._withdrawn:
-                    self._announce(self._vouchers.complete(done))
+                    self._tell(self._vouchers.complete(done))
                 case Withdraw(ticket=ticket):
                     self._vouchers.forget(ticket)
                     self._withdrawn.discard(ticket)
@@ -87,9 +87,11 @@ class PushSender:
     def _send(self, effect: SendBlocks) -> None:
         prepared = self._prepare(effect)
         if effect.ticket in self._withdrawn:
+            if self._encoder is not None:
+                self._encoder.abandon()
             return
         self._vouchers.note(prepared.push)
-        self._announce(prepared.push)
+        self._tell(prepared.push)
         self._bulk.send(prepared.spans)
 
     def _prepare(self, effect: SendBlocks) -> _Prepared:

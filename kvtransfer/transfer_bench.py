@@ -37,7 +37,7 @@ class TransferFigures(msgspec.Struct, frozen=True):
     digest_cost: float
     num_tokens: int
     rounds: int
-    error: str = ""
+    plain_socket_gbps: float = 0.0  # tcp only: the same bytes through a bare socket
 
 
 Say = Callable[[str], None]
@@ -52,9 +52,11 @@ def measure_transport(transport: str, num_tokens: int, rounds: int, say: Say) ->
     with _pair(transport, num_blocks, digests=True) as pair:
         pair.long(num_blocks)
         copies: list[float] = []
+        plainly: list[float] = []
         runs: list[_Run] = []
         for number in range(rounds):
             copies.append(pair.memcpy_gbps(num_blocks))
+            plainly += [pair.plain_gbps(num_blocks)] if transport == "tcp" else []
             runs.append(pair.long(num_blocks))
             say(f"{transport}: round {number + 1} of {rounds}, {runs[-1].gbps:.2f} GB/s, memcpy {copies[-1]:.2f}")
         many = [pair.many(SHORT_PROMPTS, -(-SHORT_TOKENS // block_size)).gbps for _ in range(rounds)]
@@ -73,6 +75,7 @@ def measure_transport(transport: str, num_tokens: int, rounds: int, say: Say) ->
         digest_cost=round(seconds / statistics.median(run.seconds for run in without) - 1, 3),
         num_tokens=num_tokens,
         rounds=rounds,
+        plain_socket_gbps=round(statistics.median(plainly), 3) if plainly else 0.0,
     )
 
 
@@ -108,6 +111,14 @@ class _Pair:
         seconds = max(received["received"]) - min(opened["opened"])
         nbytes = count * num_blocks * self._block_bytes
         return _Run(seconds, nbytes / 1e9, opened["cpu_s"] + received["cpu_s"])
+
+    def plain_gbps(self, num_blocks: int) -> float:
+        """The same bytes through a bare TCP socket."""
+        port = _ask(self._destination, "listen", None)["port"]
+        _tell(self._destination, "receive_plainly", num_blocks)
+        started = _ask(self._source, "send_plainly", [port, num_blocks])["moment"]
+        seconds: float = _hear(self._destination)["moment"] - started
+        return num_blocks * self._block_bytes / seconds / 1e9
 
     def memcpy_gbps(self, num_blocks: int) -> float:
         seconds: float = _ask(self._destination, "memcpy", num_blocks)["seconds"]

@@ -181,6 +181,8 @@ class Lifecycle:
         event = TokensEvent(choice.number, len(choice.output_ids), tokens, item.finish_reason, item.stop_token, phases)
         choice.output_ids.extend(token.token_id for token in tokens)
         choice.is_finished = item.finish_reason is not None
+        if choice.is_finished:
+            self._note_answer(record, choice, is_computed=item.stop_token is not None)
         self.effects.append(Deliver(record.request_id, event))
         self._reweigh(record, attempt)
         if choice.is_finished and not record.open_choices:
@@ -249,6 +251,8 @@ class Lifecycle:
         """The one terminal event of a request."""
         if record.state is State.WAITING:
             self.table.waiting.remove(record)
+        for choice in record.open_choices:
+            self._note_answer(record, choice)
         self._release(record)
         record.to_ended()
         self.table.end(record, self._clock.now())
@@ -264,12 +268,22 @@ class Lifecycle:
         """The caller has enough of this choice."""
         if choice.is_finished:
             return
+        self._note_answer(record, choice)
         choice.is_finished = choice.is_cancelled = True
         if not record.open_choices:
             self.end(record, None)
         elif record.attempt is not None:
             self._reweigh(record, record.attempt)
             self.abort(record.attempt.decode, record.attempt.key, choice.number)
+
+    def _note_answer(self, record: RequestRecord, choice: Choice, *, is_computed: bool = False) -> None:
+        """The decode worker holds what it produced of this choice; the last token only if another was drawn after
+        it (`is_computed`).
+        """
+        if record.state is not State.RUNNING or record.attempt is None or not choice.output_ids:
+            return
+        num_tokens = len(choice.output_ids) - (not is_computed)
+        self.placer.note_answer(record, choice, num_tokens, record.attempt.decode)
 
     def prefill_over(self, record: RequestRecord, attempt: Attempt) -> None:
         """The prefill side has nothing left to do for this attempt."""

@@ -19,6 +19,7 @@ from ..core.ids import SeededIds, WorkerKey, new_epoch
 from ..decode_node.role import DecodeRole
 from ..engine.block_pool import BlockPool
 from ..engine.interface import Engine, ScheduledSeq
+from ..engine.parking import Parking
 from ..kvtransfer.destination import DestinationTable
 from ..kvtransfer.effects import LinkEvent, MessageArrived
 from ..kvtransfer.link import Mesh
@@ -70,12 +71,18 @@ class Result:
 class _Worker:
     """One worker core with its mesh and inbox."""
 
-    def __init__(self, key: WorkerKey, role: Role, engine: Engine, clock: Clock, sizes: Mapping[str, int]) -> None:
+    def __init__(
+        self, key: WorkerKey, role: Role, engine: Engine, clock: Clock, sizes: Mapping[str, int], park_bytes: int = 0
+    ) -> None:
         self.key = key
         pool = BlockPool(engine.spec.num_blocks, engine.spec.block_size)
+        self.decode: DecodeRole | None = None
         roles: list[RoleCode] = []
         if role != "prefill":
-            roles.append(DecodeRole(key, engine.spec, pool, DestinationTable(PATIENCE_S), CLUSTER_KEY))
+            parking = Parking(engine.memory, park_bytes, clock)
+            destination = DestinationTable(PATIENCE_S)
+            self.decode = DecodeRole(key, engine.spec, pool, destination, CLUSTER_KEY, parking=parking)
+            roles.append(self.decode)
         if role != "decode":
             pushes = PushSizes.of(engine.spec.fingerprint.num_layers, engine.spec.layer_bytes)
             source = SourceTable(PATIENCE_S, PATIENCE_S, pushes)
@@ -115,6 +122,8 @@ class _Worker:
             results = self.core.compute(batch, lambda layers: self._on_layers(batch, layers, tell))
             self.perform(self.core.end_step(batch, results), tell)
         self.core.check_invariants()
+        if self.decode is not None:
+            self.decode.check_invariants()
         return progressed or bool(batch)
 
     def _on_layers(
@@ -149,7 +158,10 @@ class InProcessCluster:
         max_batch_tokens: int = 512,
         max_batch_seqs: int = 64,
         router: RouterConfig | None = None,
+        park_bytes: int = 0,
+        settings: MeshSettings | None = None,
     ) -> None:
+        self._settings = settings or MeshSettings((transport,))
         self._clock, ids = MonotonicClock(), SeededIds(0)
         self.router = RouterCore(
             router or RouterConfig(worker_timeout_s=PATIENCE_S, unacknowledged_s=PATIENCE_S),
@@ -161,7 +173,7 @@ class InProcessCluster:
         self._results: dict[str, Result] = {}
         self._next_beat = self._clock.now()
         self._sizes = {"max_batch_tokens": max_batch_tokens, "max_batch_seqs": max_batch_seqs}
-        self._ids, self._transport, self._runtime_dir = ids, transport, runtime_dir
+        self._ids, self._transport, self._runtime_dir, self._park_bytes = ids, transport, runtime_dir, park_bytes
         self._loses: Callable[[FromWorker], bool] | None = None
         self._on_tokens: Callable[[str, TokensEvent], None] | None = None
         self._cut_off: set[str] = set()
@@ -173,7 +185,8 @@ class InProcessCluster:
 
     def _make_worker(self, name: str, engine: Engine) -> _Worker:
         role: Role = "prefill" if name.startswith("prefill") else "decode" if name.startswith("decode") else "both"
-        worker = _Worker(WorkerKey(name, new_epoch(self._ids)), role, engine, self._clock, self._sizes)
+        key = WorkerKey(name, new_epoch(self._ids))
+        worker = _Worker(key, role, engine, self._clock, self._sizes, self._park_bytes)
         worker.mesh = self._mesh(worker, role)
         return worker
 
@@ -193,7 +206,7 @@ class InProcessCluster:
             worker.inbox.put,
             runtime_dir=runtime_dir,
             cluster_key=CLUSTER_KEY,
-            settings=MeshSettings((transport,)),
+            settings=self._settings,
             times=LinkTimes(liveness_s=PATIENCE_S),
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,12 +14,14 @@ from ..core.config import Topology, WorkerSpec
 from ..core.ids import SecureIds, WorkerKey, new_epoch
 from ..engine.block_pool import BlockPool
 from ..engine.core_share import MAX_WORKERS, CoreShare, SharingEngine
-from ..engine.interface import Engine, EngineSpec
+from ..engine.interface import Engine
+from ..engine.kv_memory import DEFAULT_KV_BYTES
 from ..kvtransfer.effects import LinkEvent
 from ..kvtransfer.link import Mesh
 from ..kvtransfer.mesh import TRANSPORTS, MeshSettings, SocketMesh
 from ..kvtransfer.socket_link import LinkTimes
 from .core import WorkerCore
+from .membership import Membership
 from .process import Incarnation, run_worker
 from .role import Role
 from .turn_watch import TurnWatch
@@ -28,7 +31,7 @@ log = logging.getLogger(__name__)
 LOAD_S = 60.0
 CORES_FILE = "cores"  # in the runtime folder; see engine.core_share
 
-MakeRoles = Callable[[WorkerKey, EngineSpec, BlockPool, Topology], list[Role]]
+MakeRoles = Callable[[WorkerKey, Engine, BlockPool, Topology], list[Role]]
 
 
 def launch(topology: Topology, name: str, make_roles: MakeRoles) -> int:
@@ -42,17 +45,22 @@ def launch(topology: Topology, name: str, make_roles: MakeRoles) -> int:
         drain_s=topology.gateway.drain_s,
         heartbeat_s=topology.liveness.heartbeat_s,
     )
-    engine = load_engine(topology, spec)
+    membership = Membership(topology, spec, os.environ) if topology.transfer.one_pool else None
+    engine = load_engine(topology, spec, membership)
     turns = TurnWatch(MonotonicClock(), topology.liveness.max_step_s)
-    make_core = partial(_make_core, topology, spec, key, make_roles)
-    return run_worker(who, engine, make_core, partial(_make_mesh, topology, spec, key, turns), turns)
+    make_core = partial(_make_core, topology, spec, key, make_roles, membership)
+    try:
+        return run_worker(who, engine, make_core, partial(_make_mesh, topology, spec, key, turns), turns)
+    finally:
+        if membership is not None:
+            membership.close()
 
 
-def load_engine(topology: Topology, spec: WorkerSpec) -> Engine:
+def load_engine(topology: Topology, spec: WorkerSpec, membership: Membership | None = None) -> Engine:
     """The torch engine for one worker. Imports torch, so only a worker process calls it."""
     import torch
 
-    from ..engine.torch_engine import DEFAULT_KV_BYTES, TorchEngine
+    from ..engine.torch_engine import TorchEngine
 
     pool = spec.config
     path, slot = Path(topology.runtime_dir) / CORES_FILE, topology.workers().index(spec) % MAX_WORKERS
@@ -62,26 +70,36 @@ def load_engine(topology: Topology, spec: WorkerSpec) -> Engine:
     engine = TorchEngine.load(
         Path(topology.model.source),
         model_name=topology.model.served_name,
-        dtype=topology.model.dtype,
+        dtype=pool.dtype or topology.model.dtype,
         num_blocks=pool.num_blocks,
         kv_bytes=pool.kv_cache_bytes or DEFAULT_KV_BYTES,
-        block_size=topology.block_size,
+        block_size=pool.block_size or topology.block_size,
         max_model_len=topology.model.max_model_len,
+        make_memory=membership.make_memory if membership is not None else None,
     )
     share.rest()
     return SharingEngine(engine, share, torch.set_num_threads)
 
 
 def _make_core(
-    topology: Topology, spec: WorkerSpec, key: WorkerKey, make_roles: MakeRoles, engine: Engine, clock: Clock
+    topology: Topology,
+    spec: WorkerSpec,
+    key: WorkerKey,
+    make_roles: MakeRoles,
+    membership: Membership | None,
+    engine: Engine,
+    clock: Clock,
 ) -> WorkerCore:
-    pool = BlockPool(engine.spec.num_blocks, engine.spec.block_size)
+    if membership is not None:
+        pool = membership.first_pool(engine.spec.block_size)
+    else:
+        pool = BlockPool(engine.spec.num_blocks, engine.spec.block_size)
     return WorkerCore(
         key,
         spec.role,
         engine,
         pool,
-        make_roles(key, engine.spec, pool, topology),
+        make_roles(key, engine, pool, topology),
         clock,
         max_batch_tokens=spec.config.max_num_batched_tokens,
         max_batch_seqs=spec.config.max_num_seqs,

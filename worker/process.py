@@ -209,6 +209,7 @@ class WorkerLoop:
                 self._perform(self._core.on_grant(item))
             elif item is not None:
                 self._deferred.append(item)
+        log.debug("%d layers computed", num_layers)
         self._perform(self._core.layers_computed(batch, num_layers))
 
     def _perform(self, effects: list[CoreEffect]) -> None:

@@ -322,7 +322,9 @@ class InprocMesh(Mesh):
             self.network.move(source, self, push, slot, block)
         views = [self.memory.block(block, push.first_layer, push.num_layers) for block in blocks]
         corrupt = corrupt_ordinals(push, views)
-        self.network.post(self, arrived_event(peer, push, link.acceptances.finish(push), corrupt))
+        outcome = link.acceptances.finish(push)
+        if outcome.arrived or corrupt:
+            self.network.post(self, arrived_event(peer, push, outcome, corrupt))
 
 
 def _key(peer: Peer) -> WorkerKey:

@@ -18,6 +18,23 @@ def merged(spans: Iterable[Span]) -> list[Span]:
     return found
 
 
+def chunks(spans: Sequence[Span], most_bytes: int, most_spans: int | None = None) -> Iterator[list[Span]]:
+    """Lists of merged spans, `most_bytes` together, less where `most_spans` are reached and at the end."""
+    chunk: list[Span] = []
+    room = most_bytes
+    for offset, nbytes in merged(spans):
+        start, stop = offset, offset + nbytes
+        while start < stop:
+            length = min(room, stop - start)
+            chunk.append(Span(start, length))
+            start, room = start + length, room - length
+            if not room or len(chunk) == most_spans:
+                yield chunk
+                chunk, room = [], most_bytes
+    if chunk:
+        yield chunk
+
+
 def total_bytes(spans: Iterable[Span]) -> int:
     return sum(span.nbytes for span in spans)
 

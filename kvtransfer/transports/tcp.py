@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from ...core.ids import IdSource, SecureIds
 from ...engine.kv_memory import KVMemory
 from ..bulk import Bulk, Span
-from .runs import merged, total_bytes
-from .wire import receive_exact, send_views, shut
+from .pipes import pipe_over
+from .runs import chunks, merged, total_bytes
 
 _CHUNK_BYTES = 1 << 20  # a revoked ticket waits for one read of this size at most
 _SOCKET_BUFFER_BYTES = 4 << 20
 _TOKEN_BYTES = 16
+_MAX_VIEWS = 512  # in one system call; below IOV_MAX (1024) everywhere
 
 
 def tune(sock: socket.socket, bulk: bool = False) -> None:
@@ -28,43 +29,41 @@ def tune(sock: socket.socket, bulk: bool = False) -> None:
 
 
 class TcpBulk(Bulk):
-    """Straight from our memory into the socket, and from the socket into our memory. Owns the socket."""
+    """Straight from our memory into the socket, and from the socket into our memory. Owns the socket, plain or TLS."""
 
     quarantine_s = 0.0
     is_reader = False
 
     def __init__(self, memory: KVMemory, sock: socket.socket) -> None:
-        self._memory, self._sock = memory, sock
+        self._memory, self._pipe = memory, pipe_over(sock)
         self._scratch = memoryview(bytearray(_CHUNK_BYTES))
 
     def send(self, spans: Sequence[Span]) -> None:
         region = self._memory.region
-        send_views(self._sock, [region[offset : offset + nbytes] for offset, nbytes in merged(spans)])
+        self._pipe.send([region[offset : offset + nbytes] for offset, nbytes in merged(spans)])
 
     def receive(self, source: Sequence[Span], target: Sequence[Span], wanted: Callable[[], bool]) -> None:
-        left = total_bytes(source)
-        for offset, nbytes in merged(target):
-            for start in range(offset, offset + nbytes, _CHUNK_BYTES):
-                if not wanted():
-                    self._drain(left)
-                    return
-                stop = min(start + _CHUNK_BYTES, offset + nbytes)
-                receive_exact(self._sock, self._memory.region[start:stop])
-                left -= stop - start
+        region, left = self._memory.region, total_bytes(source)
+        for chunk in chunks(target, _CHUNK_BYTES, _MAX_VIEWS):
+            if not wanted():
+                self._drain(left)
+                return
+            self._pipe.receive([region[offset : offset + nbytes] for offset, nbytes in chunk])
+            left -= total_bytes(chunk)
 
     def discard(self, source: Sequence[Span]) -> None:
         self._drain(total_bytes(source))
 
     def stop(self) -> None:
-        shut(self._sock)
+        self._pipe.stop()
 
     def close(self) -> None:
-        self._sock.close()
+        self._pipe.close()
 
     def _drain(self, nbytes: int) -> None:
         while nbytes:
             part = self._scratch[: min(nbytes, _CHUNK_BYTES)]
-            receive_exact(self._sock, part)
+            self._pipe.receive([part])
             nbytes -= len(part)
 
 

@@ -132,16 +132,6 @@ def send_frame(
     sock.sendall(data[sent:])
 
 
-def receive_exact(sock: socket.socket, view: memoryview) -> None:
-    """Fill `view` from a blocking socket, however long that takes; raises ConnectionError at the end of the stream."""
-    done = 0
-    while done < len(view):
-        count = sock.recv_into(view[done:], 0, socket.MSG_WAITALL)
-        if count == 0:
-            raise ConnectionResetError("the peer closed the data connection")
-        done += count
-
-
 def shut(sock: socket.socket) -> None:
     """Wake whoever reads or writes `sock`; it is closed by its owner."""
     try:

@@ -1,0 +1,186 @@
+"""One NIXL agent and the lock around it: the only module that calls the library.
+
+NIXL without its own progress thread, which burns a core even when idle. Somebody has to make progress for peers that
+connect to us, and for those that read over a network without RDMA, where UCX answers a read in software: a thread of
+ours does, often for a while after there was something to read, rarely otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ...core.errors import TransferFailed
+from ..bulk import Unusable
+from .library import library_errors, set_defaults, use_ucx_of
+
+logger = logging.getLogger(__name__)
+
+HELP = "pip install --no-deps nixl-cu12"
+_DEFAULTS = {
+    "UCX_TLS": "tcp,cma,self",  # host memory; with a GPU or RDMA the user names what there is
+    "UCX_NET_DEVICES": "lo",  # UCX listens on every interface otherwise
+    "UCX_WARN_UNUSED_ENV_VARS": "n",
+    "NIXL_LOG_LEVEL": "WARN",
+}
+_BUSY_PAUSE_S, _IDLE_PAUSE_S, _BUSY_FOR_S = 0.0005, 0.02, 1.0
+_FIRST_CHECKS, _LONGEST_CHECK_PAUSE_S = 200, 0.001
+
+Pairs = Sequence[tuple[int, int, int]]  # (address of the peer, our address, number of bytes)
+
+
+class NixlAgent:
+    """Thread-safe. `kind`: "DRAM" or "VRAM". Every error of the library becomes TransferFailed."""
+
+    def __init__(self, name: str, kind: str, regions: Sequence[tuple[int, int, int]]) -> None:
+        """Register `regions` of (address, number of bytes, device). Raises Unusable when the library cannot serve."""
+        self._nixl = _load()
+        self.name, self._kind = name, kind
+        self._lock = threading.Lock()
+        self._left_over: list[Any] = []  # transfers that the library would not let go of
+        self._busy_until, self._closed = 0.0, False
+        self._nudge = threading.Event()
+        try:
+            self._agent, self._registered = self._make(regions)
+        except TransferFailed as err:
+            raise Unusable(f"nixl: {err}") from err
+        self._thread = threading.Thread(target=self._progress, name=f"kv-nixl-{name}")
+        self._thread.start()
+
+    def _make(self, regions: Sequence[tuple[int, int, int]]) -> tuple[Any, Any]:
+        with library_errors("making a NIXL agent"):
+            config = self._nixl.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
+            agent = self._nixl.nixl_agent(self.name, config)
+            return agent, agent.register_memory([(*region, "") for region in regions], self._kind)
+
+    @property
+    def metadata(self) -> bytes:
+        with self._lock, library_errors("the NIXL agent's metadata"):
+            return bytes(self._agent.get_agent_metadata())
+
+    def add(self, metadata: bytes) -> str:
+        """The name of the peer's agent, which can be read from now on."""
+        with self._lock, library_errors("adding a NIXL agent"):
+            name = self._agent.add_remote_agent(metadata)
+        self.expect_reads()
+        return name.decode(errors="replace") if isinstance(name, bytes) else str(name)
+
+    def remove(self, name: str) -> None:
+        """Disconnect; nothing of that peer is written from here on."""
+        with self._lock:
+            self._let_go()
+            with library_errors(f"removing NIXL agent {name}"):
+                self._agent.remove_remote_agent(name)
+
+    def read(self, name: str, pairs: Pairs, check: Callable[[], None]) -> None:
+        """Copy from the peer to us. `check` raises to give up; then the transfer is abandoned."""
+        with self._lock, library_errors(f"reading from NIXL agent {name}"):
+            handle = self._agent.initialize_xfer("READ", *self._descriptors(pairs), name)
+            state = self._agent.transfer(handle)
+        try:
+            state = self._settle(handle, state, check)
+        finally:
+            self._release(handle)
+        if state != "DONE":
+            raise TransferFailed(f"reading from NIXL agent {name} failed: {state}")
+
+    def expect_reads(self) -> None:
+        """A peer is about to read or to connect."""
+        was_idle, self._busy_until = time.monotonic() >= self._busy_until, time.monotonic() + _BUSY_FOR_S
+        if was_idle:
+            self._nudge.set()
+
+    def close(self) -> None:
+        """After all reads. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._nudge.set()
+        self._thread.join()
+        with self._lock, contextlib.suppress(TransferFailed), library_errors("closing a NIXL agent"):
+            self._let_go()
+            self._agent.deregister_memory(self._registered)
+        del self._agent, self._registered
+
+    # ---- one read ----
+
+    def _descriptors(self, pairs: Pairs) -> tuple[Any, Any]:
+        theirs, ours, sizes = np.array(pairs, np.uint64).T
+        device = np.zeros_like(sizes)
+        lists = (np.stack([start, sizes, device], axis=1) for start in (ours, theirs))
+        local, remote = (self._agent.get_xfer_descs(rows, self._kind) for rows in lists)
+        return local, remote
+
+    def _settle(self, handle: Any, state: str, check: Callable[[], None]) -> str:
+        """The state in which the transfer ends; sleeps between looks, longer each time."""
+        checks = 0
+        while state == "PROC":
+            check()
+            checks += 1
+            if checks > _FIRST_CHECKS:
+                time.sleep(min(0.00005 * 2 ** min(checks - _FIRST_CHECKS, 10), _LONGEST_CHECK_PAUSE_S))
+            with self._lock, library_errors("a NIXL transfer"):
+                state = self._agent.check_xfer_state(handle)
+        return state
+
+    def _release(self, handle: Any) -> None:
+        with self._lock:
+            try:
+                with library_errors("releasing a NIXL transfer"):
+                    handle.release()
+            except TransferFailed as err:
+                logger.debug("kept for later: %s", err)
+                self._left_over.append(handle)
+
+    def _let_go(self) -> None:
+        """Try again to release what was still active; the lock is held."""
+        waiting, self._left_over = self._left_over, []
+        for handle in waiting:
+            try:
+                with library_errors("releasing a NIXL transfer"):
+                    handle.release()
+            except TransferFailed:
+                self._left_over.append(handle)
+
+    # ---- the progress thread ----
+
+    def _progress(self) -> None:
+        while not self._closed:
+            is_busy = time.monotonic() < self._busy_until
+            self._nudge.wait(_BUSY_PAUSE_S if is_busy else _IDLE_PAUSE_S)
+            self._nudge.clear()
+            try:
+                with self._lock, library_errors("NIXL progress"):
+                    self._agent.get_new_notifs()
+            except TransferFailed as err:
+                logger.debug("%s", err)
+
+
+def _load() -> Any:
+    """The library, with its log where ours goes. Raises Unusable."""
+    use_ucx_of("nixl")
+    set_defaults(_DEFAULTS)
+    raises, root = logging.raiseExceptions, logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        import nixl_cu12 as nixl
+    except ImportError:
+        try:
+            import nixl
+        except ImportError as err:
+            raise Unusable(f"nixl is not installed ({err}); {HELP}") from err
+    finally:
+        # Importing it sets the whole process's logging up.
+        logging.raiseExceptions, root.handlers[:] = raises, handlers
+        root.setLevel(level)
+    own = logging.getLogger("nixl")
+    own.handlers.clear()
+    own.propagate = True
+    own.setLevel(logging.WARNING)
+    return nixl
