@@ -15,7 +15,7 @@ from .cluster import ClusterShape, SimCluster
 from .history import HistoryWriter
 from .invariants import InvariantBroken
 
-READY_S = 1.0  # workers have met by then, and the first request comes
+READY_S = 0.5  # workers have met by then, and the first request comes
 STORM_S = 8.0  # faults happen up to here
 LIMIT_S = 150.0  # by now every deadline has passed
 REST_S = 8.0  # longer than any lease and early-offer memory

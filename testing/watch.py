@@ -152,8 +152,9 @@ class Watch:
     def beats(self, worker: SimWorker, beat: Heartbeat) -> None:
         self.health.beats(worker, beat)
 
-    def turned(self, worker: SimWorker, *, has_ticked: bool) -> None:
-        self.blocks.turned(worker)
+    def turned(self, worker: SimWorker, *, has_ticked: bool, is_changed: bool) -> None:
+        """`is_changed`: something was heard, done or begun in this turn."""
+        self.blocks.turned(worker, is_changed=is_changed)
         if has_ticked:
             self.leases.turned(worker)
         silent = self._silent_ends(worker.key, worker.source.active())
