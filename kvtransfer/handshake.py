@@ -18,6 +18,8 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -36,7 +38,7 @@ from .transports.owner import OwnerTransport
 from .transports.shm import MappedPool, ShmBulk
 from .transports.tcp import Rendezvous, TcpBulk, tune
 from .transports.wire import MAX_HELLO_BYTES, Deadline, read_body, read_frame, read_header_and_fd, send_frame
-from .wire_format import negotiate
+from .wire_format import check_wire_dtype, negotiate
 from .wording import safe_text
 
 __all__ = ["Established", "Identity", "Refused", "answer", "boot_id", "dial"]
@@ -166,7 +168,8 @@ def _conclude_dialing(link: Established, me: Identity, mine: KvHello, deadline: 
         def ask(nbytes: int) -> None:
             send_frame(link.control, Measure(nbytes=nbytes), link.session)
 
-        link.figures = measure(link.bulk, me.staging, link.hello, ask)
+        with _stopped_at(deadline, link.bulk):
+            link.figures = measure(link.bulk, me.staging, link.hello, ask)
     if link.transport != OWNER:  # there the formats are one, and blocks stay where they are
         link.wire_dtype = negotiate(me.fingerprint, link.hello.fingerprint, me.wire_dtype, link.figures)
     send_frame(link.control, KvReady(wire_dtype=link.wire_dtype), link.session)
@@ -275,9 +278,11 @@ def _conclude_answering(link: Established, me: Identity, deadline: Deadline) -> 
     assert link.bulk is not None
     while True:
         message = read_frame(link.control, deadline, link.session, MAX_HELLO_BYTES)
-        if isinstance(message, Measure) and message.nbytes <= MEASURED_BYTES:
-            answer_measure(link.bulk, me.memory, message.nbytes)
+        if isinstance(message, Measure) and message.nbytes <= min(MEASURED_BYTES, me.memory.staging_bytes):
+            with _stopped_at(deadline, link.bulk):
+                answer_measure(link.bulk, me.memory, message.nbytes)
         elif isinstance(message, KvReady):
+            check_wire_dtype(me.fingerprint, link.hello.fingerprint, message.wire_dtype)
             link.wire_dtype = message.wire_dtype
             send_frame(link.control, KvReady(), link.session)
             return
@@ -410,6 +415,18 @@ def _map_pool(received: _Received, needed: bool) -> MappedPool | None:
     if pool is None and needed:
         raise ShmUnusable("the peer passed no pool")
     return pool
+
+
+@contextlib.contextmanager
+def _stopped_at(deadline: Deadline, bulk: Bulk) -> Iterator[None]:
+    """A peer that falls silent while bytes are measured holds nobody up for longer than any other part may take."""
+    timer = threading.Timer(deadline.remaining, bulk.stop)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
 
 
 def _settle(link: Established) -> None:

@@ -62,7 +62,7 @@ class Incoming:
 
     @property
     def is_unheard(self) -> bool:
-        """Granted ordinals have not come, or nothing is missing but Done: perhaps the source has not heard the grant."""
+        """Granted ordinals have not come, or only Done is missing: perhaps the source has not heard the grant."""
         granted = self.granted
         if self.state is not State.GRANTED or granted is None:
             return False

@@ -180,7 +180,11 @@ class SocketMesh(Mesh):
     def _run_link(self, established: Established, dialed: bool) -> None:
         """Hold the link until it is over. PeerLost of an older link to the same worker comes before its PeerUp."""
         peer = established.peer
-        link = SocketLink(established, self._me, self._on_event, self._times)
+        try:
+            link = SocketLink(established, self._me, self._on_event, self._times)
+        except TransferFailed:
+            established.close()
+            raise
         if not self._install(link, dialed):
             established.close()
             return
@@ -240,15 +244,18 @@ class SocketMesh(Mesh):
 
     def _answer(self, sock: socket.socket) -> None:
         try:
-            established = answer(sock, self._me, self._rendezvous, _HANDSHAKE_S)
+            established = self._shake_hands(sock)
+            if established is not None:
+                self._run_link(established, dialed=False)
         except (OSError, ProtocolError, TransferFailed) as err:
             logger.warning("a hand-off connection was turned away: %s", err)
-            return
+
+    def _shake_hands(self, sock: socket.socket) -> Established | None:
+        try:
+            return answer(sock, self._me, self._rendezvous, _HANDSHAKE_S)
         finally:
             with self._lock:
                 self._knocking.discard(sock)
-        if established is not None:
-            self._run_link(established, dialed=False)
 
     # ---- threads ----
 

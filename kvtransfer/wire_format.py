@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 
-from ..core.errors import ConfigError
+from ..core.errors import ConfigError, ProtocolError
 from ..protocol.messages import CONVERTIBLE_DTYPES, Fingerprint
 from .figures import LinkFigures
 from .wire_choice import BlockShape, choose_wire_dtype, wire_candidates
@@ -33,6 +33,17 @@ def negotiate(mine: Fingerprint, theirs: Fingerprint, setting: str, figures: Lin
         return _by_measurement(mine, theirs, figures)
     same = mine.is_same_format(theirs) and setting == mine.dtype
     return AS_THEY_ARE if same else _known(setting)
+
+
+def check_wire_dtype(mine: Fingerprint, theirs: Fingerprint, wire_dtype: str) -> None:
+    """Raise ProtocolError unless blocks can travel like this between the two."""
+    if wire_dtype == AS_THEY_ARE:
+        fits = mine.is_same_format(theirs)
+    else:
+        fits = mine.dtype in CONVERTIBLE_DTYPES and wire_dtype in {*CONVERTIBLE_DTYPES, *EIGHT_BIT}
+    if not fits:
+        formats = f"{mine.dtype}/{mine.block_size} here, {theirs.dtype}/{theirs.block_size} there"
+        raise ProtocolError(f"wire_dtype {wire_dtype!r} cannot carry blocks between these caches: {formats}")
 
 
 def _narrowest(source_dtype: str, target_dtype: str) -> str:

@@ -18,8 +18,9 @@ from ..protocol.sampling import SamplingParams
 from ..router.config import RouterConfig
 from ..router.interface import GenerateRequest
 from .cluster import ClusterShape
+from .fault import Aim, Fault, Target
 from .fault_cluster import FaultCluster
-from .fault_kinds import Aim, Fault, Kind, Target
+from .fault_kinds import Kind
 from .fault_moments import Moment, MomentWatch
 from .journal import InvariantBroken, RequestRecord
 
@@ -31,7 +32,7 @@ MOMENT_S = 5.0  # until the moment has come
 RETURN_S = 20.0  # until all processes are back
 MAX_PROVOKED = 60
 LEASE_S = 1.0
-REST_S = 2 * LEASE_S
+REST_S = 1.5 * LEASE_S
 
 NON_RESUMABLE = "the front is the single point that all streams pass through; they end with it (adr/002)"
 ENDS_STREAMS = ("kill -9", "SIGTERM", "OOM kill", "disk full")  # of the router's process
@@ -188,7 +189,7 @@ class _Play:
     def _serve_more(self) -> None:
         names = ["after-0", "after-1"]
         for name in names:
-            self._submit(_request(name, self._rng, 20, 4))
+            self._submit(_request(name, self._rng, 18, 3))
         self._until(self._all_ended, TIMEOUT_S + 1, "a request after the fault hangs")
         for name in names:
             record = self._cluster.journal.records.get(name)
@@ -225,7 +226,9 @@ class _Play:
     def _check_router_at_rest(self) -> None:
         status = self._cluster.router.status()
         if status.active_requests or status.queued_requests:
-            raise RunFailed(f"the router still holds {status.active_requests} requests, {status.queued_requests} queued")
+            raise RunFailed(
+                f"the router still holds {status.active_requests} requests, {status.queued_requests} queued"
+            )
 
     def _result(self) -> RunResult:
         run, records = self._run, self._cluster.journal.records
@@ -268,7 +271,7 @@ def _others(run: Run, rng: random.Random) -> list[tuple[float, GenerateRequest]]
     elif run.moment.crowd == "decode":
         sizes = [(0.0, 8, 40, 1)] * (2 * run.num_pairs)  # they take all seats for a while
     else:
-        sizes = [(0.0, 14, 8, 1), (0.004, 6, 10, 2), (0.03, 11, 6, 1), (0.05, 9, 8, 1)]
+        sizes = [(0.0, 14, 8, 1), (0.004, 6, 6, 2), (0.03, 9, 6, 1)]
     return [(delay_s, _request(f"other-{i}", rng, *size)) for i, (delay_s, *size) in enumerate(sizes)]
 
 

@@ -30,6 +30,7 @@ from .turn_watch import TurnWatch
 
 log = logging.getLogger(__name__)
 
+LOAD_S = 60.0
 CORES_FILE = "cores"  # in the runtime folder; see engine.core_share
 
 MakeRoles = Callable[[WorkerKey, Engine, BlockPool, Topology, Ownership | None], list[Role]]
@@ -65,19 +66,22 @@ def load_engine(topology: Topology, spec: WorkerSpec, membership: Membership | N
     from ..engine.torch_engine import TorchEngine
 
     pool = spec.config
+    path, slot = Path(topology.runtime_dir) / CORES_FILE, topology.workers().index(spec) % MAX_WORKERS
+    share = CoreShare(path, slot, torch.get_num_threads(), MonotonicClock())
+    # Loading takes its share like a step: the workers that serve meanwhile must not wait for each other's threads.
+    torch.set_num_threads(share.begin(LOAD_S))
     engine = TorchEngine.load(
         Path(topology.model.source),
         model_name=topology.model.served_name,
-        dtype=topology.model.dtype,
+        dtype=pool.dtype or topology.model.dtype,
         num_blocks=pool.num_blocks,
         kv_bytes=pool.kv_cache_bytes or DEFAULT_KV_BYTES,
-        block_size=topology.block_size,
+        block_size=pool.block_size or topology.block_size,
         max_model_len=topology.model.max_model_len,
         num_threads=pool.threads,
         make_memory=membership.make_memory if membership is not None else None,
     )
-    path, slot = Path(topology.runtime_dir) / CORES_FILE, topology.workers().index(spec) % MAX_WORKERS
-    share = CoreShare(path, slot, torch.get_num_threads(), MonotonicClock())
+    share.rest()
     return SharingEngine(engine, share, torch.set_num_threads)
 
 

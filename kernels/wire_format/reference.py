@@ -7,7 +7,6 @@ import torch
 from .formats import is_scaled
 
 _FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_SMALLEST_SCALE = 2.0**-126
 
 
 def encode(kv: torch.Tensor, wire_dtype: str) -> torch.Tensor:
@@ -66,8 +65,7 @@ def _scale(values: torch.Tensor, wire_dtype: str) -> float:
     largest = values.abs().max()
     if not torch.isfinite(largest):
         return float("nan")
-    scale = float(largest / (127 if wire_dtype == "int8" else 448))
-    return max(scale, _SMALLEST_SCALE) if largest > 0 else 0.0
+    return float(largest / (127 if wire_dtype == "int8" else 448))
 
 
 def _codes(values: torch.Tensor, scale: torch.Tensor, wire_dtype: str) -> torch.Tensor:

@@ -108,7 +108,9 @@ class NixlTransport(Transport):
 
         def check() -> None:
             if time.monotonic() >= until:
-                raise TransferFailed(f"NIXL agent {name} does not answer; is it reachable over {os.environ['UCX_TLS']}?")
+                raise TransferFailed(
+                    f"NIXL agent {name} does not answer; is it reachable over {os.environ['UCX_TLS']}?"
+                )
 
         nbytes = min(_PROBE_BYTES, offer.nbytes)
         self._agent.read(name, [(offer.address, self._probe.ctypes.data, nbytes)], check)
@@ -116,6 +118,8 @@ class NixlTransport(Transport):
 
 class NixlBulk(Bulk):
     """Made by `NixlTransport.connect`. `disconnect` is called once, by `close`."""
+
+    is_reader = True
 
     def __init__(
         self, memory: KVMemory, agent: NixlAgent, peer: str, offer: NixlOffer, disconnect: Callable[[], None]

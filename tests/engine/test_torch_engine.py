@@ -235,8 +235,8 @@ def test_load_refuses_what_cannot_work(tmp_path: Path) -> None:
         TorchEngine.load(path, model_name="tiny", kv_bytes=1000)
     with pytest.raises(ConfigError, match="max_model_len: 513 is beyond the model's window of 512"):
         TorchEngine.load(path, model_name="tiny", max_model_len=513)
-    with pytest.raises(ConfigError, match=r"model\.dtype: 'float16' is not one of auto, float32, bfloat16"):
-        TorchEngine.load(path, model_name="tiny", dtype="float16")
+    with pytest.raises(ConfigError, match=r"model\.dtype: 'float8' is not one of auto, float32, bfloat16"):
+        TorchEngine.load(path, model_name="tiny", dtype="float8")
 
 
 def test_auto_type_is_native_bfloat16_or_float32() -> None:

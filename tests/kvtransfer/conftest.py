@@ -74,6 +74,7 @@ class Cluster:
         is_stalled: Callable[[], bool] = lambda: False,
         staging_bytes: int = 0,
         wire_dtype: str = "lossless",
+        digests: bool = True,
     ) -> Worker:
         memory = KVMemory(NUM_BLOCKS, FINGERPRINT.num_layers, LAYER_BYTES, staging_bytes)
         events: queue.SimpleQueue[LinkEvent] = queue.SimpleQueue()
@@ -86,7 +87,7 @@ class Cluster:
             events.put,
             runtime_dir=self.runtime_dir,
             cluster_key=cluster_key,
-            settings=MeshSettings(transports, wire_dtype),
+            settings=MeshSettings(transports, wire_dtype, digests),
             times=LinkTimes(liveness_s, min(0.3, liveness_s / 5), renew_s, is_stalled),
         )
         self.workers.append(Worker(mesh, memory, key, role, events))
@@ -185,9 +186,12 @@ class Handmade:
         data = body + _mac(self.session._mine, self.session._sent, body)
         self.sock.sendall(len(data).to_bytes(4, "little") + data)
 
+    def read_any(self) -> HandoffMessage:
+        return read_frame(self.sock, Deadline(WAIT_S), self.session)
+
     def read(self) -> HandoffMessage:
         """The next message that is no ping."""
-        while isinstance(message := read_frame(self.sock, Deadline(WAIT_S), self.session), KvPing):
+        while isinstance(message := self.read_any(), KvPing):
             continue
         return message
 

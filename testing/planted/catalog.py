@@ -1,0 +1,7 @@
+from contextlib import nullcontext
+
+BUGS = {}
+
+
+def plant_of(name):
+    return nullcontext
