@@ -94,9 +94,11 @@ def forget_silently(original: Any) -> Any:
 
 def deaf_once_opened(original: Any) -> Any:
     def on_command(self: PrefillRole, message: Any, now: float) -> None:
-        task = next((t for k, t in self._tasks.items() if k == (message.request_id, message.attempt)), None) if (
-            isinstance(message, Abort)
-        ) else None
+        task = (
+            next((t for k, t in self._tasks.items() if k == (message.request_id, message.attempt)), None)
+            if (isinstance(message, Abort))
+            else None
+        )
         if task is None or not task.opened:
             original(self, message, now)
 
