@@ -18,8 +18,8 @@ from .settings import build, setting, to_mapping
 
 VERSION = 1
 DEFAULT_MODEL = "smollm2-135m-instruct"
-DTypeName = Literal["auto", "float32", "bfloat16"]
-TransportName = Literal["auto", "shm", "tcp"]
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+TransportName = Literal["auto", "shm", "tcp", "nixl", "ucx", "gloo", "nccl", "cuda_ipc"]
 WireDtypeName = Literal["lossless", "auto", "float32", "bfloat16", "float16", "fp8_e4m3", "int8"]
 PolicyName = Literal["prefix-affinity", "least-loaded", "round-robin"]
 Disaggregate = Literal["auto", "always", "never"]
@@ -63,12 +63,15 @@ class RouterConfig:
     max_active_requests: int = setting(4096, 1, 1 << 20)
     max_queued_requests: int = setting(1024, 1, 1 << 20)
     max_attempts: int = setting(4, 1, 100)
-    worker_timeout_s: float = setting(1.5, 0.5, 600)  # silence after which a worker counts as lost
+    worker_timeout_s: float = setting(0.75, 0.2, 600)  # silence after which a worker counts as lost
+    unavailable_s: float = setting(60.0, 1, 86_400)  # wait for a worker; longer than one takes to load the model
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillConfig:
     replicas: int = setting(1, 0, 64)
+    dtype: DTypeName | None = None  # None: model.dtype; workers of different types convert what they hand over
+    block_size: int | None = setting(None, 1, 1024)  # None: the topology's
     threads: int | None = setting(None, 1, 4096)  # None: every core of the machine
     kv_cache_bytes: int | None = setting(None, 1 << 16, 1 << 50)  # None, without num_blocks: 1 GiB
     num_blocks: int | None = setting(None, 2, 1 << 20)
@@ -79,18 +82,31 @@ class PrefillConfig:
 @dataclass(frozen=True, slots=True)
 class DecodeConfig:
     replicas: int = setting(1, 1, 64)
+    dtype: DTypeName | None = None
+    block_size: int | None = setting(None, 1, 1024)
     threads: int | None = setting(None, 1, 4096)
     kv_cache_bytes: int | None = setting(None, 1 << 16, 1 << 50)
     num_blocks: int | None = setting(None, 2, 1 << 20)
     max_num_batched_tokens: int = setting(1024, 16, 1 << 20)  # only when it prefills itself
     max_num_seqs: int = setting(64, 1, 1 << 16)
+    park_bytes: int = setting(256 << 20, 0, 1 << 50)  # host memory for preempted sequences; 0: they are computed again
+
+
+@dataclass(frozen=True, slots=True)
+class LivenessConfig:
+    """What tells a worker that computes from one that hangs or is cut off. The end of a process is noticed at once."""
+
+    heartbeat_s: float = setting(0.1, 0.01, 60)  # several must fit into router.worker_timeout_s
+    max_step_s: float = setting(60.0, 0.1, 86_400)  # a step that lasts longer counts as hung, its requests move on
 
 
 @dataclass(frozen=True, slots=True)
 class TransferConfig:
-    transport: TransportName = "auto"  # auto: shared memory on one host, else TCP
+    transport: TransportName = "auto"  # auto: shared memory on one host, else TCP; the others need a library
     wire_dtype: WireDtypeName = "lossless"  # what travels where cache formats differ; auto may choose 8 bits
     lease_s: float = setting(5.0, 0.5, 600)
+    one_pool: bool = False  # all workers keep their blocks in one memory of the supervisor's (`engine.shared_pool`)
+    keep_prefix: bool = True  # with one_pool: copy, not give, what prefill's prefix cache has shown to need again
     key_file: str | None = None  # 64 hex digits that all processes share; None: made in the runtime folder
 
 
@@ -113,6 +129,7 @@ class Topology:
     colocated: bool = False  # decode.replicas workers of role `both`, and no prefill worker
     block_size: int = setting(16, 1, 1024)  # tokens in a KV block
     transfer: TransferConfig = field(default_factory=TransferConfig)
+    liveness: LivenessConfig = field(default_factory=LivenessConfig)
     runtime_dir: str = ""  # folder of the sockets; empty: chosen at start
     log_level: LevelName = "info"
 
@@ -175,9 +192,35 @@ def check_topology(topology: Topology) -> Topology:
     for section, pool in (("prefill", topology.prefill), ("decode", topology.decode)):
         if pool.kv_cache_bytes is not None and pool.num_blocks is not None:
             raise ConfigError(f"{section}: kv_cache_bytes and num_blocks both say how large the KV cache is; keep one")
+    if topology.router.worker_timeout_s < 3 * topology.liveness.heartbeat_s:
+        raise ConfigError(
+            f"router.worker_timeout_s: {topology.router.worker_timeout_s:g} is less than three heartbeats of "
+            f"liveness.heartbeat_s: {topology.liveness.heartbeat_s:g}; one late heartbeat would look like a lost worker"
+        )
+    _check_one_pool(topology)
     if topology.router.disaggregate == "always" and (topology.colocated or topology.prefill.replicas == 0):
         raise ConfigError("router.disaggregate: always needs a prefill worker, and this topology has none; use auto")
     return topology
+
+
+def _check_one_pool(topology: Topology) -> None:
+    """All workers have one model; what else they share has to be shared."""
+    if not topology.transfer.one_pool:
+        return
+    if topology.colocated or topology.prefill.replicas == 0:
+        raise ConfigError("transfer.one_pool: nothing is handed over without a prefill worker; set it to false")
+    formats = {(pool.dtype, pool.block_size) for pool in (topology.prefill, topology.decode)}
+    if len(formats) > 1:
+        raise ConfigError("transfer.one_pool: prefill and decode differ in dtype or block_size, and one memory has one")
+    if topology.transfer.transport not in ("auto", "shm"):
+        raise ConfigError(
+            f"transfer.one_pool: transport is {topology.transfer.transport}, and one memory needs auto or shm"
+        )
+    if topology.transfer.wire_dtype not in ("lossless", "auto"):
+        raise ConfigError(
+            f"transfer.one_pool: wire_dtype is {topology.transfer.wire_dtype}, and nothing is converted within one "
+            "memory; set wire_dtype to lossless"
+        )
 
 
 def load_topology(path: str | os.PathLike[str]) -> Topology:

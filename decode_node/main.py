@@ -8,21 +8,29 @@ Tokens go to the router after every step. The loop around it, with its threads, 
 
 from __future__ import annotations
 
+from ..core.clock import MonotonicClock
 from ..core.cluster_key import cluster_key
 from ..core.config import Topology
 from ..core.ids import WorkerKey
 from ..engine.block_pool import BlockPool
-from ..engine.interface import EngineSpec
+from ..engine.interface import Engine
+from ..engine.parking import Parking
 from ..kvtransfer.destination import DestinationTable
+from ..kvtransfer.ownership import Ownership
 from ..worker.launch import launch
 from ..worker.role import Role
 from .role import DecodeRole
 
 
-def make_roles(me: WorkerKey, spec: EngineSpec, pool: BlockPool, topology: Topology) -> list[Role]:
-    destination = DestinationTable(topology.transfer.lease_s)
-    key = cluster_key(topology)
-    return [DecodeRole(me, spec, pool, destination, key, max_running=topology.decode.max_num_seqs)]
+def make_roles(
+    me: WorkerKey, engine: Engine, pool: BlockPool, topology: Topology, ownership: Ownership | None = None
+) -> list[Role]:
+    destination, key = DestinationTable(topology.transfer.lease_s), cluster_key(topology)
+    parking = Parking(engine.memory, topology.decode.park_bytes, MonotonicClock())
+    seats = topology.decode.max_num_seqs
+    return [
+        DecodeRole(me, engine.spec, pool, destination, key, max_running=seats, parking=parking, ownership=ownership)
+    ]
 
 
 def main(topology: Topology, name: str) -> int:

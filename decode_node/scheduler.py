@@ -15,6 +15,7 @@ from ..kvtransfer.effects import Offered
 from ..kvtransfer.incoming import Granting
 from ..worker.admission import next_chunk, publish_computed, release, try_admit, try_grow
 from ..worker.role import Budget
+from .preemption import Preemption
 from .receiving import Receiving, ReceivingQueue
 
 Admitted = tuple[Receiving, Granting | None]
@@ -23,19 +24,19 @@ Admitted = tuple[Receiving, Granting | None]
 class DecodeScheduler:
     """Continuous batching, oldest first.
 
-    waiting    no blocks; by arrival, preempted ones at the head       offers     no blocks; prefill is about to push
+    waiting    no blocks, perhaps parked ones; by arrival              offers     no blocks; prefill is about to push
     running    blocks for all their tokens; by arrival                 receiving  blocks granted to a hand-off
 
     A sequence is in one of the four. Admission leaves one free block for each running sequence, so that admitting
     does not cause preemption at once.
     """
 
-    def __init__(self, pool: BlockPool, max_running: int) -> None:
+    def __init__(self, pool: BlockPool, max_running: int, preemption: Preemption | None = None) -> None:
         self._pool, self._max_running = pool, max_running
+        self.preemption = preemption or Preemption(pool)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.incoming = ReceivingQueue(pool)
-        self.num_preemptions = 0
         self.queried_tokens = 0
         self.hit_tokens = 0
 
@@ -47,6 +48,10 @@ class DecodeScheduler:
     def receiving(self) -> list[Receiving]:
         return self.incoming.receiving
 
+    @property
+    def num_preemptions(self) -> int:
+        return self.preemption.num_preempted
+
     # ---- entering and leaving ----
 
     def add_waiting(self, seqs: list[Sequence]) -> None:
@@ -54,7 +59,8 @@ class DecodeScheduler:
 
     def add_forks(self, seqs: list[Sequence]) -> None:
         """Choices that share a prompt now cached: they go before everything that arrived later."""
-        self.waiting.extendleft(reversed(seqs))
+        for seq in reversed(seqs):
+            self._insert_waiting(seq)
 
     def add_offer(self, offer: Offered, lead: Sequence) -> None:
         self.incoming.add(offer, lead)
@@ -77,7 +83,15 @@ class DecodeScheduler:
             self.running.remove(seq)
         if seq in self.waiting:
             self.waiting.remove(seq)
+        self.preemption.drop(seq)
         release(seq, self._pool)
+
+    def _insert_waiting(self, seq: Sequence) -> None:
+        """Before all that arrived with it or later."""
+        position = 0
+        while position < len(self.waiting) and self.waiting[position].arrival < seq.arrival:
+            position += 1
+        self.waiting.insert(position, seq)
 
     def _insert_running(self, seq: Sequence) -> None:
         position = len(self.running)
@@ -117,6 +131,7 @@ class DecodeScheduler:
         if self._try_admit(self.waiting[0], keep_last=True) is None:
             return None
         seq = self.waiting.popleft()
+        self.preemption.come_back(seq)
         self._insert_running(seq)
         return seq
 
@@ -132,7 +147,7 @@ class DecodeScheduler:
 
     def schedule(self, budget: Budget, now: float) -> list[ScheduledSeq]:
         """Running sequences first (one token each), then the chunks of those that still prefill, then new ones."""
-        self._make_room()
+        self._make_room(now)
         decoding = [s for s in self.running if not s.is_prefilling]
         prefilling = [s for s in self.running if s.is_prefilling]
         entries = [next_chunk(seq, budget, now) for seq in (*decoding, *prefilling)]
@@ -140,20 +155,16 @@ class DecodeScheduler:
             entries.append(next_chunk(seq, budget, now))
         return [entry for entry in entries if entry is not None]
 
-    def _make_room(self) -> None:
+    def _make_room(self, now: float) -> None:
         """Every running sequence gets a block for its newest token; the youngest give way when there are none."""
         position = 0
         while position < len(self.running):
             if try_grow(self.running[position], self._pool):
                 position += 1
             else:
-                self._preempt(self.running[-1])
-
-    def _preempt(self, seq: Sequence) -> None:
-        self.running.remove(seq)
-        release(seq, self._pool)
-        self.waiting.appendleft(seq)
-        self.num_preemptions += 1
+                seq = self.running.pop()
+                self.preemption.leave(seq, now)
+                self._insert_waiting(seq)
 
     def advance(self, entry: ScheduledSeq) -> bool:
         """Count the entry's tokens as computed; False when its sequence has left meanwhile."""
@@ -169,3 +180,12 @@ class DecodeScheduler:
     def owners(self) -> list[list[BlockId]]:
         owners = [*self.running, *(item.lead for item in self.receiving)]
         return [seq.block_table for seq in owners if seq.block_table]
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError unless each list is in order and parked bytes belong to waiting sequences alone."""
+        for name, seqs in (("waiting", list(self.waiting)), ("running", self.running)):
+            arrivals = [seq.arrival for seq in seqs]
+            assert arrivals == sorted(arrivals), f"{name} sequences stand in the order {arrivals}"
+        holding = [seq.key for seq in self.waiting if seq.block_table]
+        assert not holding, f"waiting sequences {holding} hold blocks"
+        self.preemption.check_invariants(self.waiting, [*self.running, *(item.lead for item in self.receiving)])

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from ..core.clock import Clock
 from ..core.config import Topology, dump_topology
+from ..engine.shared_files import SharedFiles
 from .launch import TOPOLOGY_FILE, child_specs
 from .reports import ClusterReady, Listening, Report, decode_report
 from .supervisor import Supervisor
@@ -50,7 +51,8 @@ class Cluster:
     ) -> None:
         self._topology, self._runtime_dir, self._audience = topology, runtime_dir, audience
         self._save()
-        specs = child_specs(topology, runtime_dir)
+        self._shared = SharedFiles() if topology.transfer.one_pool else None
+        specs = child_specs(topology, runtime_dir, shared=self._shared)
         self.supervisor = Supervisor(specs, self, clock, topology.gateway.drain_s, log_fd)
 
     async def run(self) -> None:
@@ -62,6 +64,8 @@ class Cluster:
         finally:
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.remove_signal_handler(number)
+            if self._shared is not None:
+                self._shared.close()
 
     def stop(self) -> None:
         self._audience.tell(Stopping())

@@ -100,6 +100,7 @@ def router_config(topology: Topology) -> RouterConfig:
         max_active_requests=router.max_active_requests,
         worker_timeout_s=router.worker_timeout_s,
         max_attempts=router.max_attempts,
+        unavailable_s=router.unavailable_s,
         expected_workers=len(topology.workers()),
     )
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..core.config import Topology, WorkerSpec
+from ..engine.shared_files import SharedFiles
 from ..engine.threads import thread_environment
 from .child import child_environment
 from .supervisor import ChildSpec
@@ -17,16 +18,25 @@ TOPOLOGY_FILE = "topology.yaml"
 _ROLE_COMMANDS = {"prefill": "prefill", "decode": "decode", "both": "decode"}
 
 
-def child_specs(topology: Topology, runtime_dir: Path, environment: Mapping[str, str] = os.environ) -> list[ChildSpec]:
-    """The front and every worker of `topology`, whose file lies in `runtime_dir`."""
+def child_specs(
+    topology: Topology,
+    runtime_dir: Path,
+    environment: Mapping[str, str] = os.environ,
+    shared: SharedFiles | None = None,
+) -> list[ChildSpec]:
+    """The front and every worker of `topology`, whose file lies in `runtime_dir`. Workers inherit `shared`."""
     path = str(runtime_dir / TOPOLOGY_FILE)
     front = ChildSpec("router", _command("router", path), child_environment(environment, {}), is_front=True)
-    return [front, *(_worker_spec(worker, path, environment) for worker in topology.workers())]
+    return [front, *(_worker_spec(worker, path, environment, shared) for worker in topology.workers())]
 
 
-def _worker_spec(worker: WorkerSpec, topology_file: str, environment: Mapping[str, str]) -> ChildSpec:
+def _worker_spec(
+    worker: WorkerSpec, topology_file: str, environment: Mapping[str, str], shared: SharedFiles | None
+) -> ChildSpec:
     command = _command(_ROLE_COMMANDS[worker.role], topology_file, "--name", worker.name)
-    return ChildSpec(worker.name, command, child_environment(environment, worker_threads(worker)))
+    extra = worker_threads(worker) | (shared.environment() if shared is not None else {})
+    inherited = shared.fds if shared is not None else ()
+    return ChildSpec(worker.name, command, child_environment(environment, extra), inherited=inherited)
 
 
 def _command(role: str, topology_file: str, *rest: str) -> tuple[str, ...]:

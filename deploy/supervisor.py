@@ -41,6 +41,7 @@ class ChildSpec:
     argv: tuple[str, ...]
     env: Mapping[str, str]
     is_front: bool = False
+    inherited: tuple[int, ...] = ()  # descriptors of the supervisor that the process gets under the same numbers
 
 
 class StartFailed(Exception):
@@ -159,6 +160,7 @@ class Supervisor:
             stdout=asyncio.subprocess.PIPE if spec.is_front else self._log_fd,
             stderr=self._log_fd,
             start_new_session=True,
+            pass_fds=spec.inherited,
             limit=MAX_REPORT_BYTES,
         )
         child.reader = asyncio.create_task(self._read_reports(process)) if spec.is_front else None

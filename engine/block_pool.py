@@ -3,10 +3,13 @@
     free ──allocate──▶ referenced ──free, published──▶ cached (unreferenced, findable) ──evicted──▶ referenced
       ▲                  │    ▲                           │
       └──free, unpublished    └────────acquire────────────┘
+    adopt ▶ free, adopt_held ▶ referenced                surrender: referenced once ▶ gone
 
-A block is in exactly one of the three places. A published block is found by its hash while referenced too, so sequences
-that run at the same time share it. Every allocation gives a block its next generation: whoever still names an older one
-(a late push, an old grant) is refused. Pure bookkeeping: no tensors, no clock, no randomness. One thread owns a pool.
+A block is in exactly one of the three places, or not in this pool: where workers of one host share a memory, blocks
+change hands between their pools (`kvtransfer.ownership`), and a pool's ids and their number change while it runs. A
+published block is found by its hash while referenced too, so sequences that run at the same time share it. Every
+allocation gives a block its next generation: whoever still names an older one (a late push, an old grant) is refused.
+Pure bookkeeping: no tensors, no clock, no randomness. One thread owns a pool.
 """
 
 from __future__ import annotations
@@ -27,15 +30,34 @@ class BlockPool:
     """`num_blocks` blocks of `block_size` tokens. With the prefix cache off, nothing is ever found or retained."""
 
     def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_cache: bool = True) -> None:
-        self.num_blocks, self.block_size = num_blocks, block_size
-        self.enable_prefix_cache = enable_prefix_cache
+        self.block_size, self.enable_prefix_cache = block_size, enable_prefix_cache
         # A stack: what was freed last is warm in the processor's caches.
-        self._free = [BlockId(i) for i in reversed(range(num_blocks))]
+        self._free: list[BlockId] = []
         self._cached: OrderedDict[BlockId, None] = OrderedDict()  # unreferenced and findable, least recently used first
-        self._ref_counts = [0] * num_blocks
-        self._generations = [0] * num_blocks
+        self._ref_counts: dict[BlockId, int] = {}  # of every block in the pool
+        self._generations: dict[BlockId, int] = {}  # outlives a block's stay: one that returns goes on counting
         self._block_of: dict[BlockHash, BlockId] = {}
         self._hash_of: dict[BlockId, BlockHash] = {}
+        self.adopt(map(BlockId, range(num_blocks)))
+
+    @classmethod
+    def of(cls, block_ids: Iterable[BlockId], block_size: int, *, enable_prefix_cache: bool = True) -> BlockPool:
+        """A pool over these blocks, all free."""
+        pool = cls(0, block_size, enable_prefix_cache=enable_prefix_cache)
+        pool.adopt(block_ids)
+        return pool
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in this pool now."""
+        return len(self._ref_counts)
+
+    def block_ids(self) -> list[BlockId]:
+        """Every block in this pool, ascending."""
+        return sorted(self._ref_counts)
+
+    def __contains__(self, block_id: BlockId) -> bool:
+        return block_id in self._ref_counts
 
     @property
     def num_free_blocks(self) -> int:
@@ -49,6 +71,10 @@ class BlockPool:
 
     def ref_count(self, block_id: BlockId) -> int:
         return self._ref_counts[block_id]
+
+    def is_published(self, block_id: BlockId) -> bool:
+        """The block can be found by its hash."""
+        return block_id in self._hash_of
 
     def generation(self, block_id: BlockId) -> int:
         """How often the block was allocated. 0 means never."""
@@ -70,7 +96,7 @@ class BlockPool:
     def acquire(self, block_ids: Iterable[BlockId]) -> None:
         """One more reference on each block. Only referenced and cached blocks have something worth sharing."""
         for block_id in block_ids:
-            if self._ref_counts[block_id] == 0:
+            if self._ref_counts.get(block_id, 0) == 0:
                 if block_id not in self._cached:
                     raise InternalError(f"block {block_id} is free; only referenced or cached blocks can be acquired")
                 del self._cached[block_id]
@@ -102,11 +128,10 @@ class BlockPool:
         Raises InternalError for a block without references.
         """
         for block_id in block_ids:
-            count = self._ref_counts[block_id]
+            count = self._ref_counts.get(block_id, 0)
             if count == 0:
-                raise InternalError(
-                    f"block {block_id} (generation {self._generations[block_id]}) is freed but nobody holds it"
-                )
+                generation = self._generations.get(block_id, 0)
+                raise InternalError(f"block {block_id} (generation {generation}) is freed but nobody holds it")
             self._ref_counts[block_id] = count - 1
             if count > 1:
                 continue
@@ -122,7 +147,7 @@ class BlockPool:
         """
         if not self.enable_prefix_cache:
             return False
-        if self._ref_counts[block_id] == 0:
+        if self._ref_counts.get(block_id, 0) == 0:
             raise InternalError(f"block {block_id} is published but nobody holds it")
         if self._hash_of.get(block_id, block_hash) != block_hash:
             raise InternalError(f"block {block_id} is published under a second hash")
@@ -146,14 +171,40 @@ class BlockPool:
         self.unpublish(published)
         return len(published)
 
+    def adopt(self, block_ids: Iterable[BlockId]) -> None:
+        """Blocks enter the pool as free ones. Raises InternalError, and takes none, for one that is in it already."""
+        fresh = self._enter(block_ids, 0)
+        self._free += reversed(fresh)  # `allocate` takes from the end: ascending ids stay side by side
+
+    def adopt_held(self, block_ids: Iterable[BlockId]) -> None:
+        """Blocks enter the pool in use: with content, and one reference that the caller holds. Raises as `adopt`."""
+        for block_id in self._enter(block_ids, 1):
+            self._generations[block_id] += 1
+
+    def surrender(self, block_ids: Iterable[BlockId]) -> None:
+        """Blocks leave the pool, with the one reference that the caller holds; they are found no more.
+
+        Raises InternalError, and lets none go, for a block that is referenced by nobody or by others too.
+        """
+        leaving = list(block_ids)
+        for block_id in leaving:
+            count = self._ref_counts.get(block_id)
+            if count != 1:
+                found = "is not in this pool" if count is None else f"has {count} references"
+                raise InternalError(f"block {block_id} {found}; only one that its holder alone references can leave")
+        if len(set(leaving)) != len(leaving):
+            raise InternalError(f"blocks {leaving} leave, one of them twice")
+        for block_id in leaving:
+            self._forget(block_id)
+            del self._ref_counts[block_id]
+
     def check_invariants(self, owners: Iterable[Iterable[BlockId]] | None = None) -> None:
         """Raise AssertionError, naming block and numbers, unless every block is in one place and counts agree.
 
         `owners` are the block tables of all who hold references: a block's count equals how often it stands in them.
         """
         places = Counter(self._free) + Counter(list(self._cached))
-        for block_id in map(BlockId, range(self.num_blocks)):
-            count = self._ref_counts[block_id]
+        for block_id, count in self._ref_counts.items():
             found = places.pop(block_id, 0) + (count > 0)
             assert count >= 0, f"block {block_id} has {count} references"
             assert found == 1, f"block {block_id} is in {found} places, with {count} references"
@@ -161,6 +212,17 @@ class BlockPool:
         self._check_hashes()
         if owners is not None:
             self._check_owners(Counter(block_id for table in owners for block_id in table))
+
+    def _enter(self, block_ids: Iterable[BlockId], count: int) -> list[BlockId]:
+        """`block_ids` ascending, in the pool with `count` references each and in no place yet."""
+        fresh = sorted(block_ids)
+        twice = [block_id for block_id in fresh if block_id in self._ref_counts]
+        if twice or len(set(fresh)) != len(fresh):
+            raise InternalError(f"blocks {twice or fresh} enter a pool that has them already")
+        for block_id in fresh:
+            self._ref_counts[block_id] = count
+            self._generations.setdefault(block_id, 0)
+        return fresh
 
     def _evict_oldest(self) -> BlockId:
         block_id, _ = self._cached.popitem(last=False)
@@ -183,6 +245,6 @@ class BlockPool:
         assert not reused, f"blocks {reused} are free but can be found by hash"
 
     def _check_owners(self, held: Counter[BlockId]) -> None:
-        for block_id in sorted(held.keys() | {BlockId(i) for i, count in enumerate(self._ref_counts) if count}):
-            known = self._ref_counts[block_id] if 0 <= block_id < self.num_blocks else 0
+        for block_id in sorted(held.keys() | {block_id for block_id, count in self._ref_counts.items() if count}):
+            known = self._ref_counts.get(block_id, 0)
             assert known == held[block_id], f"block {block_id} has {known} references but {held[block_id]} owners"

@@ -32,6 +32,7 @@ class Sequence:
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
     num_published_blocks: int = 0
+    num_parked_tokens: int = 0  # leading tokens whose KV waits in host memory (`engine.parking`)
     sample_choices: tuple[int, ...] = ()  # choices to sample at the end of the prompt; empty means this one only
     first_scheduled: float | None = None
 

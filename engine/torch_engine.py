@@ -18,26 +18,34 @@ from ..models.weights import load_weights
 from ..protocol.messages import Fingerprint, SampledToken
 from .batch import build_batch
 from .interface import EngineSpec, OnLayers, ScheduledSeq
-from .kv_memory import KVMemory
+from .kv_memory import DEFAULT_KV_BYTES, KVMemory, blocks_in
 from .model_runner import ModelRunner, layer_bytes, pool_view
 from .sampler import SampledRow, sample
 
 LAYOUT = "block-major"
-DEFAULT_KV_BYTES = 1 << 30  # touched only as it fills
-STAGING_BYTES = 256 << 20  # likewise: only links that convert what they carry use it
+STAGING_BYTES = 512 << 20  # likewise: only links that convert what they carry use it
 
 Progress = Callable[[int, int], None]
+MakeMemory = Callable[[int, int, int], KVMemory]  # (num_blocks, num_layers, layer_bytes) → memory of as many or more
 
 
 class TorchEngine:
     """Implements `engine.interface.Engine`. Engines built on one `decoder` share its weights; each has its own pool."""
 
     def __init__(
-        self, decoder: Decoder, *, model_name: str, identity: str, num_blocks: int, block_size: int = 16
+        self,
+        decoder: Decoder,
+        *,
+        model_name: str,
+        identity: str,
+        num_blocks: int,
+        block_size: int = 16,
+        make_memory: MakeMemory | None = None,
     ) -> None:
         config, dtype = decoder.config, decoder.dtype
         self.decoder = decoder
-        self.memory = KVMemory(num_blocks, config.num_layers, layer_bytes(config, block_size, dtype), STAGING_BYTES)
+        make_memory = make_memory or _own_memory
+        self.memory = make_memory(num_blocks, config.num_layers, layer_bytes(config, block_size, dtype))
         self._runner = ModelRunner(decoder, pool_view(self.memory, config, block_size, dtype))
         self._block_size = block_size
         self.spec = EngineSpec(
@@ -72,19 +80,26 @@ class TorchEngine:
         max_model_len: int | None = None,
         num_threads: int | None = None,
         progress: Progress | None = None,
+        make_memory: MakeMemory | None = None,
     ) -> TorchEngine:
         """Load the model at `path`. The pool has `num_blocks` blocks, or as many as fit in `kv_bytes`.
 
+        `make_memory`: where the blocks lie, when they are not to have a memory of their own.
         Sets torch's number of threads for the whole process. Raises ModelFileError or ConfigError.
         """
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         checkpoint = open_checkpoint(path)
         config, kind = checkpoint.config, resolve_dtype(dtype)
-        blocks = num_blocks or _blocks_in(kv_bytes, config, block_size, kind)
+        blocks = num_blocks or blocks_in(kv_bytes, config.num_layers * layer_bytes(config, block_size, kind))
         decoder = build_decoder(config, checkpoint.tensors(), kind, _max_context(config, max_model_len), progress)
         return cls(
-            decoder, model_name=model_name, identity=checkpoint.identity, num_blocks=blocks, block_size=block_size
+            decoder,
+            model_name=model_name,
+            identity=checkpoint.identity,
+            num_blocks=blocks,
+            block_size=block_size,
+            make_memory=make_memory,
         )
 
     def execute(self, batch: list[ScheduledSeq], on_layers: OnLayers | None = None) -> list[tuple[SampledToken, ...]]:
@@ -127,8 +142,10 @@ def resolve_dtype(name: str) -> torch.dtype:
             return torch.float32
         case "bfloat16":
             return torch.bfloat16
+        case "float16":
+            return torch.float16
         case _:
-            raise ConfigError(f"model.dtype: {name!r} is not one of auto, float32, bfloat16")
+            raise ConfigError(f"model.dtype: {name!r} is not one of auto, float32, bfloat16, float16")
 
 
 def _has_native_bfloat16() -> bool:
@@ -154,8 +171,5 @@ def _max_context(config: ModelConfig, max_model_len: int | None) -> int:
     return max_model_len or config.max_position
 
 
-def _blocks_in(kv_bytes: int, config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    block_bytes = config.num_layers * layer_bytes(config, block_size, dtype)
-    if kv_bytes < 2 * block_bytes:
-        raise ConfigError(f"kv_cache_bytes: {kv_bytes} holds fewer than two blocks of {block_bytes} bytes; raise it")
-    return kv_bytes // block_bytes
+def _own_memory(num_blocks: int, num_layers: int, nbytes: int) -> KVMemory:
+    return KVMemory(num_blocks, num_layers, nbytes, STAGING_BYTES)

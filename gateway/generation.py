@@ -33,6 +33,7 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    resumed: int = 0  # how often the answer went on with another attempt behind its tokens; known at the end
 
     def body(self) -> dict[str, object]:
         return {
@@ -40,6 +41,7 @@ class Usage:
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            "completion_tokens_details": {"resumed": self.resumed},
         }
 
 
@@ -91,6 +93,7 @@ class Generation:
             self._num_prompt_tokens,
             sum(choice.num_tokens for choice in self.choices),
             sum(timing.phases.cached_tokens for timing in self._timings),
+            sum(timing.resumed for timing in self._timings),
         )
 
     def report(self) -> dict[str, object]:
@@ -156,7 +159,7 @@ class Generation:
 
     def _end(self, prompt: int, event: EndEvent) -> None:
         timing = self._timings[prompt]
-        timing.mark_end(event.attempts, event.route_s)
+        timing.mark_end(event.attempts, event.resumed, event.route_s)
         self._gateway.metrics.ended(timing)
         if self._is_complete(prompt):
             return

@@ -42,15 +42,23 @@ _WORKER_GAUGES = {
         "KV blocks that can be allocated now, retained prefixes included",
         "free_blocks",
     ),
+    "penstock_worker_parked_bytes": ("KV bytes of preempted sequences in host memory", "parked_bytes"),
     "penstock_worker_cached_kv_blocks": ("Free KV blocks that hold a retained prefix", "cached_blocks"),
 }
 _WORKER_COUNTERS = {
     "penstock_worker_steps": ("Engine steps", "steps"),
     "penstock_worker_preemptions": ("Sequences preempted for lack of KV blocks", "preemptions"),
+    "penstock_worker_parked_sequences": ("Preempted sequences copied to host memory", "parked"),
+    "penstock_worker_unparked_sequences": ("Preempted sequences copied back from host memory", "unparked"),
+    "penstock_worker_corrupt_parked_blocks": (
+        "KV blocks that came back from host memory corrupt and were computed again",
+        "corrupt_parked_blocks",
+    ),
     "penstock_worker_prefix_hit_tokens": ("Prompt tokens found in the prefix cache", "prefix_hit_tokens"),
     "penstock_worker_prefix_query_tokens": ("Prompt tokens looked up in the prefix cache", "prefix_query_tokens"),
-    "penstock_worker_transferred_bytes": ("KV bytes handed over", "transferred_bytes"),
+    "penstock_worker_transferred_bytes": ("KV bytes moved in hand-offs", "transferred_bytes"),
     "penstock_worker_transferred_blocks": ("KV blocks handed over", "transferred_blocks"),
+    "penstock_worker_given_blocks": ("KV blocks handed over where they lay", "given_blocks"),
     "penstock_worker_failed_handoffs": ("Hand-offs that failed", "failed_handoffs"),
     "penstock_worker_stale_messages": ("Messages of ended attempts or lost workers, dropped", "stale_messages"),
 }
@@ -70,6 +78,9 @@ class GatewayMetrics:
         )
         self._generated = Counter("penstock_generated_tokens", "Output tokens received from workers", registry=r)
         self._retries = Counter("penstock_request_retries", "Attempts after the first of a request", registry=r)
+        self._resumed = Counter(
+            "penstock_resumed_streams", "Attempts that went on behind tokens already delivered", registry=r
+        )
         self._failures = Counter(
             "penstock_failed_requests", "Generations that ended with an error", ("code",), registry=r
         )
@@ -113,7 +124,8 @@ class GatewayMetrics:
 
     def ended(self, timing: RequestTiming) -> None:
         """A router request ended, well or not."""
-        self._retries.inc(timing.attempts - 1)
+        self._retries.inc(max(0, timing.attempts - 1))  # none when the request never found a worker
+        self._resumed.inc(timing.resumed)
         self._e2e.observe(timing.e2e_s)
         if timing.ttft_s is None:
             return

@@ -23,6 +23,7 @@ class RequestTiming:
     phases: Phases = NO_PHASES
     route_s: float = 0.0
     attempts: int = 1
+    resumed: int = 0
     num_tokens: int = 0
 
     def mark_submitted(self) -> None:
@@ -39,9 +40,9 @@ class RequestTiming:
         self.num_tokens += count
         return gap
 
-    def mark_end(self, attempts: int, route_s: float) -> None:
+    def mark_end(self, attempts: int, resumed: int, route_s: float) -> None:
         self.ended_s = self.clock.now()
-        self.attempts = attempts
+        self.attempts, self.resumed = attempts, resumed
         self.route_s = route_s
 
     @property
@@ -59,7 +60,7 @@ class RequestTiming:
             return None
         return (self.last_token_s - self.first_token_s) / (self.num_tokens - 1)
 
-    def report(self) -> dict[str, float | int | bool]:
+    def report(self) -> dict[str, float | int]:
         """The vendor part of an answer, in milliseconds; the `_ms` up to other_ms add up to ttft_ms."""
         ttft_s = self.ttft_s or 0.0
         gateway_s = max(0.0, self.submitted_s - self.received_s)
@@ -82,7 +83,7 @@ class RequestTiming:
             "transferred_blocks": phases.transferred_blocks,
             "transferred_bytes": phases.transferred_bytes,
             "attempts": self.attempts,
-            "resumed": self.attempts > 1,
+            "resumed": self.resumed,
         }
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from ..core.errors import TransferFailed
+from ..core.errors import ProtocolError, TransferFailed
 from ..core.ids import WorkerKey
 
 MAX_OFFER_BYTES = 32 << 10
@@ -24,6 +24,10 @@ MAX_OFFER_BYTES = 32 << 10
 
 class Unusable(TransferFailed):
     """This transport cannot serve here or with this peer; the text says why and what would help."""
+
+
+class NotTheirs(ProtocolError):
+    """The source's bytes of this push are another worker's by now: its hand-off was withdrawn. Others go on."""
 
 
 class Span(NamedTuple):
@@ -49,10 +53,12 @@ class Bulk(Protocol):
     """Moves bytes over one link. One thread calls `send`, another `receive` and `discard`; neither ever calls both.
 
     Everything may raise OSError or TransferFailed, which ends the link. `quarantine_s`: how long after `close` a write
-    into our own memory may still land (one-sided hardware); 0 when none can.
+    into our own memory may still land (one-sided hardware); 0 when none can. `is_reader`: the destination reads by
+    itself, so a push may be received in parts, each checked while it is warm in the processor's caches.
     """
 
     quarantine_s: float
+    is_reader: bool
 
     def send(self, spans: Sequence[Span]) -> None:
         """Source: let these bytes of our memory reach the peer, which receives the same number of bytes.

@@ -21,32 +21,36 @@ from .acceptance import Claim
 from .bulk import Span
 from .effects import SendBlocks
 from .identity import region_bytes
+from .layout import CacheLayout, Copy, plan
 from .staging import StagingArea
 
 if TYPE_CHECKING:
     import torch
 
 _SLOTS = 3  # pushes that may wait in staging for the destination to take them
-_SLOT_BYTES = 8 << 20
+_SLOT_BYTES = 16 << 20  # twice the largest push: float16 and bfloat16 meet in float32
 
 
 class WireCodec:
-    """The shapes of one direction of one link: the source's blocks, the wire's, and ours or the peer's."""
+    """The shapes of one direction of one link: the source's blocks, the wire's, and ours."""
 
     def __init__(self, memory: KVMemory, mine: Fingerprint, source: Fingerprint, wire_dtype: str) -> None:
         import torch
 
         from ..kernels.wire_format import op
+        from ..kernels.wire_format.formats import wire_layer_bytes
 
         self._torch, self._op, self._wire_dtype = torch, op, wire_dtype
+        self._region, self._dtype = memory.region, getattr(torch, mine.dtype)
         self._heads, self._dim, self._source_size = mine.num_kv_heads, mine.head_dim, source.block_size
-        self._own_size = mine.block_size
-        dtype = getattr(torch, mine.dtype)
         shape = (memory.num_blocks, memory.num_layers, 2, mine.block_size, mine.num_kv_heads, mine.head_dim)
-        self._pool: torch.Tensor = torch.from_numpy(np.frombuffer(memory.buffer, np.uint8)).view(dtype).view(shape)
-        self._dtype = dtype
-        self._region = memory.region
-        self.layer_bytes = op.wire_layer_bytes(source.block_size, self._heads, self._dim, wire_dtype)
+        self._bytes = np.frombuffer(memory.buffer, np.uint8).reshape(memory.num_blocks, memory.block_bytes)
+        self._pool: torch.Tensor = torch.from_numpy(self._bytes).view(self._dtype).view(shape)
+        self._from, self._to = (
+            CacheLayout(memory.num_layers, self._heads, self._dim, self._dtype.itemsize, size)
+            for size in (source.block_size, mine.block_size)
+        )
+        self.layer_bytes = wire_layer_bytes(source.block_size, self._heads, self._dim, wire_dtype)
 
     def encode(self, block_ids: Sequence[BlockId], first_layer: int, num_layers: int, offset: int) -> None:
         """Blocks of our pool → wire blocks at `offset` of the region, block by block and layer by layer."""
@@ -56,25 +60,21 @@ class WireCodec:
     def decode(self, push: Push, claim: Claim, offset: int) -> None:
         """Wire blocks at `offset` of the region → the tokens they hold, in the blocks of `claim`."""
         count = len(push.ordinals) * push.num_layers
-        shape = (count, 2, self._source_size, self._heads, self._dim)
-        kv = self._torch.empty(shape, dtype=self._dtype)
+        kv = self._torch.empty((count, 2, self._source_size, self._heads, self._dim), dtype=self._dtype)
         self._op.decode(self._wire_blocks(offset, count), kv, self._wire_dtype)
-        kv = kv.view(len(push.ordinals), push.num_layers, *shape[1:])
-        layers = slice(push.first_layer, push.first_layer + push.num_layers)
-        for block, ordinal in zip(kv, push.ordinals, strict=True):
-            self._scatter(block, ordinal * self._source_size, layers, claim)
+        # From here on it is bytes: a block of the source's size in our dtype, and the plan says where its parts go.
+        blocks = kv.view(len(push.ordinals), -1).view(self._torch.uint8).numpy()
+        first, skipped = push.ordinals[0], push.first_layer * 2 * self._from.plane_bytes
+        for copy in self._plan(push, claim):
+            at = copy.source_offset - skipped
+            part = blocks[copy.source_ordinal - first, at : at + copy.nbytes]
+            to = copy.target_offset
+            self._bytes[claim.table[copy.target_ordinal], to : to + copy.nbytes] = part
 
-    def _scatter(self, block: torch.Tensor, first_token: int, layers: slice, claim: Claim) -> None:
-        """One block of the source, [num_layers, 2, block_size, num_kv_heads, head_dim], into one or more of ours."""
-        stop_token = min(first_token + self._source_size, claim.num_tokens)
-        at = first_token
-        while at < stop_token:
-            index, slot = divmod(at, self._own_size)
-            count = min(self._own_size - slot, stop_token - at)
-            self._pool[claim.table[index], layers, :, slot : slot + count] = block[
-                :, :, at - first_token : at - first_token + count
-            ]
-            at += count
+    def _plan(self, push: Push, claim: Claim) -> list[Copy]:
+        first, stop = push.ordinals[0] * self._source_size, (push.ordinals[-1] + 1) * self._source_size
+        layers = range(push.first_layer, push.first_layer + push.num_layers)
+        return plan(self._from, self._to, range(first, min(stop, claim.num_tokens)), layers)
 
     def _wire_blocks(self, offset: int, count: int) -> torch.Tensor:
         """[count, wire layer bytes] uint8, a view of the region."""
@@ -119,6 +119,11 @@ class Encoder:
             self._free.append(self._used.popleft())
             self._changed.notify_all()
 
+    def abandon(self) -> None:
+        """The push encoded last never leaves: its slot is free again at once."""
+        with self._changed:
+            self._free.append(self._used.pop())
+
     def digest_views(self, span: Span, count: int) -> list[memoryview]:
         """The bytes of each of `count` blocks within an encoded push."""
         return _split(self._codec, span, count)
@@ -142,6 +147,8 @@ class Decoder:
     def spans(self, push: Push) -> tuple[Span, Span]:
         """Where the push lies at the peer and where it comes to here; raises ProtocolError for an impossible one."""
         nbytes = len(push.ordinals) * push.num_layers * self._codec.layer_bytes
+        if push.ordinals != list(range(push.ordinals[0], push.ordinals[0] + len(push.ordinals))):
+            raise ProtocolError("a converted push names blocks that are not neighbours")
         region, staged = region_bytes(self._hello), push.staged
         if staged is None or staged < region - self._hello.staging_bytes or staged + nbytes > region:
             raise ProtocolError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from ..core.ids import Ticket, WorkerKey
 from ..protocol.messages import Offer
 
@@ -32,6 +34,13 @@ class EarlyOffers:
             del self._offers[key]
             dropped.append(key)
         return dropped
+
+    def advance(self, peer: WorkerKey, ticket: Ticket, reached: int) -> bool:
+        """The source has come further meanwhile; False when no offer of it is kept."""
+        offer, until = self._offers.get((peer, ticket), (None, 0.0))
+        if offer is not None and offer.reached < reached <= offer.num_blocks:
+            self._offers[peer, ticket] = (msgspec.structs.replace(offer, reached=reached), until)
+        return offer is not None
 
     def take(self, peer: WorkerKey, ticket: Ticket) -> Offer | None:
         found = self._offers.pop((peer, ticket), None)

@@ -29,6 +29,7 @@ class Identity:
     staging: StagingArea
     cluster_key: bytes
     wire_dtype: str = "lossless"
+    digests: bool = True
     libraries: Mapping[str, Transport] = field(default_factory=dict)
 
     def hello(self, peer_epoch: str | None, transports: tuple[str, ...], nonce: bytes, token: bytes = b"") -> KvHello:
@@ -45,6 +46,7 @@ class Identity:
             nonce=nonce,
             staging_bytes=memory.staging_bytes,
             wire_dtypes=[self.wire_dtype],
+            digests=self.digests,
             offers={name: self.libraries[name].offer() for name in transports if name in self.libraries},
             token=token,
         )

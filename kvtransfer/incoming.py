@@ -42,6 +42,7 @@ class Incoming:
     generation: int = 0
     granted: Granting | None = None
     digests: dict[int, bytes] = field(default_factory=dict)
+    given: dict[int, BlockId] = field(default_factory=dict)  # ordinal → the source's block that holds it
     said_at: float = 0.0  # the last grant, or the last block after it
     done: Done | None = None
     failure: tuple[str, str] = ("", "")
@@ -61,6 +62,8 @@ class Incoming:
 
     @property
     def is_unheard(self) -> bool:
-        """Granted ordinals have not come: perhaps the source does not know that it may send them."""
+        """Granted ordinals have not come, or only Done is missing: perhaps the source has not heard the grant."""
         granted = self.granted
-        return self.state is State.GRANTED and granted is not None and granted.held + len(self.digests) < granted.stop
+        if self.state is not State.GRANTED or granted is None:
+            return False
+        return granted.held + len(self.digests) < granted.stop or self.has_everything

@@ -14,7 +14,7 @@ from ..engine.kv_memory import KVMemory
 from ..protocol.messages import Done, Push
 from .bulk import Bulk, Span
 from .conversion import Encoder
-from .digest import block_digest
+from .digest import Digest, block_digest
 from .effects import SendBlocks, Withdraw
 from .outbox import Outbox
 from .vouching import Vouchers
@@ -29,12 +29,18 @@ class _Prepared:
 
 
 class PushSender:
-    """`run` on the link's bulk-sending thread; everything else from any thread. `announce` queues a control message."""
+    """`run` on the link's bulk-sending thread; everything else from any thread. `tell` queues a control message."""
 
     def __init__(
-        self, memory: KVMemory, bulk: Bulk, encoder: Encoder | None, announce: Callable[[Push | Done], None]
+        self,
+        memory: KVMemory,
+        bulk: Bulk,
+        encoder: Encoder | None,
+        tell: Callable[[Push | Done], None],
+        digest: Digest = block_digest,
     ) -> None:
-        self._memory, self._bulk, self._encoder, self._announce = memory, bulk, encoder, announce
+        self._memory, self._bulk, self._encoder, self._tell = memory, bulk, encoder, tell
+        self._digest = digest
         self._outbox: Outbox[SendBlocks | Done | Withdraw] = Outbox(MAX_QUEUED)
         self._withdrawn: set[Ticket] = set()
         self._vouchers = Vouchers()
@@ -56,7 +62,7 @@ class PushSender:
                 case SendBlocks() as effect:
                     self._send(effect)
                 case Done() as done if Ticket(done.ticket) not in self._withdrawn:
-                    self._announce(self._vouchers.complete(done))
+                    self._tell(self._vouchers.complete(done))
                 case Withdraw(ticket=ticket):
                     self._vouchers.forget(ticket)
                     self._withdrawn.discard(ticket)
@@ -81,20 +87,25 @@ class PushSender:
     def _send(self, effect: SendBlocks) -> None:
         prepared = self._prepare(effect)
         if effect.ticket in self._withdrawn:
+            if self._encoder is not None:
+                self._encoder.abandon()
             return
         self._vouchers.note(prepared.push)
-        self._announce(prepared.push)
+        self._tell(prepared.push)
         self._bulk.send(prepared.spans)
 
     def _prepare(self, effect: SendBlocks) -> _Prepared:
         if self._encoder is not None:
             span = self._encoder.encode(effect)
             views = self._encoder.digest_views(span, len(effect.ordinals))
-            return _Prepared(_push(effect, views, [], span.offset), [span])
+            return _Prepared(_push(effect, self._digests(views), [], span.offset), [span])
         layers = (effect.first_layer, effect.num_layers)
         views = [self._memory.block(block_id, *layers) for block_id in effect.block_ids]
         spans = [layers_span(self._memory, block_id, *layers) for block_id in effect.block_ids]
-        return _Prepared(_push(effect, views, list(effect.block_ids), None), spans)
+        return _Prepared(_push(effect, self._digests(views), list(effect.block_ids), None), spans)
+
+    def _digests(self, views: list[memoryview]) -> bytes:
+        return b"".join(map(self._digest, views))
 
 
 def layers_span(memory: KVMemory, block_id: BlockId, first_layer: int, num_layers: int) -> Span:
@@ -102,14 +113,14 @@ def layers_span(memory: KVMemory, block_id: BlockId, first_layer: int, num_layer
     return Span(block_id * memory.block_bytes + first_layer * memory.layer_bytes, num_layers * memory.layer_bytes)
 
 
-def _push(effect: SendBlocks, views: list[memoryview], slots: list[int], staged: int | None) -> Push:
+def _push(effect: SendBlocks, digests: bytes, slots: list[int], staged: int | None) -> Push:
     return Push(
         ticket=effect.ticket,
         generation=effect.generation,
         first_layer=effect.first_layer,
         num_layers=effect.num_layers,
         ordinals=list(effect.ordinals),
-        digests=b"".join(map(block_digest, views)),
+        digests=digests,
         source_slots=slots,
         staged=staged,
     )

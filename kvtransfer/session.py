@@ -28,7 +28,7 @@ class Session:
         key = hashlib.blake2b(data, key=cluster_key, digest_size=32, person=b"penstock link").digest()
         keys = [_derive(key, side) for side in (b"dialer", b"listener")]
         self._mine, self._theirs = keys if is_dialer else reversed(keys)
-        self.session_id = _derive(key, b"id")[:16]
+        self.name = _derive(key, b"id")[:16]
         self._sent = self._received = 0
 
     @property

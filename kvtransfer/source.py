@@ -45,7 +45,7 @@ class PushSizes:
     least: int
 
     @classmethod
-    def of(cls, num_layers: int, layer_bytes: int, most_bytes: int = 4 << 20, least_bytes: int = 1 << 20) -> PushSizes:
+    def of(cls, num_layers: int, layer_bytes: int, most_bytes: int = 8 << 20, least_bytes: int = 1 << 20) -> PushSizes:
         return cls(num_layers, max(1, most_bytes // layer_bytes), max(1, -(-least_bytes // layer_bytes)))
 
 
@@ -299,7 +299,8 @@ class SourceTable:
         front.num_layers = num_layers
         if count <= 0:
             return []
-        per_push = max(1, self._sizes.most // count)
+        depth = min(count, self._sizes.most)
+        per_push = self._sizes.most // depth
         return [
             SendBlocks(
                 out.peer,
@@ -307,9 +308,10 @@ class SourceTable:
                 grant.generation,
                 tuple(range(front.first + start, front.first + start + len(part))),
                 part,
-                first_layer,
-                count,
+                first,
+                min(depth, num_layers - first),
             )
+            for first in range(first_layer, num_layers, depth)
             for start in range(0, len(front.block_ids), per_push)
             for part in (front.block_ids[start : start + per_push],)
         ]

@@ -38,7 +38,7 @@ Code = Annotated[str, msgspec.Meta(max_length=64)]
 Ordinals = Annotated[list[Count], msgspec.Meta(max_length=MAX_BLOCKS)]
 NO_PROOF = bytes(16)
 Role = Literal["prefill", "decode", "both"]
-WorkerState = Literal["starting", "ready", "draining"]
+WorkerState = Literal["starting", "ready", "draining", "stalled"]  # stalled: its loop does not turn
 FinishReason = Literal["stop", "length"]
 
 
@@ -145,11 +145,16 @@ class WorkerLoad(Part, frozen=True):
     handing_off: Count = 0  # prefills computed, not yet acknowledged by decode
     queued_tokens: Count = 0  # prompt tokens not yet computed
     preemptions: Sequence64 = 0
+    parked: Sequence64 = 0  # of the preempted sequences, those copied to host memory
+    unparked: Sequence64 = 0  # and those copied back
+    parked_bytes: Sequence64 = 0  # in host memory now
+    corrupt_parked_blocks: Sequence64 = 0  # came back other than they went out, and were computed again
     steps: Sequence64 = 0
     prefix_hit_tokens: Sequence64 = 0
     prefix_query_tokens: Sequence64 = 0
     transferred_bytes: Sequence64 = 0
     transferred_blocks: Sequence64 = 0
+    given_blocks: Sequence64 = 0  # of the transferred ones, those that changed their owner and did not move
     failed_handoffs: Sequence64 = 0
     stale_messages: Sequence64 = 0
 
@@ -261,7 +266,8 @@ class Heartbeat(Message, frozen=True):
     """Sent from a thread that no forward pass can starve.
 
     `received` is the highest command number handled, `active` the attempts that live here: an attempt whose command
-    is covered by `received` and that is not in `active` has ended or was never taken.
+    is covered by `received` and that is not in `active` has ended or was never taken. `turn_age_s` tells how long ago
+    the worker's loop began its last turn: it grows while a step computes, and without end when the engine hangs.
     """
 
     received: Sequence64
@@ -270,6 +276,7 @@ class Heartbeat(Message, frozen=True):
     active: Annotated[list[tuple[RequestId, Count]], msgspec.Meta(max_length=65536)]
     # peers, and the transport to each
     linked: Annotated[list[tuple[WorkerId, Epoch, Code]], msgspec.Meta(max_length=4096)]
+    turn_age_s: Seconds = 0.0
 
 
 class Tokens(Part, frozen=True):
@@ -349,6 +356,7 @@ class KvHello(Message, frozen=True):
     nonce: Mac  # fresh for each connection; the link's session is derived from both
     staging_bytes: Sequence64 = 0
     wire_dtypes: Annotated[list[Code], msgspec.Meta(max_length=16)] = []  # allowed, the preferred one first
+    digests: bool = True
     offers: Annotated[
         dict[Code, Annotated[bytes, msgspec.Meta(max_length=32 << 10)]], msgspec.Meta(max_length=16)
     ] = {}  # what each transport wants the peer to know

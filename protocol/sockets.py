@@ -22,6 +22,7 @@ from ..core.ids import WorkerKey
 from .codec import MAX_FRAME_BYTES
 
 HIGH_WATER_MARK = 8192  # frames for each peer and direction
+MAX_PIDS = 8192  # peers whose process is remembered
 MAX_IDENTITY_BYTES = 255
 MAX_IPC_PATH_BYTES = 107  # of sockaddr_un
 
@@ -73,12 +74,22 @@ def _limit(socket: zmq.Socket[bytes] | zmq.asyncio.Socket, high_water_mark: int)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
 
 
+def _peer_pid(frame: zmq.Frame) -> int | None:
+    """libzmq notes the credentials of a Unix socket's peer as `…:uid:gid:pid`; 0 is a process we cannot see."""
+    try:
+        pid = str(frame.get("Peer-Address")).rpartition(":")[2]
+    except (zmq.ZMQError, UnicodeDecodeError):
+        return None
+    return int(pid) if pid.isascii() and pid.isdigit() and int(pid) > 0 else None
+
+
 class RouterSocket:
     """The router's end. One asyncio loop owns it."""
 
     def __init__(self, address: str, high_water_mark: int = HIGH_WATER_MARK) -> None:
         check_address(address)
         self.counters = SocketCounters()
+        self._pids: dict[bytes, int | None] = {}  # peer → its process
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         try:
@@ -97,11 +108,23 @@ class RouterSocket:
     async def recv(self) -> tuple[bytes, bytes]:
         """The next (identity, frame)."""
         while True:
-            parts = await self._socket.recv_multipart()
+            parts = await self._socket.recv_multipart(copy=False)
             if len(parts) == 2:
                 self.counters.received += 1
-                return parts[0], parts[1]
+                identity = parts[0].bytes
+                if identity not in self._pids:
+                    self._note_pid(identity, parts[1])
+                return identity, parts[1].bytes
             self.counters.bad_frames += 1
+
+    def pid_of(self, identity: bytes) -> int | None:
+        """The process at the other end of a Unix socket, by the word of the kernel; None where it cannot say."""
+        return self._pids.get(identity)
+
+    def _note_pid(self, identity: bytes, frame: zmq.Frame) -> None:
+        while len(self._pids) >= MAX_PIDS:
+            del self._pids[next(iter(self._pids))]
+        self._pids[identity] = _peer_pid(frame) if self.address.startswith("ipc://") else None
 
     def send(self, identity: bytes, frame: bytes) -> bool:
         """Queue `frame` for a peer without waiting; False when it was dropped."""

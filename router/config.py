@@ -24,7 +24,7 @@ class RouterConfig:
     local_prefill_max_tokens: int = 0
     max_queued_requests: int = 1024  # accepted, waiting for a worker
     max_active_requests: int = 4096  # accepted, not ended
-    worker_timeout_s: float = 1.5  # silence after which a worker counts as lost; heartbeats come every 0.25 s
+    worker_timeout_s: float = 1.5  # silence after which a worker counts as lost
     unacknowledged_s: float = 2.0  # a command that no heartbeat covers by then is lost
     max_attempts: int = 4  # in a row without a new token
     unavailable_s: float = 30.0  # wait for a worker that could take the request at all
@@ -57,7 +57,9 @@ class RouterCounters:
     ended: int = 0
     attempts: int = 0
     retries: int = 0
+    resumed: int = 0  # attempts that went on behind delivered tokens
     workers_lost: int = 0
+    workers_stalled: int = 0  # times that a worker's loop stopped turning while its heartbeats went on
     stale_messages: int = 0  # from an attempt or incarnation that is not the current one
     duplicate_tokens: int = 0  # messages that repeat what was delivered
     broken_streams: int = 0  # attempts given up because of a gap or an impossible message

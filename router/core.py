@@ -14,7 +14,7 @@ import logging
 from typing import assert_never
 
 from ..core.clock import Clock
-from ..core.errors import BadRequest, NodeLost, Overloaded, ServeError, Unavailable, describe
+from ..core.errors import BadRequest, DeadlineExceeded, NodeLost, Overloaded, ServeError, Unavailable, describe
 from ..core.ids import AttemptKey, IdSource, WorkerKey, new_epoch
 from ..protocol.messages import (
     AttemptFailed,
@@ -140,6 +140,13 @@ class RouterCore:
             self._lose(worker, reason, is_final=True)
         return self._flush()
 
+    def process_ended(self, key: WorkerKey, reason: str) -> list[Effect]:
+        """The process of this incarnation is gone, by the word of the kernel."""
+        worker = self._registry.find(key)
+        if worker is not None:
+            self._lose(worker, reason, is_final=True)
+        return self._flush()
+
     # ---- time
 
     @property
@@ -174,7 +181,7 @@ class RouterCore:
             ready=not why_not,
             why_not_ready=why_not,
             policy=self.config.policy,
-            workers=[worker.status() for worker in workers],
+            workers=[worker.status(self._life.expected_blocks(worker)) for worker in workers],
             active_requests=len(self._life.table.active),
             queued_requests=len(self._life.table.waiting),
             bytes_per_token=live[0].hello.bytes_per_token if live else 0,
@@ -221,12 +228,15 @@ class RouterCore:
         if not worker.is_live and not self._take_back(worker):
             self._life.counters.stale_messages += 1
             return
-        was_ready, links = worker.is_ready, worker.linked
+        was_ready, was_stalled, links = worker.is_ready, worker.is_stalled, worker.linked
         worker.note_heartbeat(beat, self._clock.now())
         if worker.is_ready != was_ready or worker.linked != links:
             self._life.has_news = True
             self._readiness.note_change()
-        self._settle(worker, beat)
+        if worker.is_stalled != was_stalled:
+            self._on_stall_change(worker)
+        if not worker.is_stalled:
+            self._settle(worker, beat)
         self._repeat_introduction(worker)
 
     def _take_back(self, worker: WorkerRecord) -> bool:
@@ -263,24 +273,19 @@ class RouterCore:
         log.warning("worker %s lost: %s", worker.key, reason)
         self._life.counters.workers_lost += 1
         self._life.placer.index.forget(worker.key)
-        error = NodeLost(f"worker {worker.key.worker_id} was lost: {reason}")
-        for attempt in list(worker.attempts):
-            record = self._record(attempt)
-            if record is not None:
-                self._lost_side(record, worker.key, error)
+        self._life.move_away(worker, NodeLost(f"worker {worker.key.worker_id} was lost: {reason}"))
         self._introduce_all()
 
-    def _lost_side(self, record: RequestRecord, lost: WorkerKey, error: ServeError) -> None:
-        """One worker of an attempt is gone: fatal for it, unless that was the prefill side and its work was done."""
-        attempt = record.attempt
-        assert attempt is not None
-        if lost == attempt.decode or record.state is State.DISPATCHED:
-            self._life.fail_attempt(record, error, (lost,))
+    def _on_stall_change(self, worker: WorkerRecord) -> None:
+        """Its threads live and its loop does not turn: nothing it runs can be waited for. It keeps its links and its
+        memory; when it turns again it finds the Aborts and is used as before.
+        """
+        if not worker.is_stalled:
+            log.warning("worker %s turns again", worker.key)
             return
-        self._life.prefill_over(record, attempt)
-        worker = self._registry.find(lost)
-        if worker is not None:
-            worker.attempts.pop(attempt.key, None)
+        log.warning("worker %s hangs: its loop has not turned for %.1f s", worker.key, worker.turn_age_s)
+        self._life.counters.workers_stalled += 1
+        self._life.move_away(worker, NodeLost(f"worker {worker.key.worker_id} hangs in a step"))
 
     def _introduce(self, worker: WorkerRecord) -> None:
         worker.peers_sent_at = self._clock.now()
@@ -302,16 +307,11 @@ class RouterCore:
 
     # ---- attempts
 
-    def _record(self, key: AttemptKey) -> RequestRecord | None:
-        """The request of which `key` is the current attempt."""
-        record = self._life.table.active.get(key.request_id)
-        return record if record is not None and record.attempt is not None and record.attempt.key == key else None
-
     def _settle(self, worker: WorkerRecord, beat: Heartbeat) -> None:
         """Compare the attempts that live on a worker with those that should."""
         active = {AttemptKey(request_id, attempt) for request_id, attempt in beat.active}
         for key in [key for key in worker.attempts if key not in active]:
-            record = self._record(key)
+            record = self._life.current(key)
             if record is not None and self._is_missing(record, worker, beat.received):
                 error = NodeLost(f"worker {worker.key.worker_id} no longer knows the attempt")
                 self._life.fail_attempt(record, error, (worker.key,))
@@ -329,7 +329,7 @@ class RouterCore:
         return received >= attempt.prefill_number and record.state is State.DISPATCHED and not attempt.is_prefill_over
 
     def _is_wanted(self, key: AttemptKey, worker: WorkerRecord) -> bool:
-        record = self._record(key)
+        record = self._life.current(key)
         return record is not None and record.attempt is not None and worker.key in record.attempt.workers
 
     def _ended_lately(self, request_id: str) -> bool:
@@ -340,7 +340,7 @@ class RouterCore:
         orphans: dict[AttemptKey, None] = {}
         for item in output.items:
             attempt = AttemptKey(item.request_id, item.attempt)
-            record = self._record(attempt)
+            record = self._life.current(attempt)
             if record is None or record.attempt is None or record.attempt.decode != key:
                 self._life.counters.stale_messages += 1
                 orphans[attempt] = None
@@ -350,7 +350,7 @@ class RouterCore:
             self._life.abort(key, attempt)
 
     def _on_prefill_ended(self, key: WorkerKey, ended: PrefillEnded) -> None:
-        record = self._record(AttemptKey(ended.request_id, ended.attempt))
+        record = self._life.current(AttemptKey(ended.request_id, ended.attempt))
         attempt = record.attempt if record else None
         if record is None or attempt is None or attempt.prefill != key:
             # The usual end of a short answer: decode was done before the prefill side had its last word.
@@ -362,10 +362,15 @@ class RouterCore:
         if worker is not None:
             worker.attempts.pop(attempt.key, None)
         if not ended.ok and record.state is State.DISPATCHED:
-            self._life.fail_attempt(record, describe(ended.code, ended.message), (key,))
+            error = describe(ended.code, ended.message)
+            if isinstance(error, BadRequest | DeadlineExceeded):
+                self._life.end(record, error)  # no worker is to blame, and none could do better
+                return
+            self._registry.note_link_error(attempt.decode, key, error)
+            self._life.fail_attempt(record, error, (key,))
 
     def _on_attempt_failed(self, key: WorkerKey, failed: AttemptFailed) -> None:
-        record = self._record(AttemptKey(failed.request_id, failed.attempt))
+        record = self._life.current(AttemptKey(failed.request_id, failed.attempt))
         attempt = record.attempt if record else None
         if record is None or attempt is None or attempt.decode != key:
             self._life.counters.stale_messages += 1
@@ -375,6 +380,7 @@ class RouterCore:
         if not failed.retriable:
             self._life.end(record, error)
             return
+        self._registry.note_link_error(key, attempt.prefill, error)
         # A broken hand-off has two ends; the message does not say which one broke it.
         self._life.fail_attempt(record, error, attempt.workers if error.retriable else (attempt.decode,))
 

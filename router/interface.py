@@ -45,6 +45,7 @@ class EndEvent(msgspec.Struct, frozen=True):
     error: ServeError | None = None
     attempts: int = 1
     route_s: float = 0.0  # submission to dispatch of the last attempt
+    resumed: int = 0  # attempts that went on behind tokens already delivered
 
 
 Event = TokensEvent | EndEvent
@@ -70,7 +71,7 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     epoch: str
     role: Role
     pid: int
-    state: str  # starting, ready, draining, lost
+    state: str  # starting, ready, draining, stalled, lost
     load: WorkerLoad
     running: int
     waiting: int
@@ -79,6 +80,9 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     transports: dict[str, str] = {}  # peer worker → transport of the live link
     restarts: int = 0
     dtype: str = ""  # of weights and KV cache
+    turn_age_s: float = 0.0  # since its loop began its last turn, as of its last heartbeat
+    num_attempts: int = 0  # that the router wants to live there
+    expected_blocks: int = 0  # that these may hold: what is in use beyond it is held for nobody
 
 
 class ClusterStatus(msgspec.Struct, frozen=True):

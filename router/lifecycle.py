@@ -80,6 +80,7 @@ class Lifecycle:
             sent_at=now,
             blocks=record.blocks(decode.block_size),
             queued_tokens=placement.uncached_tokens,
+            is_resumption=record.num_output_tokens > 0,
         )
         record.to_dispatched(attempt, now)
         for worker in (decode, prefill):
@@ -170,6 +171,7 @@ class Lifecycle:
         assert attempt is not None
         if record.state is State.DISPATCHED:
             record.to_running()
+            self.counters.resumed += attempt.is_resumption
             self._prompt_computed(attempt)
             self.arm(record)
         attempt.has_progress = True
@@ -179,6 +181,8 @@ class Lifecycle:
         event = TokensEvent(choice.number, len(choice.output_ids), tokens, item.finish_reason, item.stop_token, phases)
         choice.output_ids.extend(token.token_id for token in tokens)
         choice.is_finished = item.finish_reason is not None
+        if choice.is_finished:
+            self._note_answer(record, choice, is_computed=item.stop_token is not None)
         self.effects.append(Deliver(record.request_id, event))
         self._reweigh(record, attempt)
         if choice.is_finished and not record.open_choices:
@@ -205,6 +209,28 @@ class Lifecycle:
 
     # ---- ends of attempts and requests
 
+    def current(self, key: AttemptKey) -> RequestRecord | None:
+        """The request of which `key` is the current attempt."""
+        record = self.table.active.get(key.request_id)
+        return record if record is not None and record.attempt is not None and record.attempt.key == key else None
+
+    def move_away(self, worker: WorkerRecord, error: ServeError) -> None:
+        """Nothing that runs on `worker` goes on there."""
+        for attempt in list(worker.attempts):
+            record = self.current(attempt)
+            if record is not None:
+                self._lose_side(record, worker, error)
+
+    def _lose_side(self, record: RequestRecord, lost: WorkerRecord, error: ServeError) -> None:
+        """One worker of an attempt is gone: fatal for it, unless that was the prefill side and its work was done."""
+        attempt = record.attempt
+        assert attempt is not None
+        if lost.key == attempt.decode or record.state is State.DISPATCHED:
+            self.fail_attempt(record, error, (lost.key,))
+            return
+        self.prefill_over(record, attempt)
+        lost.attempts.pop(attempt.key, None)
+
     def fail_attempt(self, record: RequestRecord, error: ServeError, blamed: tuple[WorkerKey, ...]) -> None:
         """Give the attempt up and try again, or end the request with `error` when that has failed too often."""
         now = self._clock.now()
@@ -225,11 +251,15 @@ class Lifecycle:
         """The one terminal event of a request."""
         if record.state is State.WAITING:
             self.table.waiting.remove(record)
+        for choice in record.open_choices:
+            self._note_answer(record, choice)
         self._release(record)
         record.to_ended()
         self.table.end(record, self._clock.now())
         self._timers.disarm(record.request_id)
-        self.effects.append(End(record.request_id, EndEvent(error, record.num_attempts, record.route_s)))
+        self.effects.append(
+            End(record.request_id, EndEvent(error, record.num_attempts, record.route_s, record.num_resumed))
+        )
         self.counters.ended += 1
         self.has_news = True
         log.debug("request %s: ended: %s", record.request_id, error or "ok")
@@ -238,12 +268,22 @@ class Lifecycle:
         """The caller has enough of this choice."""
         if choice.is_finished:
             return
+        self._note_answer(record, choice)
         choice.is_finished = choice.is_cancelled = True
         if not record.open_choices:
             self.end(record, None)
         elif record.attempt is not None:
             self._reweigh(record, record.attempt)
             self.abort(record.attempt.decode, record.attempt.key, choice.number)
+
+    def _note_answer(self, record: RequestRecord, choice: Choice, *, is_computed: bool = False) -> None:
+        """The decode worker holds what it produced of this choice; the last token only if another was drawn after
+        it (`is_computed`).
+        """
+        if record.state is not State.RUNNING or record.attempt is None or not choice.output_ids:
+            return
+        num_tokens = len(choice.output_ids) - (not is_computed)
+        self.placer.note_answer(record, choice, num_tokens, record.attempt.decode)
 
     def prefill_over(self, record: RequestRecord, attempt: Attempt) -> None:
         """The prefill side has nothing left to do for this attempt."""
@@ -265,6 +305,17 @@ class Lifecycle:
         return min(MAX_BACKOFF_S, self._config.retry_backoff_s * float(2 ** (fruitless - 2)))
 
     # ---- what an attempt holds
+
+    def expected_blocks(self, worker: WorkerRecord) -> int:
+        """Blocks that the attempts wanted on `worker` may hold there, without any sharing between requests."""
+        records = [record for key in worker.attempts if (record := self.current(key)) is not None]
+        return sum(self._blocks_at(record, worker) for record in records)
+
+    def _blocks_at(self, record: RequestRecord, worker: WorkerRecord) -> int:
+        assert record.attempt is not None
+        if record.attempt.decode == worker.key:
+            return record.attempt.blocks
+        return -(-record.prefill_tokens() // worker.block_size)
 
     def _release(self, record: RequestRecord) -> None:
         """Take the attempt off its workers' accounts and stop the sides that still work on it."""

@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from enum import Enum
 
 from ..core.ids import WorkerKey
-from ..core.prefix_hash import BlockHash, block_hashes, hash_key
+from ..core.prefix_hash import BlockHash, block_hashes, extend_block_hashes, hash_key
 from .config import RouterConfig
 from .policies import Candidate, Policy, make_policy
 from .prefix_index import PrefixIndex
 from .registry import Registry, WorkerRecord
-from .requests import RequestRecord
+from .requests import Choice, RequestRecord
 
 LOCAL_AFTER_FAILURES = 2  # in a row: then "auto" stops trying hand-offs
+MAX_ANSWER_BLOCKS = 1024  # hashed of one answer
+MAX_ANSWERS = 8  # remembered of one request
 
 
 class Refusal(Enum):
@@ -67,6 +69,18 @@ class Placer:
             if worker is not None and record.hashes:
                 self.index.insert(record.hashes, worker.key)
 
+    def note_answer(self, record: RequestRecord, choice: Choice, num_output_tokens: int, decode: WorkerKey) -> None:
+        """From now on `decode` holds the blocks of the prompt and of so much of this answer, as a guess: the next turn
+        of a conversation begins with them.
+        """
+        if record.hashes is None or choice.number >= MAX_ANSWERS:
+            return
+        hashes, size = list(record.hashes), record.hash_block_size
+        num_tokens = min(record.num_prompt_tokens + num_output_tokens, (len(hashes) + MAX_ANSWER_BLOCKS) * size)
+        token_ids = (record.request.prompt_ids + choice.output_ids)[:num_tokens]
+        extend_block_hashes(hashes, self._hash_key(record), token_ids, size)
+        self.index.insert(hashes, decode)
+
     def has_pair(self) -> bool:
         """Some ready decode worker is linked to some ready prefill worker."""
         return any(
@@ -118,9 +132,12 @@ class Placer:
         if self._config.policy != "prefix-affinity" and not self._config.local_prefill_max_tokens:
             return []
         if record.hashes is None:
-            key = hash_key(record.request.cache_salt, self._secret, "router")
-            record.hashes = block_hashes(key, record.request.prompt_ids, block_size)
+            record.hashes = block_hashes(self._hash_key(record), record.request.prompt_ids, block_size)
+            record.hash_block_size = block_size
         return record.hashes
+
+    def _hash_key(self, record: RequestRecord) -> bytes:
+        return hash_key(record.request.cache_salt, self._secret, "router")
 
 
 def _has_room(worker: WorkerRecord, record: RequestRecord) -> bool:

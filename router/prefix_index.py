@@ -22,7 +22,7 @@ class PrefixIndex:
         return len(self._holders)
 
     def insert(self, hashes: Sequence[BlockHash], worker: WorkerKey) -> None:
-        """Note that `worker` will hold these leading blocks of a prompt."""
+        """Note that `worker` will hold these leading blocks of a prompt, or of a prompt and its answer."""
         # Last block first, so that the head of a prompt is the youngest entry: a tail without its head matches nothing.
         for block_hash in reversed(hashes[: self._max_blocks]):
             holders = self._holders.setdefault(block_hash, {})

@@ -11,6 +11,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
 
+from ..core.errors import NodeLost, ServeError
 from ..core.ids import AttemptKey, WorkerKey
 from ..protocol.messages import FromRouter, Heartbeat, Hello, Peer, ToWorker, WorkerLoad, WorkerState
 from .effects import Send
@@ -53,6 +54,7 @@ class WorkerRecord:
     linked: dict[WorkerKey, str] = field(default_factory=dict)
     received: int = 0
     last_number: int = 0
+    turn_age_s: float = 0.0  # since its loop began its last turn
     peers_sent_at: float = 0.0
     attempts: dict[AttemptKey, None] = field(default_factory=dict)  # in order of dispatch
     used_blocks: int = 0  # of the attempts it decodes
@@ -66,6 +68,10 @@ class WorkerRecord:
     @property
     def is_ready(self) -> bool:
         return self.is_live and self.state == "ready"
+
+    @property
+    def is_stalled(self) -> bool:
+        return self.is_live and self.state == "stalled"
 
     @property
     def can_decode(self) -> bool:
@@ -90,6 +96,7 @@ class WorkerRecord:
         if beat.received < self.received:
             return
         self.received, self.state, self.load = beat.received, beat.state, beat.load
+        self.turn_age_s = beat.turn_age_s
         self.linked = {WorkerKey(worker_id, epoch): transport for worker_id, epoch, transport in beat.linked}
 
     def note_abort(self, attempt: AttemptKey, choice: int | None, now: float, repeat_s: float) -> bool:
@@ -104,7 +111,7 @@ class WorkerRecord:
         self._aborts[(attempt, choice)] = now
         return True
 
-    def status(self) -> WorkerStatus:
+    def status(self, expected_blocks: int = 0) -> WorkerStatus:
         state = self.state if self.is_live else self.standing.value
         has_load = self.load.total_blocks > 0
         return WorkerStatus(
@@ -121,6 +128,9 @@ class WorkerRecord:
             transports={peer.worker_id: transport for peer, transport in sorted(self.linked.items())},
             restarts=self.restarts,
             dtype=self.hello.fingerprint.dtype,
+            turn_age_s=self.turn_age_s,
+            num_attempts=len(self.attempts),
+            expected_blocks=expected_blocks,
         )
 
 
@@ -141,6 +151,12 @@ class Registry:
 
     def current(self, worker_id: str) -> WorkerRecord | None:
         return self._records.get(worker_id)
+
+    def note_link_error(self, decode: WorkerKey, prefill: WorkerKey | None, error: ServeError) -> None:
+        """One end says that the other is gone: no hand-off between the two until a heartbeat names the link again."""
+        record = self.find(decode)
+        if record is not None and prefill is not None and isinstance(error, NodeLost):
+            record.linked = {peer: transport for peer, transport in record.linked.items() if peer != prefill}
 
     def all(self) -> list[WorkerRecord]:
         return [self._records[worker_id] for worker_id in sorted(self._records)]

@@ -76,6 +76,7 @@ class Attempt:
     is_decode_over: bool = False  # this side needs no Abort
     is_prefill_over: bool = False
     has_progress: bool = False
+    is_resumption: bool = False  # it starts behind tokens that the caller has
 
     @property
     def queue(self) -> WorkerKey:
@@ -100,8 +101,10 @@ class RequestRecord:
     state: State = State.WAITING
     attempt: Attempt | None = None
     choices: list[Choice] = field(default_factory=list)
-    hashes: list[BlockHash] | None = None
+    hashes: list[BlockHash] | None = None  # of the prompt's full blocks; None where nothing reads them
+    hash_block_size: int = 0
     num_attempts: int = 0
+    num_resumed: int = 0  # attempts that delivered something behind an earlier one's tokens
     fruitless: int = 0  # attempts in a row without a new token
     avoid: tuple[WorkerKey, ...] = ()  # blamed for the last failure
     last_error: ServeError | None = None
@@ -168,6 +171,8 @@ class RequestRecord:
 
     def to_running(self) -> None:
         self._leave(State.DISPATCHED)
+        assert self.attempt is not None
+        self.num_resumed += self.attempt.is_resumption
         self.state = State.RUNNING
 
     def to_waiting(self, error: ServeError, blamed: tuple[WorkerKey, ...], unavailable_at: float) -> None:

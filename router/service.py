@@ -19,11 +19,13 @@ from ..core.clock import Clock, MonotonicClock
 from ..core.errors import InternalError, Overloaded, ProtocolError, ServeError, Unavailable
 from ..core.ids import IdSource, SecureIds, WorkerKey
 from ..protocol import codec
+from ..protocol.messages import Hello
 from ..protocol.sockets import RouterSocket, SocketCounters
 from .config import RouterConfig, RouterCounters
 from .core import RouterCore
 from .effects import Deliver, Effect, End, Send
 from .interface import ClusterStatus, EndEvent, Event, GenerateRequest
+from .process_watch import ProcessWatch
 
 MAX_STREAM_EVENTS = 4096
 FRAMES_PER_TURN = 64  # then other tasks of the loop have a turn
@@ -88,6 +90,7 @@ class RouterService:
     ) -> None:
         self._clock = clock or MonotonicClock()
         self._core = RouterCore(config, self._clock, ids or SecureIds(), cluster_key)
+        self._watch = ProcessWatch(self._on_process_ended)
         self._given_address = address
         self._max_stream_events = max_stream_events
         self._streams: dict[str, RequestStream] = {}
@@ -124,6 +127,7 @@ class RouterService:
         if receiver is not None:
             receiver.cancel()
             await asyncio.wait([receiver])
+        self._watch.close()
         if self._socket is not None:
             self._socket.close()
             self._socket = None
@@ -176,6 +180,9 @@ class RouterService:
         """News of a dead process, sooner than its silence. With `pid`, a successor of the same name is left alone."""
         self._perform(self._core.worker_lost(worker_id, reason, pid))
 
+    def _on_process_ended(self, key: WorkerKey) -> None:
+        self._perform(self._core.process_ended(key, "its process ended"))
+
     # ---- frames
 
     async def _receive(self, socket: RouterSocket) -> None:
@@ -198,7 +205,10 @@ class RouterService:
         if not identity.startswith(frame.worker_id.encode() + b"@"):
             self.bad_frames += 1
             return
-        self._note_route(WorkerKey(frame.worker_id, frame.epoch), identity)
+        key = WorkerKey(frame.worker_id, frame.epoch)
+        self._note_route(key, identity)
+        if isinstance(frame.body, Hello) and self._socket is not None:
+            self._watch.add(key, self._socket.pid_of(identity))
         self._perform(self._core.on_message(frame))
 
     def _note_route(self, worker: WorkerKey, identity: bytes) -> None:

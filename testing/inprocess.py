@@ -1,12 +1,13 @@
 """A cluster in one thread: router core, worker cores, any engine, and real hand-off links; no processes, no HTTP.
 
 For tests that compare what different ways through the system answer: with a model, with a fake engine, over shared
-memory, over TCP.
+memory, over TCP; undisturbed, and with workers, links or router connections lost at a chosen moment.
 """
 
 from __future__ import annotations
 
 import queue
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from ..core.ids import SeededIds, WorkerKey, new_epoch
 from ..decode_node.role import DecodeRole
 from ..engine.block_pool import BlockPool
 from ..engine.interface import Engine, ScheduledSeq
+from ..engine.parking import Parking
 from ..kvtransfer.destination import DestinationTable
 from ..kvtransfer.effects import LinkEvent, MessageArrived
 from ..kvtransfer.link import Mesh
@@ -30,7 +32,7 @@ from ..protocol.messages import FromRouter, FromWorker, Grant, Heartbeat, Role, 
 from ..router.config import RouterConfig
 from ..router.core import RouterCore
 from ..router.effects import Deliver, Effect, End, Send
-from ..router.interface import GenerateRequest
+from ..router.interface import GenerateRequest, TokensEvent
 from ..worker.core import CoreEffect, SetPeers, WorkerCore
 from ..worker.process import hello_of
 from ..worker.role import Role as RoleCode
@@ -59,17 +61,28 @@ class Result:
     error: ServeError | None = None
     is_ended: bool = False
     attempts: int = 0
+    resumed: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(answer.tokens) for answer in self.answers)
 
 
 class _Worker:
     """One worker core with its mesh and inbox."""
 
-    def __init__(self, key: WorkerKey, role: Role, engine: Engine, clock: Clock, sizes: Mapping[str, int]) -> None:
+    def __init__(
+        self, key: WorkerKey, role: Role, engine: Engine, clock: Clock, sizes: Mapping[str, int], park_bytes: int = 0
+    ) -> None:
         self.key = key
         pool = BlockPool(engine.spec.num_blocks, engine.spec.block_size)
+        self.decode: DecodeRole | None = None
         roles: list[RoleCode] = []
         if role != "prefill":
-            roles.append(DecodeRole(key, engine.spec, pool, DestinationTable(PATIENCE_S), CLUSTER_KEY))
+            parking = Parking(engine.memory, park_bytes, clock)
+            destination = DestinationTable(PATIENCE_S)
+            self.decode = DecodeRole(key, engine.spec, pool, destination, CLUSTER_KEY, parking=parking)
+            roles.append(self.decode)
         if role != "decode":
             pushes = PushSizes.of(engine.spec.fingerprint.num_layers, engine.spec.layer_bytes)
             source = SourceTable(PATIENCE_S, PATIENCE_S, pushes)
@@ -109,6 +122,8 @@ class _Worker:
             results = self.core.compute(batch, lambda layers: self._on_layers(batch, layers, tell))
             self.perform(self.core.end_step(batch, results), tell)
         self.core.check_invariants()
+        if self.decode is not None:
+            self.decode.check_invariants()
         return progressed or bool(batch)
 
     def _on_layers(
@@ -143,7 +158,10 @@ class InProcessCluster:
         max_batch_tokens: int = 512,
         max_batch_seqs: int = 64,
         router: RouterConfig | None = None,
+        park_bytes: int = 0,
+        settings: MeshSettings | None = None,
     ) -> None:
+        self._settings = settings or MeshSettings((transport,))
         self._clock, ids = MonotonicClock(), SeededIds(0)
         self.router = RouterCore(
             router or RouterConfig(worker_timeout_s=PATIENCE_S, unacknowledged_s=PATIENCE_S),
@@ -154,19 +172,29 @@ class InProcessCluster:
         self._network = InprocNetwork()
         self._results: dict[str, Result] = {}
         self._next_beat = self._clock.now()
-        sizes = {"max_batch_tokens": max_batch_tokens, "max_batch_seqs": max_batch_seqs}
+        self._sizes = {"max_batch_tokens": max_batch_tokens, "max_batch_seqs": max_batch_seqs}
+        self._ids, self._transport, self._runtime_dir, self._park_bytes = ids, transport, runtime_dir, park_bytes
+        self._loses: Callable[[FromWorker], bool] | None = None
+        self._on_tokens: Callable[[str, TokensEvent], None] | None = None
+        self._cut_off: set[str] = set()
         self.workers: dict[str, _Worker] = {}
         for name, engine in engines.items():
-            role: Role = "prefill" if name.startswith("prefill") else "decode" if name.startswith("decode") else "both"
-            worker = _Worker(WorkerKey(name, new_epoch(ids)), role, engine, self._clock, sizes)
-            worker.mesh = self._mesh(worker, role, transport, runtime_dir)
-            self.workers[name] = worker
+            self.workers[name] = self._make_worker(name, engine)
         for worker in self.workers.values():
-            assert worker.mesh is not None
-            self._tell(FromWorker(*worker.key, hello_of(worker.core, worker.mesh)))
+            self._say_hello(worker)
 
-    def _mesh(self, worker: _Worker, role: Role, transport: str, runtime_dir: Path | None) -> Mesh:
-        engine = worker.core.engine
+    def _make_worker(self, name: str, engine: Engine) -> _Worker:
+        role: Role = "prefill" if name.startswith("prefill") else "decode" if name.startswith("decode") else "both"
+        key = WorkerKey(name, new_epoch(self._ids))
+        worker = _Worker(key, role, engine, self._clock, self._sizes, self._park_bytes)
+        worker.mesh = self._mesh(worker, role)
+        return worker
+
+    def _say_hello(self, worker: _Worker) -> None:
+        self._tell(FromWorker(*worker.key, hello_of(worker.core, _mesh_of(worker))))
+
+    def _mesh(self, worker: _Worker, role: Role) -> Mesh:
+        engine, transport, runtime_dir = worker.core.engine, self._transport, self._runtime_dir
         if transport == "inproc":
             return InprocMesh(worker.key, role, engine.spec.fingerprint, engine.memory, worker.inbox.put, self._network)
         assert runtime_dir is not None, "socket transports need a folder"
@@ -178,7 +206,7 @@ class InProcessCluster:
             worker.inbox.put,
             runtime_dir=runtime_dir,
             cluster_key=CLUSTER_KEY,
-            settings=MeshSettings((transport,)),
+            settings=self._settings,
             times=LinkTimes(liveness_s=PATIENCE_S),
         )
 
@@ -190,16 +218,70 @@ class InProcessCluster:
             if worker.mesh is not None:
                 worker.mesh.close()
 
+    # ---- faults; call them between two turns, from the `each_turn` of `run` ----
+
+    @property
+    def results(self) -> dict[str, Result]:
+        """What the requests of the present `run` have got so far."""
+        return self._results
+
+    def kill(self, name: str) -> None:
+        """The worker's process is gone at once; the router is told, as by the kernel."""
+        worker = self.workers.pop(name)
+        if self._transport == "inproc":
+            self._network.kill(worker.key)
+        _mesh_of(worker).close()
+        self._perform(self.router.process_ended(worker.key, "killed"))
+
+    def restart(self, name: str, engine: Engine) -> None:
+        """A new incarnation with an empty cache."""
+        assert name not in self.workers, f"{name} lives"
+        self.workers[name] = worker = self._make_worker(name, engine)
+        self._say_hello(worker)
+
+    def break_link(self, one: str, other: str) -> None:
+        """The hand-off link between two workers breaks (inproc only); `mend_links` makes it anew."""
+        self._network.disconnect(self.workers[one].key, self.workers[other].key)
+
+    def mend_links(self) -> None:
+        self._network.reconnect()
+
+    def cut_off(self, name: str) -> None:
+        """The connection between the router and this worker is lost: nothing arrives either way until `join_again`."""
+        self._cut_off.add(name)
+
+    def join_again(self, name: str) -> None:
+        self._cut_off.discard(name)
+
+    def deliver(self, frame: FromWorker) -> None:
+        """A frame reaches the router, whatever is cut off."""
+        self._perform(self.router.on_message(frame))
+
+    def cancel(self, request_id: str) -> None:
+        """The caller has enough."""
+        self._perform(self.router.cancel(request_id))
+
+    def lose(self, loses: Callable[[FromWorker], bool] | None) -> None:
+        """From now on the frames to the router for which `loses` is true are lost."""
+        self._loses = loses
+
     # ---- running ----
 
-    def run(self, requests: list[GenerateRequest], timeout_s: float = 120.0) -> dict[str, Result]:
+    def run(
+        self,
+        requests: list[GenerateRequest],
+        timeout_s: float = 120.0,
+        each_turn: Callable[[InProcessCluster], None] | None = None,
+        on_tokens: Callable[[str, TokensEvent], None] | None = None,
+    ) -> dict[str, Result]:
         """Submit all at once and turn until every one has ended. Raises TimeoutError."""
+        self._on_tokens = on_tokens
         self._settle(timeout_s)
         self._results = {r.request_id: Result([Answer() for _ in range(r.params.n)]) for r in requests}
         for request in requests:
             self._perform(self.router.submit(request))
-        self._until(lambda: all(result.is_ended for result in self._results.values()), timeout_s)
-        self._until(self._at_rest, timeout_s)
+        self._until(lambda: all(result.is_ended for result in self._results.values()), timeout_s, each_turn)
+        self._until(self._at_rest, timeout_s, each_turn)
         return self._results
 
     def _settle(self, timeout_s: float) -> None:
@@ -218,12 +300,19 @@ class InProcessCluster:
             w.core.is_idle and w.core.pool.num_free_blocks == w.core.pool.num_blocks for w in self.workers.values()
         )
 
-    def _until(self, is_done: Callable[[], bool], timeout_s: float) -> None:
+    def _until(
+        self,
+        is_done: Callable[[], bool],
+        timeout_s: float,
+        each_turn: Callable[[InProcessCluster], None] | None = None,
+    ) -> None:
         deadline = self._clock.now() + timeout_s
         while not is_done():
             if self._clock.now() > deadline:
                 raise TimeoutError(f"after {timeout_s} s: {self.router.status()}")
             self._turn()
+            if each_turn is not None:
+                each_turn(self)
 
     def _turn(self) -> None:
         if self._clock.now() >= self._next_beat:
@@ -236,7 +325,10 @@ class InProcessCluster:
 
     def _wait(self) -> None:
         """Nothing to compute: give the link threads a moment."""
-        worker = next(iter(self.workers.values()))
+        worker = next(iter(self.workers.values()), None)
+        if worker is None:
+            time.sleep(0.001)
+            return
         try:
             worker.inbox.put(worker.inbox.get(timeout=0.001))
         except queue.Empty:
@@ -254,17 +346,27 @@ class InProcessCluster:
             )
 
     def _tell(self, frame: FromWorker) -> None:
+        if frame.worker_id in self._cut_off or (self._loses is not None and self._loses(frame)):
+            return
         self._perform(self.router.on_message(frame))
 
     def _perform(self, effects: list[Effect]) -> None:
         for effect in effects:
             match effect:
                 case Send(worker=key, message=message):
-                    self.workers[key.worker_id].inbox.put(message)
+                    self._send(key, message)
                 case Deliver(request_id=request_id, event=event):
                     answer = self._results[request_id].answers[event.choice]
                     answer.tokens += event.tokens
                     answer.finish_reason = event.finish_reason
+                    if self._on_tokens is not None:
+                        self._on_tokens(request_id, event)
                 case End(request_id=request_id, event=event):
                     result = self._results[request_id]
-                    result.is_ended, result.error, result.attempts = True, event.error, event.attempts
+                    result.is_ended, result.error = True, event.error
+                    result.attempts, result.resumed = event.attempts, event.resumed
+
+    def _send(self, key: WorkerKey, message: FromRouter) -> None:
+        worker = self.workers.get(key.worker_id)
+        if worker is not None and worker.key == key and key.worker_id not in self._cut_off:
+            worker.inbox.put(message)

@@ -51,6 +51,8 @@ TORCH_FREE = [
     "deploy/",
     "cli/",
     "kvtransfer/effects.py",
+    "kvtransfer/layout.py",
+    "kvtransfer/wire_choice.py",
     "kvtransfer/source.py",
     "kvtransfer/destination.py",
     "kvtransfer/transports/",
@@ -58,6 +60,12 @@ TORCH_FREE = [
     "engine/sequence.py",
     "engine/interface.py",
     "engine/kv_memory.py",
+    "engine/ledger.py",
+    "engine/shared_files.py",
+    "engine/shared_pool.py",
+    "kvtransfer/ownership.py",
+    "kernels/wire_format/formats.py",
+    "engine/parking.py",
 ]
 
 

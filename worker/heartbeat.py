@@ -7,14 +7,16 @@ from __future__ import annotations
 from collections import deque
 
 from ..core.ids import AttemptKey, WorkerKey
-from ..protocol.messages import FromRouter, Heartbeat, StartDecode, StartPrefill, WorkerLoad
+from ..protocol.messages import FromRouter, Heartbeat, StartDecode, StartPrefill, WorkerLoad, WorkerState
 from .core import Snapshot
+from .turn_watch import TurnWatch
 
 
 class HeartbeatBuilder:
     """Fed by the thread that receives commands; reads the loop's latest snapshot, which is replaced as a whole."""
 
-    def __init__(self) -> None:
+    def __init__(self, turns: TurnWatch) -> None:
+        self._turns = turns
         self._router_epoch: str | None = None
         self._received = 0
         self._pending: deque[tuple[int, AttemptKey]] = deque()
@@ -37,8 +39,14 @@ class HeartbeatBuilder:
                 self._pending = deque(p for p in self._pending if p[0] > snapshot.handled)
         return Heartbeat(
             received=self._received,
-            state=snapshot.state if snapshot else "starting",
+            state=self._state(snapshot),
             load=snapshot.load if snapshot else WorkerLoad(),
             active=[(k.request_id, k.attempt) for k in dict.fromkeys((*active, *(p[1] for p in self._pending)))],
             linked=[(peer.worker_id, peer.epoch, transport) for peer, transport in linked],
+            turn_age_s=self._turns.age_s(),
         )
+
+    def _state(self, snapshot: Snapshot | None) -> WorkerState:
+        if self._turns.is_stalled():
+            return "stalled"
+        return snapshot.state if snapshot else "starting"

@@ -1,7 +1,7 @@
 """The worker process: three kinds of threads around one `WorkerCore`.
 
 main thread   the loop: drain the inbox → schedule → compute → commit → carry effects out; alone touches the core
-I/O thread    the socket to the router: commands in, messages out, a heartbeat every 0.25 s whatever the loop does
+I/O thread    the socket to the router: commands in, messages out, heartbeats whatever the loop does
 link threads  one pair for each peer, inside the mesh: hand-off messages, block bytes, liveness
 
 commands ─▶ inbox ─▶ loop ─▶ outbox ─▶ router          link events ─▶ inbox ─▶ loop ─▶ mesh
@@ -28,13 +28,15 @@ from ..protocol import codec
 from ..protocol.messages import FromRouter, FromWorker, Goodbye, Grant, Hello, Role, ToRouter
 from ..protocol.sockets import WorkerSocket
 from .core import CoreEffect, SetPeers, Snapshot, WorkerCore
+from .fault_signal import obey_fault_signals
 from .heartbeat import HeartbeatBuilder
 from .role import Role as RoleCode
 from .role import Tell
+from .turn_watch import TurnWatch
 
 log = logging.getLogger(__name__)
 
-HEARTBEAT_S = 0.25
+HEARTBEAT_S = 0.1
 TICK_S = 0.05
 Inbox = queue.SimpleQueue[FromRouter | LinkEvent | None]
 
@@ -47,14 +49,17 @@ class Incarnation:
     role: Role
     router_address: str
     drain_s: float = 60.0
+    heartbeat_s: float = HEARTBEAT_S
 
 
 class RouterLink:
     """The I/O thread: owns the socket to the router."""
 
-    def __init__(self, who: Incarnation, hello: Hello, inbox: Inbox, mesh: Mesh, clock: Clock) -> None:
+    def __init__(
+        self, who: Incarnation, hello: Hello, inbox: Inbox, mesh: Mesh, clock: Clock, turns: TurnWatch
+    ) -> None:
         self._who, self._hello, self._inbox, self._mesh, self._clock = who, hello, inbox, mesh, clock
-        self._heartbeat = HeartbeatBuilder()
+        self._heartbeat = HeartbeatBuilder(turns)
         self._socket = WorkerSocket(who.router_address, str(who.key))
         self._outbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._stop = threading.Event()
@@ -82,7 +87,7 @@ class RouterLink:
                 now = self._clock.now()
                 if now >= next_beat:
                     self._beat()
-                    next_beat = now + HEARTBEAT_S
+                    next_beat = now + self._who.heartbeat_s
                 self._socket.poll(max(0.0, next_beat - now))
                 self._receive()
                 self._flush()
@@ -125,10 +130,17 @@ class WorkerLoop:
     """The main thread's loop."""
 
     def __init__(
-        self, core: WorkerCore, mesh: Mesh, router: RouterLink, inbox: Inbox, clock: Clock, drain_s: float
+        self,
+        core: WorkerCore,
+        mesh: Mesh,
+        router: RouterLink,
+        inbox: Inbox,
+        clock: Clock,
+        turns: TurnWatch,
+        drain_s: float,
     ) -> None:
         self._core, self._mesh, self._router, self._inbox, self._clock = core, mesh, router, inbox, clock
-        self._drain_s = drain_s
+        self._turns, self._drain_s = turns, drain_s
         self._next_tick = clock.now()
         self._drain_until: float | None = None
         self._deferred: deque[FromRouter | LinkEvent] = deque()  # came within a step, and is no grant
@@ -144,6 +156,7 @@ class WorkerLoop:
         while not self._is_over():
             if self._router.is_broken:
                 raise InternalError("the thread that talks to the router has ended; the log has the cause")
+            self._turns.turn()
             self._take_inbox(wait=not progressed)
             self._tick()
             progressed = self._step()
@@ -196,6 +209,7 @@ class WorkerLoop:
                 self._perform(self._core.on_grant(item))
             elif item is not None:
                 self._deferred.append(item)
+        log.debug("%d layers computed", num_layers)
         self._perform(self._core.layers_computed(batch, num_layers))
 
     def _perform(self, effects: list[CoreEffect]) -> None:
@@ -227,16 +241,17 @@ MakeMesh = Callable[[Engine, Callable[[LinkEvent], None]], Mesh]
 MakeCore = Callable[[Engine, Clock], WorkerCore]
 
 
-def run_worker(who: Incarnation, engine: Engine, make_core: MakeCore, make_mesh: MakeMesh) -> int:
+def run_worker(who: Incarnation, engine: Engine, make_core: MakeCore, make_mesh: MakeMesh, turns: TurnWatch) -> int:
     """Serve until SIGTERM (drain, then 0). Ctrl-C is the supervisor's business, not ours."""
     clock = MonotonicClock()
     inbox: Inbox = queue.SimpleQueue()
     core = make_core(engine, clock)
     mesh = make_mesh(engine, inbox.put)
-    router = RouterLink(who, hello_of(core, mesh), inbox, mesh, clock)
-    loop = WorkerLoop(core, mesh, router, inbox, clock, who.drain_s)
+    router = RouterLink(who, hello_of(core, mesh), inbox, mesh, clock, turns)
+    loop = WorkerLoop(core, mesh, router, inbox, clock, turns, who.drain_s)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: loop.drain())
+    obey_fault_signals(mesh, os.environ)
     try:
         loop.run()
     finally:

@@ -217,6 +217,10 @@ class InprocMesh(Mesh):
     def linked(self) -> list[tuple[WorkerKey, str]]:
         return [(key, TRANSPORT) for key in sorted(self._links)]
 
+    def drop_links(self) -> None:
+        for peer in list(self._links):
+            self.network.disconnect(self.key, peer)
+
     def close(self) -> None:
         self.network.remove(self)
         self.die("this worker ended")
@@ -318,7 +322,9 @@ class InprocMesh(Mesh):
             self.network.move(source, self, push, slot, block)
         views = [self.memory.block(block, push.first_layer, push.num_layers) for block in blocks]
         corrupt = corrupt_ordinals(push, views)
-        self.network.post(self, arrived_event(peer, push, link.acceptances.finish(push), corrupt))
+        outcome = link.acceptances.finish(push)
+        if outcome.arrived or corrupt:
+            self.network.post(self, arrived_event(peer, push, outcome, corrupt))
 
 
 def _key(peer: Peer) -> WorkerKey:

@@ -188,6 +188,8 @@ class NixlBulk(Bulk):
 
     quarantine_s = 0.0  # a late read writes to `buffer` only
 
+    is_reader = True
+
     def __init__(
         self,
         memory: KVMemory,

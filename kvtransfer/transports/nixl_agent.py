@@ -31,7 +31,7 @@ _DEFAULTS = {
     "NIXL_LOG_LEVEL": "WARN",
 }
 _BUSY_PAUSE_S, _IDLE_PAUSE_S, _BUSY_FOR_S = 0.0005, 0.02, 1.0
-_FIRST_CHECKS, _LONGEST_CHECK_PAUSE_S = 3, 0.001
+_FIRST_CHECKS, _LONGEST_CHECK_PAUSE_S = 200, 0.001
 
 Pairs = Sequence[tuple[int, int, int]]  # (address of the peer, our address, number of bytes)
 

@@ -41,6 +41,7 @@ class ShmBulk(Bulk):
     """Copies from the peer's memory into ours. `pool` is None at an end that never receives."""
 
     quarantine_s = 0.0
+    is_reader = True
 
     def __init__(self, memory: KVMemory, pool: MappedPool | None) -> None:
         self._memory, self._pool, self._stopped = memory, pool, threading.Event()

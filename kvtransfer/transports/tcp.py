@@ -32,6 +32,7 @@ class TcpBulk(Bulk):
     """Straight from our memory into the socket, and from the socket into our memory. Owns the socket, plain or TLS."""
 
     quarantine_s = 0.0
+    is_reader = False
 
     def __init__(self, memory: KVMemory, sock: socket.socket) -> None:
         self._memory, self._pipe = memory, pipe_over(sock)

@@ -217,6 +217,72 @@ def test_check_invariants_broken_hash_map_is_found(attribute: str) -> None:
         pool.check_invariants()
 
 
+def test_adopted_blocks_are_free_and_handed_out_ascending() -> None:
+    pool = BlockPool.of(map(BlockId, (21, 3, 20, 22)), 16)
+    assert (pool.num_blocks, pool.num_free_blocks, pool.block_ids()) == (4, 4, [3, 20, 21, 22])
+    assert pool.allocate(2) == [3, 20]
+    pool.adopt(map(BlockId, (9, 8, 7)))
+    assert pool.allocate(3) == [7, 8, 9], "what came last goes first, side by side"
+    assert BlockId(7) in pool
+    assert BlockId(0) not in pool
+    pool.check_invariants([[BlockId(3), BlockId(20)], [BlockId(7), BlockId(8), BlockId(9)]])
+
+
+def test_adopt_held_brings_a_block_in_use_with_its_next_generation() -> None:
+    pool = BlockPool(2, 16)
+    pool.adopt_held([BlockId(9)])
+    assert (pool.ref_count(BlockId(9)), pool.generation(BlockId(9)), pool.num_free_blocks) == (1, 1, 2)
+    assert pool.publish(BlockId(9), name(0))
+    pool.free([BlockId(9)])
+    assert pool.match_prefix([name(0)]) == [9]
+
+
+@pytest.mark.parametrize("ids", [[0, 5], [5, 5]])
+def test_block_that_is_here_already_cannot_enter(ids: list[int]) -> None:
+    pool = BlockPool(2, 16)
+    for enter in (pool.adopt, pool.adopt_held):
+        with pytest.raises(InternalError, match="has them already"):
+            enter(map(BlockId, ids))
+    assert pool.block_ids() == [0, 1]
+
+
+def test_surrendered_block_leaves_with_its_hash_and_comes_back_as_another() -> None:
+    pool = BlockPool(4, 16)
+    table = pool.allocate(2)
+    pool.publish(table[0], name(0))
+    pool.surrender(table)
+    assert (pool.num_blocks, pool.num_free_blocks) == (2, 2)
+    assert pool.match_prefix([name(0)]) == []
+    assert not pool.is_published(table[0])
+    assert not pool.can_allocate(3)
+    pool.adopt(table)
+    assert pool.allocate(4) == [0, 1, 2, 3]
+    assert pool.generation(table[0]) == 2
+
+
+def test_only_a_block_with_one_reference_leaves_and_none_goes_when_one_cannot() -> None:
+    pool = BlockPool(4, 16)
+    shared, alone = pool.allocate(2)
+    pool.publish(shared, name(0))
+    pool.acquire([shared])
+    for block_ids, why in (
+        ([alone, shared], "block 0 has 2 references"),
+        ([alone, BlockId(3)], "block 3 has 0 references"),
+        ([alone, BlockId(77)], "block 77 is not in this pool"),
+        ([alone, alone], "one of them twice"),
+    ):
+        with pytest.raises(InternalError, match=why):
+            pool.surrender(block_ids)
+    pool.check_invariants([[shared, alone], [shared]])
+
+
+def test_calls_about_a_block_of_another_pool_raise() -> None:
+    pool = BlockPool(2, 16)
+    for call in (lambda b: pool.free([b]), lambda b: pool.acquire([b]), lambda b: pool.publish(b, name(0))):
+        with pytest.raises(InternalError, match="block 9"):
+            call(BlockId(9))
+
+
 NUM_BLOCKS = 7
 HASHES = st.integers(0, 9)
 
@@ -231,12 +297,13 @@ class PoolMachine(RuleBasedStateMachine):
         self.hashes: dict[BlockId, int] = {}
         self.cached: list[BlockId] = []
         self.generations = dict.fromkeys(range(NUM_BLOCKS), 0)
+        self.outside: list[BlockId] = []
 
     def count(self, block_id: BlockId) -> int:
         return sum(table.count(block_id) for table in self.tables)
 
     def num_free(self) -> int:
-        return sum(self.count(BlockId(i)) == 0 for i in range(NUM_BLOCKS))
+        return sum(self.count(BlockId(i)) == 0 for i in range(NUM_BLOCKS) if BlockId(i) not in self.outside)
 
     @rule(num_blocks=st.integers(0, NUM_BLOCKS + 1))
     def allocate(self, num_blocks: int) -> None:
@@ -309,6 +376,32 @@ class PoolMachine(RuleBasedStateMachine):
             self.hashes.pop(block_id, None)
         self.cached = [b for b in self.cached if b not in block_ids]
 
+    @precondition(lambda self: self.tables)
+    @rule(data=st.data())
+    def surrender_table(self, data: st.DataObject) -> None:
+        table = data.draw(st.sampled_from(self.tables))
+        if any(self.count(block_id) != 1 for block_id in table):
+            with pytest.raises(InternalError):
+                self.pool.surrender(table)
+            return
+        self.pool.surrender(table)
+        self.tables.remove(table)
+        self.outside += table
+        for block_id in table:
+            self.hashes.pop(block_id, None)
+
+    @rule(data=st.data(), is_held=st.booleans())
+    def adopt(self, data: st.DataObject, is_held: bool) -> None:
+        table = data.draw(st.lists(st.sampled_from(self.outside), unique=True)) if self.outside else []
+        self.outside = [block_id for block_id in self.outside if block_id not in table]
+        if not is_held:
+            self.pool.adopt(table)
+            return
+        self.pool.adopt_held(table)
+        self.tables.append(table)
+        for block_id in table:
+            self.generations[block_id] += 1
+
     @rule()
     def reset(self) -> None:
         assert self.pool.reset_prefix_cache() == len(self.hashes)
@@ -317,6 +410,7 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def agrees_with_the_model(self) -> None:
         self.pool.check_invariants(self.tables)
+        assert self.pool.block_ids() == [i for i in range(NUM_BLOCKS) if BlockId(i) not in self.outside]
         assert self.pool.num_free_blocks == self.num_free()
         assert self.pool.num_cached_blocks == len(self.cached)
         assert {i: self.pool.generation(BlockId(i)) for i in range(NUM_BLOCKS)} == self.generations

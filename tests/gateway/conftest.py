@@ -96,7 +96,7 @@ class FakeStream:
                     self.sent += 1
                     yield event
             index += 1
-        yield EndEvent(attempts=self.router.attempts, route_s=0.0005)
+        yield EndEvent(attempts=self.router.attempts, route_s=0.0005, resumed=self.router.resumed)
 
 
 def _event(script: list[int], choice: int, index: int, params: SamplingParams, phases: Phases) -> TokensEvent | None:
@@ -131,6 +131,7 @@ class FakeRouter:
     refuse: ServeError | None = None
     phases: Phases = PHASES
     attempts: int = 1
+    resumed: int = 0
     is_ready: bool = True
     max_sequence_tokens: int = 0
     streams: list[FakeStream] = field(default_factory=list)

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from penstock.core.errors import Unavailable
+
 
 def test_completion_plain_text_has_openai_shape(serve: Any) -> None:
     async def run() -> None:
@@ -19,6 +21,7 @@ def test_completion_plain_text_has_openai_shape(serve: Any) -> None:
             "completion_tokens": 9,
             "total_tokens": 11,
             "prompt_tokens_details": {"cached_tokens": 4},
+            "completion_tokens_details": {"resumed": 0},
         }
 
     asyncio.run(run())
@@ -268,6 +271,44 @@ def test_completion_vendor_phases_add_up_to_ttft(serve: Any) -> None:
             max(report["ttft_ms"], 6 + report["gateway_ms"]), abs=0.01
         )
         assert report["attempts"] == 2
-        assert report["resumed"] is True
+        assert report["resumed"] == 0, "another attempt before the first token resumes nothing"
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_usage_counts_how_often_the_answer_was_resumed(serve: Any, path: str) -> None:
+    async def run() -> None:
+        async with serve(attempts=4, resumed=2) as served:
+            whole = await (served.chat() if "chat" in path else served.completion())
+            *_, last, _ = await served.events(path, stream_options={"include_usage": True})
+            async with served.http.get(served.url + "/metrics") as response:
+                metrics = (await response.text()).splitlines()
+        for answer in (whole, last):
+            assert answer["usage"]["completion_tokens_details"] == {"resumed": 2}
+            assert answer["penstock"]["resumed"] == 2
+        assert "penstock_resumed_streams_total 4.0" in metrics
+
+    asyncio.run(run())
+
+
+def test_usage_of_several_prompts_adds_their_resumptions(serve: Any) -> None:
+    async def run() -> None:
+        async with serve(attempts=2, resumed=1) as served:
+            answer = await served.completion(prompt=["a", "b", "c"], max_tokens=2)
+        assert answer["usage"]["completion_tokens_details"] == {"resumed": 3}
+        assert [report["resumed"] for report in answer["penstock"]["prompts"]] == [1, 1, 1]
+
+    asyncio.run(run())
+
+
+def test_request_that_never_found_a_worker_counts_no_retry(serve: Any) -> None:
+    async def run() -> None:
+        async with serve(attempts=0, fail_before=0, error=Unavailable("nobody is there")) as served:
+            status, body = await served.post("/v1/completions", {"model": "toy", "prompt": "x"})
+            async with served.http.get(served.url + "/metrics") as response:
+                metrics = (await response.text()).splitlines()
+        assert status == 503, body
+        assert "penstock_request_retries_total 0.0" in metrics
 
     asyncio.run(run())

@@ -13,15 +13,19 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from penstock.core.ids import BlockId, SecureIds, Ticket, WorkerKey, new_epoch
 from penstock.engine.kv_memory import KVMemory
 from penstock.kvtransfer.effects import AcceptBlocks, LinkEvent, PeerUp, SendBlocks
+from penstock.kvtransfer.identity import boot_id
 from penstock.kvtransfer.mesh import MeshSettings, SocketMesh
+from penstock.kvtransfer.session import Session, _mac
 from penstock.kvtransfer.socket_link import LinkTimes
-from penstock.protocol.messages import Fingerprint, Peer, Role
+from penstock.kvtransfer.transports.wire import Deadline, read_frame, send_frame
+from penstock.protocol.messages import Fingerprint, HandoffMessage, KvHello, KvPing, KvProof, KvReady, Peer, Role
 
 FINGERPRINT = Fingerprint(
     model="m", weights="w", dtype="f4", num_layers=3, num_kv_heads=1, head_dim=8, block_size=4, layout="block-major"
@@ -29,6 +33,15 @@ FINGERPRINT = Fingerprint(
 NUM_BLOCKS, LAYER_BYTES = 32, 256
 TRANSPORTS = [("shm", "tcp"), ("tcp",)]
 WAIT_S = 10.0
+CLUSTER_KEY = b"one cluster"
+
+
+def layer_bytes_of(fingerprint: Fingerprint) -> int:
+    """One layer of one block, where the dtype is one that can be converted."""
+    item_bytes = {"float32": 4, "bfloat16": 2, "float16": 2}.get(fingerprint.dtype)
+    if item_bytes is None:
+        return LAYER_BYTES
+    return 2 * fingerprint.block_size * fingerprint.num_kv_heads * fingerprint.head_dim * item_bytes
 
 
 @dataclass
@@ -64,9 +77,14 @@ class Cluster:
         transports: tuple[str, ...] = ("shm", "tcp"),
         fingerprint: Fingerprint = FINGERPRINT,
         liveness_s: float = 30.0,
-        cluster_key: bytes = b"one cluster",
+        cluster_key: bytes = CLUSTER_KEY,
+        renew_s: float = 1.0,
+        is_stalled: Callable[[], bool] = lambda: False,
+        staging_bytes: int = 0,
+        wire_dtype: str = "lossless",
+        digests: bool = True,
     ) -> Worker:
-        memory = KVMemory(NUM_BLOCKS, FINGERPRINT.num_layers, LAYER_BYTES)
+        memory = KVMemory(NUM_BLOCKS, fingerprint.num_layers, layer_bytes_of(fingerprint), staging_bytes)
         events: queue.SimpleQueue[LinkEvent] = queue.SimpleQueue()
         key = WorkerKey(worker_id, new_epoch(SecureIds()))
         mesh = SocketMesh(
@@ -77,8 +95,8 @@ class Cluster:
             events.put,
             runtime_dir=self.runtime_dir,
             cluster_key=cluster_key,
-            settings=MeshSettings(transports),
-            times=LinkTimes(liveness_s=liveness_s, ping_s=min(0.3, liveness_s / 5)),
+            settings=MeshSettings(transports, wire_dtype, digests),
+            times=LinkTimes(liveness_s, min(0.3, liveness_s / 5), renew_s, is_stalled),
         )
         self.workers.append(Worker(mesh, memory, key, role, events))
         return self.workers[-1]
@@ -134,6 +152,72 @@ def knock(worker: Worker, unix: bool) -> socket.socket:
         return sock
     assert address.tcp is not None
     return socket.create_connection(address.tcp)
+
+
+@dataclass
+class Handmade:
+    """The dialing end of a link, played by the test, frame by frame."""
+
+    sock: socket.socket
+    hello: KvHello
+    session: Session
+
+    @classmethod
+    def meet(cls, worker: Worker, worker_id: str = "mallory", key: bytes = CLUSTER_KEY, **changes: Any) -> Handmade:
+        """Exchange hellos over the Unix socket, up to the proofs."""
+        sock = knock(worker, unix=True)
+        mine = hand_hello(worker, worker_id, **changes)
+        send_frame(sock, mine)
+        theirs = read_frame(sock, Deadline(WAIT_S))
+        assert isinstance(theirs, KvHello), theirs
+        return cls(sock, theirs, Session(key, mine, theirs, is_dialer=True))
+
+    @classmethod
+    def link(cls, worker: Worker, worker_id: str = "mallory", wire_dtype: str = "", **changes: Any) -> Handmade:
+        """A link that is up."""
+        hand = cls.meet(worker, worker_id, **changes)
+        proof = read_frame(hand.sock, Deadline(WAIT_S))
+        assert isinstance(proof, KvProof)
+        assert hand.session.is_proven(proof.mac)
+        send_frame(hand.sock, KvProof(mac=hand.session.proof))
+        hand.send(KvReady(wire_dtype=wire_dtype))
+        assert hand.read() == KvReady()
+        worker.wait_for(PeerUp)
+        return hand
+
+    def send(self, message: HandoffMessage) -> None:
+        send_frame(self.sock, message, self.session)
+
+    def send_body(self, body: bytes) -> None:
+        """A frame with a right MAC and whatever content."""
+        self.session._sent += 1
+        data = body + _mac(self.session._mine, self.session._sent, body)
+        self.sock.sendall(len(data).to_bytes(4, "little") + data)
+
+    def read_any(self) -> HandoffMessage:
+        return read_frame(self.sock, Deadline(WAIT_S), self.session)
+
+    def read(self) -> HandoffMessage:
+        """The next message that is no ping."""
+        while isinstance(message := self.read_any(), KvPing):
+            continue
+        return message
+
+
+def hand_hello(worker: Worker, worker_id: str = "mallory", **changes: Any) -> KvHello:
+    """What a decode worker that fits would say to `worker`."""
+    fields: dict[str, Any] = {
+        "worker_id": worker_id,
+        "epoch": "f" * 16,
+        "peer_epoch": worker.key.epoch,
+        "fingerprint": FINGERPRINT,
+        "transports": ["shm"],
+        "host_id": boot_id(),
+        "num_blocks": NUM_BLOCKS,
+        "block_bytes": FINGERPRINT.num_layers * LAYER_BYTES,
+        "nonce": b"n" * 16,
+    }
+    return KvHello(**(fields | changes))
 
 
 def until(condition: Callable[[], bool], timeout_s: float = WAIT_S) -> None:

@@ -1,4 +1,4 @@
-"""The decode side alone, call by call."""
+"""The decode side alone, call by call. What has its own file: portions and digests (test_portions.py)."""
 
 from __future__ import annotations
 
@@ -11,23 +11,33 @@ import pytest
 from penstock.core.errors import InternalError
 from penstock.core.ids import BlockId, SeededIds, Ticket, WorkerKey, new_ticket
 from penstock.kvtransfer.destination import DestinationTable
+from penstock.kvtransfer.digest import DIGEST_BYTES
 from penstock.kvtransfer.effects import (
     AcceptBlocks,
     BlocksArrived,
     Offered,
     Received,
     ReceiveFailed,
+    Renewing,
     Revoke,
     Revoked,
     SendMessage,
 )
-from penstock.protocol.messages import Ack, Cancel, Done, Failed, Grant, HandoffMessage, Offer, Phases, Renew
+from penstock.kvtransfer.incoming import Granting
+from penstock.protocol.messages import Ack, Cancel, Done, Failed, Grant, HandoffMessage, Offer, Phases, Reached, Renew
 
 PREFILL, OTHER = WorkerKey("prefill-0", "a" * 16), WorkerKey("prefill-1", "b" * 16)
 IDS = SeededIds(2)
 TICKET = new_ticket(IDS)
-OFFER = Offer(ticket=TICKET, num_tokens=15, num_blocks=4)
-BLOCKS = [BlockId(n) for n in (5, 6, 2)]
+PROOF = b"p" * 16
+OFFER = Offer(ticket=TICKET, num_tokens=15, num_blocks=4, block_size=4, reached=4, proof=PROOF)
+TABLE = tuple(map(BlockId, (11, 5, 6, 2)))  # the first is held
+ALIVE, ENDED = Renewing(PREFILL, TICKET, is_alive=True), Renewing(PREFILL, TICKET, is_alive=False)
+OFFERED = [ALIVE, Offered(TICKET, 15, 4, 4, 4)]
+
+
+def digest_of(ordinal: int) -> bytes:
+    return bytes([ordinal]) * DIGEST_BYTES
 
 
 def done(generation: int = 1, num_blocks: int = 3, num_tokens: int = 15) -> Done:
@@ -38,30 +48,40 @@ def done(generation: int = 1, num_blocks: int = 3, num_tokens: int = 15) -> Done
         num_tokens=num_tokens,
         first_tokens=(),
         phases=Phases(),
+        digests=b"".join(map(digest_of, range(4 - num_blocks, 4))),
     )
 
 
 def arrived(*ordinals: int, generation: int = 1, corrupt: tuple[int, ...] = ()) -> BlocksArrived:
-    return BlocksArrived(PREFILL, TICKET, generation, ordinals, corrupt)
+    return BlocksArrived(PREFILL, TICKET, generation, ordinals, corrupt, tuple(map(digest_of, ordinals)))
+
+
+def offer_of_one(ticket: Ticket) -> Offer:
+    """One token in one block."""
+    return Offer(ticket=ticket, num_tokens=1, num_blocks=1, block_size=4, reached=1)
+
+
+def granting_one(block: int) -> Granting:
+    return Granting(0, 1, 0, (BlockId(block),))
 
 
 def expecting() -> DestinationTable:
     table = DestinationTable(9.0, expect_timeout_s=60.0, early_s=2.0, max_early=3, max_ended=8)
-    assert table.expect(TICKET, PREFILL, 0.0) == []
+    assert table.expect(TICKET, PREFILL, 0.0, PROOF) == []
     return table
 
 
 def offered() -> DestinationTable:
     table = expecting()
-    assert table.on_message(PREFILL, OFFER, 0.0) == [Offered(TICKET, 15, 4)]
+    assert table.on_message(PREFILL, OFFER, 0.0) == OFFERED
     return table
 
 
 def granted() -> DestinationTable:
     table = offered()
-    assert table.grant(TICKET, 1, BLOCKS, 0.0) == [
-        AcceptBlocks(PREFILL, TICKET, 1, {1: BlockId(5), 2: BlockId(6), 3: BlockId(2)}),
-        SendMessage(PREFILL, Grant(ticket=TICKET, generation=1, held=1)),
+    assert table.grant(TICKET, Granting(1, 4, 1, TABLE), 0.0) == [
+        AcceptBlocks(PREFILL, TICKET, 1, 1, 4, TABLE, 15),
+        SendMessage(PREFILL, Grant(ticket=TICKET, generation=1, held=1, stop=4)),
     ]
     return table
 
@@ -86,13 +106,13 @@ def test_blocks_and_done_in_any_order_complete_once(order: tuple[int, ...]) -> N
     for at in order:
         effects += steps[at]()
         table.check_invariants()
-    assert effects == [SendMessage(PREFILL, Ack(ticket=TICKET, generation=1)), Received(TICKET, done())]
+    assert effects == [SendMessage(PREFILL, Ack(ticket=TICKET, generation=1)), ENDED, Received(TICKET, done())]
     assert table.active() == []
 
 
 def test_everything_held_completes_with_done_alone() -> None:
     table = offered()
-    table.grant(TICKET, 4, [], 0.0)
+    table.grant(TICKET, Granting(4, 4, 4, tuple(map(BlockId, range(4)))), 0.0)
     assert ends(table.on_message(PREFILL, done(num_blocks=0), 0.1)) == [Received(TICKET, done(num_blocks=0))]
 
 
@@ -100,7 +120,7 @@ def test_early_offer_waits_for_expect() -> None:
     table = DestinationTable(9.0)
     assert table.on_message(PREFILL, OFFER, 0.0) == []
     assert table.num_early == 1
-    assert table.expect(TICKET, PREFILL, 1.0) == [Offered(TICKET, 15, 4)]
+    assert table.expect(TICKET, PREFILL, 1.0, PROOF) == OFFERED
     assert table.num_early == 0
 
 
@@ -120,7 +140,7 @@ def test_early_offers_are_bounded() -> None:
     """Bug list 7: unknown tickets make no state grow."""
     table = DestinationTable(9.0, max_early=3, max_ended=8)
     for _ in range(1000):
-        table.on_message(PREFILL, Offer(ticket=new_ticket(IDS), num_tokens=1, num_blocks=1), 0.0)
+        table.on_message(PREFILL, offer_of_one(new_ticket(IDS)), 0.0)
         table.on_message(PREFILL, Renew(tickets=[new_ticket(IDS)]), 0.0)
     assert table.num_early == 3
     assert len(table._ended) == 8
@@ -129,10 +149,10 @@ def test_early_offers_are_bounded() -> None:
 def test_early_offer_of_another_peer_takes_nobodys_place() -> None:
     table = DestinationTable(9.0)
     table.on_message(OTHER, OFFER, 0.0)
-    assert table.expect(TICKET, PREFILL, 0.1) == []
+    assert table.expect(TICKET, PREFILL, 0.1, PROOF) == []
     assert table.on_message(OTHER, OFFER, 0.2) == []
     assert table.stale == 1
-    assert table.on_message(PREFILL, OFFER, 0.3) == [Offered(TICKET, 15, 4)]
+    assert table.on_message(PREFILL, OFFER, 0.3) == OFFERED
 
 
 def test_failed_before_expect_makes_expect_fail_with_its_reason() -> None:
@@ -172,7 +192,8 @@ def test_failure_after_grant_gives_blocks_back_only_when_revoked(trigger: Callab
     assert table.cancel(TICKET, "cancelled", "second reason", 9.5) == []
     assert ends(table.on_arrived(arrived(1, 2, 3), 9.5)) == []
     assert ends(table.on_message(PREFILL, done(), 9.5)) == []
-    (end,) = table.on_revoked(Revoked(PREFILL, TICKET), 9.6)
+    quiet, end = table.on_revoked(Revoked(PREFILL, TICKET), 9.6)
+    assert quiet == ENDED
     assert isinstance(end, ReceiveFailed)
     assert end.code == code
     assert table.on_revoked(Revoked(PREFILL, TICKET), 9.7) == []
@@ -229,7 +250,7 @@ def test_message_that_does_not_fit_is_counted_and_ignored(peer: WorkerKey, messa
 
 def test_arrivals_of_unknown_ticket_or_generation_are_counted() -> None:
     table = granted()
-    assert table.on_arrived(BlocksArrived(PREFILL, new_ticket(IDS), 1, (1,)), 1.0) == []
+    assert table.on_arrived(BlocksArrived(PREFILL, new_ticket(IDS), 1, (1,), digests=(digest_of(1),)), 1.0) == []
     assert table.on_arrived(arrived(1, 2, 3, generation=7), 1.0) == []
     assert table.stale == 2
 
@@ -264,13 +285,19 @@ def test_grant_is_repeated_until_something_comes() -> None:
     repeated = [effect for effect in table.tick(3.0) if sent([effect]) == [Grant]]
     assert len(repeated) == 1
     table.on_arrived(arrived(1), 4.0)
-    assert sent(table.tick(6.0)) == [Renew]
+    assert sent(table.tick(6.9)) == []
+    assert sent(table.tick(7.0)) == [Grant]
+    table.on_arrived(arrived(2, 3), 7.1)
+    table.on_message(PREFILL, done(), 7.2)
+    assert table.tick(16.0) == []
 
 
-def test_queued_offers_and_grants_are_renewed() -> None:
-    table = offered()
-    assert table.tick(3.0) == [SendMessage(PREFILL, Renew(tickets=[TICKET]))]
-    assert sent(expecting().tick(3.0)) == []
+def test_ticket_is_named_alive_from_its_offer_to_its_end() -> None:
+    """The link's own thread renews it: the table only says for how long. An expected ticket is not promised yet."""
+    for table, count in ((expecting(), 0), (offered(), 1), (granted(), 1)):
+        effects = table.tick(3.0) + table.peer_lost(PREFILL, 3.1)
+        assert effects.count(ENDED) == count
+        assert ALIVE not in effects
 
 
 def test_last_word_is_repeated_to_a_source_that_has_not_heard_it() -> None:
@@ -289,8 +316,9 @@ def test_asking_twice_for_a_one_shot_hand_off_is_refused() -> None:
     table = granted()
     with pytest.raises(InternalError, match="expected twice"):
         table.expect(TICKET, PREFILL, 1.0)
-    with pytest.raises(InternalError, match="granted"):
-        table.grant(TICKET, 1, BLOCKS, 1.0)
+    table.cancel(TICKET, "cancelled", "", 1.0)
+    with pytest.raises(InternalError, match="granted while revoking"):
+        table.grant(TICKET, Granting(1, 4, 1, TABLE), 1.0)
     table.peer_lost(PREFILL, 1.0)
     with pytest.raises(InternalError, match="expected twice"):
         table.expect(TICKET, PREFILL, 1.0)
@@ -300,11 +328,16 @@ def test_grant_of_wrong_count_or_of_a_granted_block_is_refused() -> None:
     table = granted()
     second = new_ticket(IDS)
     table.expect(second, PREFILL, 0.0)
-    table.on_message(PREFILL, Offer(ticket=second, num_tokens=4, num_blocks=1), 0.0)
+    table.on_message(PREFILL, offer_of_one(second), 0.0)
     with pytest.raises(InternalError, match="granted twice"):
-        table.grant(second, 0, [BLOCKS[0]], 0.1)
-    with pytest.raises(InternalError, match="of 1 blocks"):
-        table.grant(second, 0, [BlockId(8), BlockId(9)], 0.1)
+        table.grant(second, granting_one(TABLE[1]), 0.1)
+    with pytest.raises(InternalError, match="of 1"):
+        table.grant(second, Granting(0, 2, 0, (BlockId(8), BlockId(9))), 0.1)
+    with pytest.raises(InternalError, match="2 held"):
+        table.grant(second, Granting(2, 1, 0, (BlockId(8),)), 0.1)
+    with pytest.raises(InternalError, match="granted while unknown"):
+        table.grant(new_ticket(IDS), granting_one(8), 0.1)
+    table.grant(second, Granting(0, 0, 0, ()), 0.1)
     table.check_invariants()
 
 
@@ -316,16 +349,16 @@ def test_many_tickets_are_independent_when_some_are_aborted(count: int) -> None:
     tickets = [new_ticket(IDS) for _ in range(count)]
     for at, ticket in enumerate(tickets):
         table.expect(ticket, PREFILL, 0.0)
-        table.on_message(PREFILL, Offer(ticket=ticket, num_tokens=1, num_blocks=1), 0.0)
-        table.grant(ticket, 0, [BlockId(at)], 0.0)
+        table.on_message(PREFILL, offer_of_one(ticket), 0.0)
+        table.grant(ticket, granting_one(at), 0.0)
     aborted = set(rng.sample(tickets, rng.randint(0, count)))
     received: set[Ticket] = set()
     for at, ticket in enumerate(tickets):
         if ticket in aborted:
             table.cancel(ticket, "cancelled", "", 1.0)
-        message = Done(ticket=ticket, generation=at + 1, num_blocks=1, num_tokens=1, first_tokens=(), phases=Phases())
+        message = Done(ticket, at + 1, 1, 1, (), Phases(), digest_of(at))
         effects = table.on_message(PREFILL, message, 1.0)
-        effects += table.on_arrived(BlocksArrived(PREFILL, ticket, at + 1, (0,)), 1.0)
+        effects += table.on_arrived(BlocksArrived(PREFILL, ticket, at + 1, (0,), digests=(digest_of(at),)), 1.0)
         received |= {effect.ticket for effect in effects if isinstance(effect, Received)}
         table.check_invariants()
     assert received == set(tickets) - aborted
@@ -338,7 +371,7 @@ def test_sweep_ends_every_expired_ticket_whatever_the_order() -> None:
     tickets = [new_ticket(IDS) for _ in range(50)]
     for ticket in tickets:
         table.expect(ticket, PREFILL, 0.0)
-        table.on_message(PREFILL, Offer(ticket=ticket, num_tokens=1, num_blocks=1), 0.0)
+        table.on_message(PREFILL, offer_of_one(ticket), 0.0)
     alive = set(rng.sample(tickets, 20))
     table.on_message(PREFILL, Renew(tickets=sorted(alive)), 5.0)
     assert {end.ticket for end in ends(table.tick(9.0))} == set(tickets) - alive
@@ -371,8 +404,9 @@ def test_random_messages_never_raise_and_keep_the_invariants() -> None:
         now += rng.random()
         ticket, small = rng.choice(tickets), rng.randint(0, 4)
         messages: list[HandoffMessage] = [
-            Offer(ticket=ticket, num_tokens=small, num_blocks=small),
-            Grant(ticket=ticket, generation=small, held=small),
+            Offer(ticket=ticket, num_tokens=small, num_blocks=small, block_size=4, reached=small),
+            Reached(ticket=ticket, reached=small),
+            Grant(ticket=ticket, generation=small, held=small, stop=small),
             Failed(ticket=ticket, code="", message=""),
             Ack(ticket=ticket, generation=small),
             Cancel(ticket=ticket, code="", message=""),
@@ -388,7 +422,7 @@ def test_random_messages_never_raise_and_keep_the_invariants() -> None:
         ]
         message = rng.choice(messages)
         effects = table.on_message(rng.choice([PREFILL, OTHER]), message, now)
-        effects += table.on_arrived(BlocksArrived(PREFILL, ticket, small, (small,)), now)
+        effects += table.on_arrived(BlocksArrived(PREFILL, ticket, small, (small,), digests=(bytes(8),)), now)
         effects += table.on_revoked(Revoked(PREFILL, ticket), now)
         assert ends(effects) == []
         table.check_invariants()

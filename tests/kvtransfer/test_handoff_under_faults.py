@@ -1,7 +1,8 @@
 """Both tables against each other over a network that loses, doubles, delays and reorders, with aborts and clock jumps.
 
-Blocks that are free hold poison: a write after the end of a hand-off shows as damaged poison, a block sent after its
-end as a content that is not the ticket's.
+Prompts are computed chunk by chunk and layer by layer, with failed steps; grants come in portions, also in the middle
+of a step; links renew as time passes, until a side freezes. Blocks that are free hold poison: a write after the end of
+a hand-off shows as damaged poison, a block sent after its end as a content that is not the ticket's.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from penstock.core.ids import BlockId, SeededIds, Ticket, WorkerKey, new_epoch, 
 from penstock.engine.kv_memory import KVMemory
 from penstock.kvtransfer.destination import DestinationTable
 from penstock.kvtransfer.effects import (
+    Advanced,
     BlocksArrived,
     MessageArrived,
     Offered,
@@ -23,19 +25,24 @@ from penstock.kvtransfer.effects import (
     PeerUp,
     Received,
     ReceiveFailed,
+    Revoke,
     Revoked,
+    SendBlocks,
     SourceEnded,
 )
-from penstock.kvtransfer.source import SourceTable
+from penstock.kvtransfer.incoming import Granting
+from penstock.kvtransfer.source import HandoffPlan, PushSizes, SourceTable
 from penstock.kvtransfer.transports.inproc import Delivery, InprocMesh, InprocNetwork, LinkEnd
-from penstock.protocol.messages import Fingerprint, Peer, Phases, Role
+from penstock.protocol.messages import Fingerprint, Grant, Peer, Phases, Role
 
+NUM_LAYERS, LAYER_BYTES = 3, 8
 FINGERPRINT = Fingerprint(
-    model="m", weights="w", dtype="f4", num_layers=2, num_kv_heads=1, head_dim=1, block_size=4, layout="l"
+    model="m", weights="w", dtype="f4", num_layers=NUM_LAYERS, num_kv_heads=1, head_dim=1, block_size=4, layout="l"
 )
 POISON = b"\xdd"
 NUM_BLOCKS = 12
 LEASE_S = 10.0
+PROOF, FORGED = b"p" * 16, b"f" * 16
 
 
 class FaultyNetwork(InprocNetwork):
@@ -69,6 +76,8 @@ class Worker:
     memory: KVMemory
     free: list[BlockId]
     inbox: deque = field(default_factory=deque)
+    deferred: deque = field(default_factory=deque)  # came within a step, and is no grant
+    is_computing: bool = False
     blocks: dict[Ticket, list[BlockId]] = field(default_factory=dict)
     ends: Counter = field(default_factory=Counter)
 
@@ -83,6 +92,17 @@ class Worker:
             self.free.append(block)
 
 
+@dataclass
+class Room:
+    """What a destination knows of an offer that it may grant, and has granted."""
+
+    worker: Worker
+    num_blocks: int
+    reached: int
+    held: int = -1  # until the first grant
+    stop: int = 0
+
+
 class World:
     """Two prefill and two decode workers; every action is drawn from the seed."""
 
@@ -91,17 +111,19 @@ class World:
         self.network = FaultyNetwork(self.rng)
         self.sources = [self._worker("prefill", n) for n in range(2)]
         self.destinations = [self._worker("decode", n) for n in range(2)]
-        self.source_tables = {w.key: SourceTable(LEASE_S, 2.0, self.rng.choice([1, 2, 64])) for w in self.sources}
+        self.source_tables = {w.key: SourceTable(LEASE_S, 2.0, self._sizes()) for w in self.sources}
         self.destination_tables = {
             w.key: DestinationTable(LEASE_S, expect_timeout_s=60, early_s=2) for w in self.destinations
         }
         self.content: dict[Ticket, list[bytes]] = {}
         self.tables: dict[Ticket, int] = {}  # blocks computed so far
-        self.tokens: dict[Ticket, int] = {}
         self.opened: list[Ticket] = []
         self.expected: list[Ticket] = []
-        self.offers: dict[Ticket, tuple[Worker, int]] = {}
-        self.received = 0
+        self.forged: set[Ticket] = set()
+        self.forgery = 0.05
+        self.rooms: dict[Ticket, Room] = {}
+        self.received: list[Ticket] = []
+        self.pushes: Counter[str] = Counter()
         peers = [Peer(worker_id=w.key.worker_id, epoch=w.key.epoch, role=w.role, kv_address="-") for w in self.workers]
         for worker in self.workers:
             worker.mesh.set_peers(peers)
@@ -110,8 +132,11 @@ class World:
     def workers(self) -> list[Worker]:
         return self.sources + self.destinations
 
+    def _sizes(self) -> PushSizes:
+        return PushSizes(NUM_LAYERS, self.rng.choice([1, 2, 4, 64]), self.rng.choice([1, 2, 1000]))
+
     def _worker(self, role: Role, number: int) -> Worker:
-        key, memory = WorkerKey(f"{role}-{number}", new_epoch(self.ids)), KVMemory(NUM_BLOCKS, 2, 16)
+        key, memory = WorkerKey(f"{role}-{number}", new_epoch(self.ids)), KVMemory(NUM_BLOCKS, NUM_LAYERS, LAYER_BYTES)
         memory.buffer[:] = POISON * memory.nbytes
         inbox: deque = deque()
         mesh = InprocMesh(key, role, FINGERPRINT, memory, inbox.append, self.network)
@@ -136,41 +161,83 @@ class World:
 
     def _expect(self, worker: Worker, ticket: Ticket, source: Worker) -> None:
         self.expected.append(ticket)
-        self._apply(worker, self.destination_tables[worker.key].expect(ticket, source.key, self.now))
+        self._apply(worker, self.destination_tables[worker.key].expect(ticket, source.key, self.now, PROOF))
 
     def _open(self, worker: Worker, ticket: Ticket, destination: Worker, num_blocks: int) -> None:
         if len(worker.free) < num_blocks:
             return
         self.opened.append(ticket)
         worker.blocks[ticket] = worker.allocate(num_blocks)
-        self.tables[ticket], self.tokens[ticket] = 0, num_blocks * 4 - self.rng.randint(0, 3)
+        self.tables[ticket] = 0
         self.content[ticket] = [self.rng.randbytes(worker.memory.block_bytes) for _ in range(num_blocks)]
-        table = self.source_tables[worker.key]
-        self._apply(worker, table.open(ticket, destination.key, self.tokens[ticket], num_blocks, self.now))
+        if self.rng.random() < self.forgery:
+            self.forged.add(ticket)
+        proof = FORGED if ticket in self.forged else PROOF
+        num_tokens, reached = num_blocks * 4 - self.rng.randint(0, 3), self.rng.randint(0, num_blocks)
+        plan = HandoffPlan(num_tokens, num_blocks, 4, reached, proof)
+        self._apply(worker, self.source_tables[worker.key].open(ticket, destination.key, plan, self.now))
 
     def compute(self) -> None:
+        """A step of one prefill worker: a chunk of each prompt, layer by layer; perhaps it fails and is run again."""
         worker = self.rng.choice(self.sources)
+        chunks: dict[Ticket, tuple[int, int]] = {}
         for ticket, blocks in list(worker.blocks.items()):
-            done, table = self.tables[ticket], self.source_tables[worker.key]
-            stop = min(len(blocks), done + self.rng.randint(1, 3))
+            done = self.tables[ticket]
+            chunks[ticket] = (done, min(len(blocks), done + self.rng.randint(0, 3)))
+            self._apply(worker, self.source_tables[worker.key].reach(ticket, chunks[ticket][1], self.now))
+        worker.is_computing = True
+        self._compute_layers(worker, chunks, self.rng.choice([NUM_LAYERS, NUM_LAYERS, self.rng.randrange(NUM_LAYERS)]))
+        worker.is_computing = False
+        self._commit(worker, chunks)
+        while worker.deferred:
+            self._on_event(worker, worker.deferred.popleft())
+
+    def _compute_layers(self, worker: Worker, chunks: dict[Ticket, tuple[int, int]], fails_at: int) -> None:
+        table = self.source_tables[worker.key]
+        for layer in range(fails_at):
+            self._write(worker, chunks, layer)
+            for ticket, (_, stop) in chunks.items():
+                blocks = worker.blocks[ticket][:stop]
+                self._apply(worker, table.layers_computed(ticket, blocks, layer + 1, self.now))
+            self.deliver(self.rng.choice([0, 0, 3]))
+        for layer in range(NUM_LAYERS if fails_at < NUM_LAYERS else 0):
+            self._write(worker, chunks, layer)
+
+    def _write(self, worker: Worker, chunks: dict[Ticket, tuple[int, int]], layer: int) -> None:
+        part = slice(layer * LAYER_BYTES, (layer + 1) * LAYER_BYTES)
+        for ticket, (done, stop) in chunks.items():
             for at in range(done, stop):
-                worker.memory.block(blocks[at])[:] = self.content[ticket][at]
-            self.tables[ticket] = stop
+                worker.memory.block(worker.blocks[ticket][at])[part] = self.content[ticket][at][part]
+
+    def _commit(self, worker: Worker, chunks: dict[Ticket, tuple[int, int]]) -> None:
+        table = self.source_tables[worker.key]
+        for ticket, (done, stop) in chunks.items():
+            blocks, self.tables[ticket] = worker.blocks[ticket], stop
             if stop < len(blocks):
                 self._apply(worker, table.blocks_ready(ticket, blocks[:stop], self.now))
             elif done < stop:
-                effects = table.seal(ticket, blocks, self.tokens[ticket], (), Phases(), self.now)
-                self._apply(worker, effects)
+                self._apply(worker, table.seal(ticket, blocks, (), Phases(), self.now))
 
     def grant(self) -> None:
-        for ticket, (worker, num_blocks) in list(self.offers.items()):
-            held = self.rng.randint(0, num_blocks)
-            if self.rng.random() < 0.3 or len(worker.free) < num_blocks - held:
-                continue
-            del self.offers[ticket]
-            blocks = worker.allocate(num_blocks - held)
-            worker.blocks[ticket] = blocks
-            self._apply(worker, self.destination_tables[worker.key].grant(ticket, held, blocks, self.now))
+        for ticket, room in list(self.rooms.items()):
+            if self.rng.random() < 0.7 and ticket in self.rooms:
+                self._grant(ticket, room)
+
+    def _grant(self, ticket: Ticket, room: Room) -> None:
+        """As much as fits and prefill has reached, or less of it."""
+        worker = room.worker
+        held = room.held if room.held >= 0 else self.rng.randint(0, room.num_blocks)
+        stop = self.rng.randint(room.stop, max(held, room.stop, room.reached))
+        missing = max(held, stop) - len(worker.blocks.get(ticket, []))
+        if len(worker.free) < missing or (room.held >= 0 and missing <= 0):
+            return
+        blocks = worker.blocks.setdefault(ticket, [])
+        blocks += worker.allocate(missing)
+        for at in range(held if room.held < 0 else 0):
+            worker.memory.block(blocks[at])[:] = self.content[ticket][at]  # as if out of the prefix cache
+        room.held, room.stop = held, max(held, stop)
+        granting = Granting(held, room.stop, held, tuple(blocks))
+        self._apply(worker, self.destination_tables[worker.key].grant(ticket, granting, self.now))
 
     def abort(self) -> None:
         worker = self.rng.choice(self.sources if self.rng.random() < 0.5 else self.destinations)
@@ -187,10 +254,16 @@ class World:
         self.network.disconnect(self.rng.choice(self.sources).key, self.rng.choice(self.destinations).key)
         self.network.reconnect()
 
-    def wait(self, seconds: float) -> None:
-        self.now += seconds
-        for worker in self.workers:
-            self._apply(worker, self.table(worker).tick(self.now))
+    def wait(self, seconds: float, renewing: bool = True) -> None:
+        """Time passes; the links' own threads renew, unless everything freezes."""
+        while seconds > 0:
+            step_s = min(seconds, LEASE_S / 4) if renewing else seconds
+            self.now, seconds = self.now + step_s, seconds - step_s
+            for worker in self.workers if renewing else []:
+                worker.mesh.renew()
+            self.deliver(self.rng.choice([0, 5, 50]) if renewing else 0)
+            for worker in self.workers:
+                self._apply(worker, self.table(worker).tick(self.now))
 
     def table(self, worker: Worker) -> SourceTable | DestinationTable:
         return self.source_tables.get(worker.key) or self.destination_tables[worker.key]
@@ -200,24 +273,35 @@ class World:
     def _apply(self, worker: Worker, effects: list) -> None:
         for effect in effects:
             match effect:
-                case SourceEnded(ticket) | ReceiveFailed(ticket):
+                case SourceEnded(ticket):
                     worker.ends[ticket] += 1
-                    self.offers.pop(ticket, None)
                     worker.release(ticket)
-                case Received(ticket, done):
+                case ReceiveFailed(ticket):
                     worker.ends[ticket] += 1
-                    self.received += 1
-                    self._check_content(worker, ticket, done.num_blocks)
+                    self.rooms.pop(ticket, None)
                     worker.release(ticket)
-                case Offered(ticket, _, num_blocks):
-                    self.offers[ticket] = (worker, num_blocks)
+                case Received(ticket):
+                    worker.ends[ticket] += 1
+                    del self.rooms[ticket]
+                    self.received.append(ticket)
+                    self._check_content(worker, ticket)
+                    worker.release(ticket)
+                case Offered(ticket, _, num_blocks, _, reached):
+                    self.rooms[ticket] = Room(worker, num_blocks, reached)
+                case Advanced(ticket, reached):
+                    self.rooms[ticket].reached = reached
+                case Revoke(ticket=ticket):
+                    self.rooms.pop(ticket, None)  # gets nothing more; its blocks come back later
+                    worker.mesh.perform(effect)
                 case _:
+                    if isinstance(effect, SendBlocks):
+                        self.pushes["whole" if effect.num_layers == NUM_LAYERS else "layers"] += 1
                     worker.mesh.perform(effect)
         self.check()
 
-    def _check_content(self, worker: Worker, ticket: Ticket, count: int) -> None:
+    def _check_content(self, worker: Worker, ticket: Ticket) -> None:
         found = [bytes(worker.memory.block(block)) for block in worker.blocks[ticket]]
-        assert found == self.content[ticket][len(self.content[ticket]) - count :]
+        assert found == self.content[ticket]
 
     def deliver(self, limit: int) -> None:
         for _ in range(limit):
@@ -229,6 +313,9 @@ class World:
 
     def _on_event(self, worker: Worker, event: object) -> None:
         table = self.table(worker)
+        if worker.is_computing and not (isinstance(event, MessageArrived) and isinstance(event.message, Grant)):
+            worker.deferred.append(event)
+            return
         match event:
             case MessageArrived(peer, message):
                 self._apply(worker, table.on_message(peer, message, self.now))
@@ -258,11 +345,14 @@ class World:
             if not silent:
                 self.compute()
                 self.grant()
+                for worker in self.workers:
+                    worker.mesh.renew()
+                self.deliver(10_000)
             deadlines = [self.table(w).next_deadline for w in self.workers]
             times = [time for time in deadlines if time is not None]
             if not times:
                 return
-            self.wait(max(0.0, min(times) - self.now))
+            self.wait(max(1e-6, min(times) - self.now), renewing=False)
         raise AssertionError(f"still active: {[self.table(w).active() for w in self.workers]}")
 
 
@@ -271,7 +361,12 @@ def run_world(seed: int, loss: float | None = None) -> World:
     if loss is not None:
         world.network.loss = loss
     actions = [world.start, world.compute, world.grant, lambda: world.deliver(world.rng.randint(1, 6))]
-    rare = [world.abort, world.disconnect, lambda: world.wait(world.rng.choice([0.1, 1.0, 4.0, 15.0]))]
+    rare = [
+        world.abort,
+        world.disconnect,
+        lambda: world.wait(world.rng.choice([0.1, 1.0, 4.0, 15.0])),
+        lambda: world.wait(world.rng.choice([1.0, 15.0]), renewing=False),
+    ]
     for _ in range(200):
         world.rng.choice(rare if world.rng.random() < 0.15 else actions)()
     world.finish()
@@ -280,10 +375,12 @@ def run_world(seed: int, loss: float | None = None) -> World:
 
 @pytest.mark.parametrize("first_seed", range(0, 300, 50))
 def test_handoff_under_faults_ends_each_ticket_once_and_strands_no_block(first_seed: int) -> None:
-    received = 0
+    received, pushes = 0, Counter[str]()
     for seed in range(first_seed, first_seed + 50):
         world = run_world(seed)
-        received += world.received
+        received += len(world.received)
+        pushes += world.pushes
+        assert world.forged.isdisjoint(world.received), f"seed {seed}"
         ended_at_source = sum((w.ends for w in world.sources), Counter())
         ended_at_destination = sum((w.ends for w in world.destinations), Counter())
         assert ended_at_source == Counter(world.opened), f"seed {seed}"
@@ -293,13 +390,14 @@ def test_handoff_under_faults_ends_each_ticket_once_and_strands_no_block(first_s
             assert sorted(worker.free) == list(range(NUM_BLOCKS)), f"seed {seed}"
             assert not any(len(link.acceptances) for link in worker.mesh._links.values()), f"seed {seed}"
         assert all(table.num_early == 0 for table in world.destination_tables.values()), f"seed {seed}"
-    assert received > 0
+    assert received > 100
+    assert min(pushes["whole"], pushes["layers"]) > 50
 
 
 def test_handoff_without_faults_receives_everything() -> None:
     for seed in range(20):
         world = World(seed)
-        world.network.faults = False
+        world.network.faults, world.forgery = False, 0.0
         for _ in range(10):
             world.start()
             world.deliver(1000)
@@ -307,10 +405,42 @@ def test_handoff_without_faults_receives_everything() -> None:
                 world.compute()
                 world.grant()
                 world.deliver(1000)
-        for _ in range(40):
+        for _ in range(60):
             world.compute()
             world.grant()
             world.deliver(1000)
-        assert world.received == len(set(world.opened) & set(world.expected))
-        assert world.received > 5
+        assert sorted(world.received) == sorted(set(world.opened) & set(world.expected))
+        assert len(world.received) > 5
         assert all(world.table(w).stale == 0 for w in world.workers)
+
+
+def test_handoff_that_waits_long_lives_by_renewals_alone() -> None:
+    """Ten leases without a block computed or granted: nothing ends while both sides say that it is alive."""
+    for seed in range(10):
+        world = World(seed)
+        world.network.faults, world.forgery = False, 0.0
+        for _ in range(5):
+            world.start()
+            world.deliver(1000)
+        ends = sum((w.ends for w in world.workers), Counter())
+        shared = set(world.opened) & set(world.expected)
+        for _ in range(200):
+            world.wait(LEASE_S / 20)
+            world.deliver(1000)
+        assert shared <= {ticket for w in world.sources for ticket in world.table(w).active()}
+        assert shared <= {ticket for w in world.destinations for ticket in world.table(w).active()}
+        assert not shared & ends.keys()
+
+
+def test_handoff_ends_when_one_side_freezes() -> None:
+    """The other half of the test above: the same wait without renewals."""
+    world = World(3)
+    world.network.faults, world.forgery = False, 0.0
+    for _ in range(5):
+        world.start()
+        world.deliver(1000)
+    shared = set(world.opened) & set(world.expected)
+    assert shared
+    world.wait(LEASE_S + 0.1, renewing=False)
+    active = {ticket for w in world.workers for ticket in world.table(w).active()}
+    assert not shared & active

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import queue
 import random
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ from penstock.core.ids import BlockId, SecureIds, WorkerKey, new_ticket
 from penstock.engine.kv_memory import KVMemory
 from penstock.kvtransfer import socket_link
 from penstock.kvtransfer.destination import DestinationTable
-from penstock.kvtransfer.digest import block_digest
+from penstock.kvtransfer.digest import block_digest, combined_digest
 from penstock.kvtransfer.effects import (
+    Advanced,
     BlocksArrived,
+    DestinationEffect,
     MessageArrived,
     Offered,
     PeerLost,
@@ -32,13 +34,22 @@ from penstock.kvtransfer.effects import (
     Revoke,
     Revoked,
     SendMessage,
+    SourceEffect,
     SourceEnded,
 )
-from penstock.kvtransfer.mesh import SocketMesh
-from penstock.kvtransfer.source import SourceTable
-from penstock.protocol.messages import Ack, Offer, Phases
+from penstock.kvtransfer.incoming import Granting
+from penstock.kvtransfer.mesh import MeshSettings, SocketMesh
+from penstock.kvtransfer.source import HandoffPlan, PushSizes, SourceTable
+from penstock.protocol.messages import Ack, Done, Grant, HandoffMessage, Offer, Phases, Reached
 
 from .conftest import FINGERPRINT, NUM_BLOCKS, TRANSPORTS, WAIT_S, Cluster, Worker, accept, knock, push, until
+
+NUM_LAYERS = FINGERPRINT.num_layers
+
+
+def offer_of(num_tokens: int) -> Offer:
+    return Offer(ticket=b"t" * 16, num_tokens=num_tokens, num_blocks=1, block_size=4, reached=1)
+
 
 # ---- blocks ----
 
@@ -57,7 +68,9 @@ def test_blocks_of_random_bytes_arrive_exactly_and_nothing_else_changes(
         decode.memory.buffer[:] = bytes(decode.memory.nbytes)
         accept(decode, prefill, ticket, blocks)
         push(prefill, decode, ticket, slots)
-        assert decode.wait_for(BlocksArrived) == BlocksArrived(prefill.key, ticket, 1, tuple(range(count)))
+        digests = [combined_digest([(0, NUM_LAYERS, block_digest(prefill.memory.block(slot)))]) for slot in slots]
+        arrived = BlocksArrived(prefill.key, ticket, 1, tuple(range(count)), (), tuple(digests))
+        assert decode.wait_for(BlocksArrived) == arrived
         for slot, block in zip(slots, blocks, strict=True):
             assert decode.memory.block(block) == prefill.memory.block(slot)
         for block in set(range(NUM_BLOCKS)) - set(blocks):
@@ -68,20 +81,23 @@ def test_blocks_of_random_bytes_arrive_exactly_and_nothing_else_changes(
 def test_byte_flipped_after_the_digest_is_reported_corrupt(
     cluster: Cluster, transports: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prefill, decode = cluster.pair(transports)
-    victim = bytes(prefill.memory.block(9))
+    victims: list[bytes] = []
 
     def digest_then_flip(block: memoryview) -> bytes:
         digest = block_digest(block)
-        if threading.current_thread().name.startswith("kv-write") and block == victim:
+        if threading.current_thread().name.startswith("kv-send") and block in victims:
             block[100] ^= 1
         return digest
 
     monkeypatch.setattr(socket_link, "block_digest", digest_then_flip)
+    prefill, decode = cluster.pair(transports)
+    victims.append(bytes(prefill.memory.block(9)))
     ticket = new_ticket(SecureIds())
     accept(decode, prefill, ticket, [0, 1, 2])
     push(prefill, decode, ticket, [8, 9, 10])
-    assert decode.wait_for(BlocksArrived) == BlocksArrived(prefill.key, ticket, 1, (0, 2), (1,))
+    arrived = decode.wait_for(BlocksArrived)
+    assert isinstance(arrived, BlocksArrived)
+    assert (arrived.ordinals, arrived.corrupt, len(arrived.digests)) == ((0, 2), (1,), 2)
 
 
 @pytest.mark.parametrize("transports", TRANSPORTS)
@@ -100,8 +116,10 @@ def test_push_that_is_not_accepted_writes_nothing_and_the_link_goes_on(
     accept(decode, prefill, good, [4])
     push(prefill, decode, good, [7])
     push(prefill, decode, good, [8])  # all is in: a second push is late
-    assert decode.wait_for(BlocksArrived) == BlocksArrived(prefill.key, good, 1, (0,))
-    prefill.mesh.perform(SendMessage(decode.key, Offer(ticket=good, num_tokens=1, num_blocks=1)))
+    arrived = decode.wait_for(BlocksArrived)
+    assert isinstance(arrived, BlocksArrived)
+    assert (arrived.ticket, arrived.ordinals, arrived.corrupt) == (good, (0,), ())
+    prefill.mesh.perform(SendMessage(decode.key, offer_of(1)))
     decode.wait_for(MessageArrived)
     ticket = new_ticket(SecureIds())
     accept(decode, prefill, ticket, [20])
@@ -112,40 +130,63 @@ def test_push_that_is_not_accepted_writes_nothing_and_the_link_goes_on(
     assert decode.mesh.refused_pushes == 4
 
 
+class HandOff:
+    """Both tables over a linked pair: carries effects out and events in."""
+
+    def __init__(self, prefill: Worker, decode: Worker) -> None:
+        self.prefill, self.decode = prefill, decode
+        self.source = SourceTable(10.0, 5.0, PushSizes(NUM_LAYERS, most=64, least=1))
+        self.destination = DestinationTable(10.0)
+        self.told: list = []  # effects for the roles
+
+    def carry(self, effects: Sequence[SourceEffect | DestinationEffect]) -> None:
+        for effect in effects:
+            match effect:
+                case Offered() | Advanced() | Received() | ReceiveFailed() | SourceEnded():
+                    self.told.append(effect)
+                case _:
+                    worker = self.decode if effect.peer == self.prefill.key else self.prefill
+                    worker.mesh.perform(effect)
+
+    def hear(self, worker: Worker) -> HandoffMessage | BlocksArrived:
+        """Take the next event of one side in."""
+        event = worker.events.get(timeout=WAIT_S)
+        if isinstance(event, BlocksArrived):
+            self.carry(self.destination.on_arrived(event, 0.0))
+            return event
+        assert isinstance(event, MessageArrived), event
+        table = self.source if worker is self.prefill else self.destination
+        self.carry(table.on_message(event.peer, event.message, 0.0))
+        return event.message
+
+
 @pytest.mark.parametrize("transports", TRANSPORTS)
 def test_whole_hand_off_with_both_tables_over_sockets(cluster: Cluster, transports: tuple[str, ...]) -> None:
+    """In two portions, the first of them layer by layer: what Done says of each block is what decode has verified."""
     prefill, decode = cluster.pair(transports)
-    source, destination, ticket = SourceTable(10.0, 5.0), DestinationTable(10.0), new_ticket(SecureIds())
-    slots, blocks = [BlockId(n) for n in (3, 4, 5, 9, 1)], [BlockId(n) for n in (30, 2, 8)]
-    effects = [*destination.expect(ticket, prefill.key, 0.0), *source.open(ticket, decode.key, 18, 5, 0.0)]
-    ends: list = []
-    while len(ends) < 2:
-        for effect in effects:
-            if isinstance(effect, Received | ReceiveFailed | SourceEnded):
-                ends.append(effect)
-            elif isinstance(effect, Offered):
-                effects += destination.grant(ticket, 2, blocks, 0.0)
-                effects += source.seal(ticket, slots, 18, (), Phases(), 0.0)
-            else:
-                worker = decode if effect.peer == prefill.key else prefill
-                worker.mesh.perform(effect)
-        effects = _next_effects(prefill, decode, source, destination) if len(ends) < 2 else []
-    assert {type(end) for end in ends} == {Received, SourceEnded}
-    assert [bytes(decode.memory.block(b)) for b in blocks] == [bytes(prefill.memory.block(s)) for s in slots[2:]]
+    handoff, ticket, proof = HandOff(prefill, decode), new_ticket(SecureIds()), b"p" * 16
+    source, destination = handoff.source, handoff.destination
+    slots, table = [BlockId(n) for n in (3, 4, 5, 9, 1)], tuple(BlockId(n) for n in (31, 30, 2, 8, 20))
+    handoff.carry(destination.expect(ticket, prefill.key, 0.0, proof))
+    handoff.carry(source.open(ticket, decode.key, HandoffPlan(18, 5, 4, 4, proof), 0.0))
+    assert isinstance(handoff.hear(decode), Offer)
+    handoff.carry(destination.grant(ticket, Granting(2, 4, 2, table[:4]), 0.0))
+    assert handoff.hear(prefill) == Grant(ticket, 1, 2, 4)
+    for num_layers in range(1, NUM_LAYERS + 1):
+        handoff.carry(source.layers_computed(ticket, slots[:4], num_layers, 0.0))
+    arrived = handoff.hear(decode)
+    assert isinstance(arrived, BlocksArrived)
+    assert arrived.ordinals == (2, 3)
+    handoff.carry(source.reach(ticket, 5, 0.0))
+    assert handoff.hear(decode) == Reached(ticket, 5)
+    handoff.carry(destination.grant(ticket, Granting(2, 5, 2, table), 0.0))
+    assert handoff.hear(prefill) == Grant(ticket, 1, 2, 5)
+    handoff.carry(source.seal(ticket, slots, (), Phases(), 0.0))
+    assert {type(handoff.hear(decode)) for _ in range(2)} == {BlocksArrived, Done}
+    assert handoff.hear(prefill) == Ack(ticket, 1)
+    assert [type(item) for item in handoff.told] == [Offered, Advanced, Received, SourceEnded]
+    assert [bytes(decode.memory.block(b)) for b in table[2:]] == [bytes(prefill.memory.block(s)) for s in slots[2:]]
     assert source.stale == destination.stale == 0
-
-
-def _next_effects(prefill: Worker, decode: Worker, source: SourceTable, destination: DestinationTable) -> list:
-    deadline = time.monotonic() + WAIT_S
-    while time.monotonic() < deadline:
-        for worker, table in ((decode, destination), (prefill, source)):
-            with contextlib.suppress(queue.Empty):
-                event = worker.events.get(timeout=0.02)
-                if isinstance(event, BlocksArrived):
-                    return destination.on_arrived(event, 0.0)
-                assert isinstance(event, MessageArrived)
-                return list(table.on_message(event.peer, event.message, 0.0))
-    raise AssertionError("nothing arrived")
 
 
 def test_two_workers_with_both_roles_share_one_link_for_both_directions(cluster: Cluster) -> None:
@@ -167,7 +208,7 @@ def test_two_workers_with_both_roles_share_one_link_for_both_directions(cluster:
 def test_messages_arrive_in_order(cluster: Cluster) -> None:
     prefill, decode = cluster.pair(("shm", "tcp"))
     for number in range(500):
-        prefill.mesh.perform(SendMessage(decode.key, Offer(ticket=b"t" * 16, num_tokens=number, num_blocks=1)))
+        prefill.mesh.perform(SendMessage(decode.key, offer_of(number)))
     for number in range(500):
         event = decode.wait_for(MessageArrived)
         assert isinstance(event, MessageArrived)
@@ -216,7 +257,7 @@ def test_missing_unix_socket_falls_back_to_tcp_with_the_reason(
     (cluster.runtime_dir / "kv-prefill-0.sock").unlink()
     decode.mesh.set_peers([prefill.peer])
     assert decode.wait_for(PeerUp) == PeerUp(prefill.key, "tcp")
-    assert "uses tcp: no shared memory: Unix socket" in caplog.text
+    assert "uses tcp (no shared memory: Unix socket" in caplog.text
 
 
 def test_worker_no_longer_listed_loses_its_link(cluster: Cluster) -> None:
@@ -244,7 +285,7 @@ def test_unsafe_settings_are_refused(tmp_path: Path) -> None:
 
     def mesh(worker_id: str = "w", **options: Any) -> SocketMesh:
         key = WorkerKey(worker_id, "0" * 16)
-        return SocketMesh(key, "decode", FINGERPRINT, memory, print, **options)
+        return SocketMesh(key, "decode", FINGERPRINT, memory, print, cluster_key=b"k" * 32, **options)
 
     os.chmod(tmp_path, 0o755)
     with pytest.raises(ConfigError, match="mode 0700"):
@@ -254,8 +295,9 @@ def test_unsafe_settings_are_refused(tmp_path: Path) -> None:
         mesh(runtime_dir=tmp_path, worker_id="w" * 200)
     with pytest.raises(ConfigError, match="loopback"):
         mesh(runtime_dir=tmp_path, host="0.0.0.0")
-    with pytest.raises(ConfigError, match="transports"):
-        mesh(runtime_dir=tmp_path, transports=("rdma",))
+    for transports in (("rdma",), ("shm", "rdma"), ()):
+        with pytest.raises(ConfigError, match="choose from"):
+            mesh(runtime_dir=tmp_path, settings=MeshSettings(transports))
     assert list(tmp_path.iterdir()) == []
     memory.close()
 

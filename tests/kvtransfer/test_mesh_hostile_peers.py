@@ -18,22 +18,36 @@ import pytest
 
 from penstock.core.ids import SecureIds, Ticket, WorkerKey, new_ticket
 from penstock.kvtransfer.effects import BlocksArrived, MessageArrived, PeerLost, PeerUp, SendMessage
-from penstock.kvtransfer.transports.wire import Deadline, frame, read_frame, send_frame
-from penstock.protocol.messages import HandoffMessage, KvHello, KvPing, KvRefuse, Peer, Push
+from penstock.kvtransfer.transports.wire import frame
+from penstock.protocol.messages import HandoffMessage, KvPing, KvReady, KvRefuse, Peer, Push
 
-from .conftest import FINGERPRINT, NUM_BLOCKS, TRANSPORTS, WAIT_S, Cluster, Worker, accept, knock, push
+from .conftest import (
+    CLUSTER_KEY,
+    FINGERPRINT,
+    NUM_BLOCKS,
+    TRANSPORTS,
+    WAIT_S,
+    Cluster,
+    Handmade,
+    Worker,
+    accept,
+    hand_hello,
+    knock,
+    push,
+)
 
 CHILD = """
 import sys
 from pathlib import Path
 from penstock.core.ids import WorkerKey
 from penstock.engine.kv_memory import KVMemory
-from penstock.kvtransfer.mesh import SocketMesh
+from penstock.kvtransfer.mesh import MeshSettings, SocketMesh
 from penstock.protocol.messages import Fingerprint
 import msgspec
 fingerprint = msgspec.json.decode(sys.argv[1], type=Fingerprint)
 mesh = SocketMesh(WorkerKey("prefill-0", "c" * 16), "prefill", fingerprint, KVMemory(32, 3, 256), lambda event: None,
-                  runtime_dir=Path(sys.argv[2]), transports=tuple(sys.argv[3].split("+")))
+                  runtime_dir=Path(sys.argv[2]), cluster_key=bytes.fromhex(sys.argv[4]),
+                  settings=MeshSettings(tuple(sys.argv[3].split("+"))))
 print(mesh.address, flush=True)
 sys.stdin.read()
 mesh.close()
@@ -43,7 +57,7 @@ mesh.close()
 @contextlib.contextmanager
 def child_prefill(cluster: Cluster, transports: tuple[str, ...]) -> Iterator[tuple[subprocess.Popen, Peer]]:
     arguments = [msgspec.json.encode(FINGERPRINT).decode(), str(cluster.runtime_dir), "+".join(transports)]
-    command = [sys.executable, "-c", CHILD, *arguments]
+    command = [sys.executable, "-c", CHILD, *arguments, CLUSTER_KEY.hex()]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         address = process.stdout.readline().strip()
@@ -80,32 +94,10 @@ def test_frozen_peer_is_lost_after_the_silence_and_linked_again_when_it_thaws(cl
         decode.wait_for(PeerUp)
 
 
-def _hello(prefill: Worker, worker_id: str = "mallory") -> KvHello:
-    return KvHello(
-        worker_id=worker_id,
-        epoch="f" * 16,
-        peer_epoch=prefill.key.epoch,
-        fingerprint=FINGERPRINT,
-        transports=["shm"],
-        host_id=prefill.mesh._me.host_id,
-        num_blocks=NUM_BLOCKS,
-    )
-
-
-def _shake_hands(prefill: Worker, worker_id: str) -> socket.socket:
-    """A hand-made shm link to `prefill`."""
-    sock = knock(prefill, unix=True)
-    send_frame(sock, _hello(prefill, worker_id))
-    assert isinstance(read_frame(sock, Deadline(WAIT_S)), KvHello)
-    send_frame(sock, KvPing())
-    prefill.wait_for(PeerUp)
-    return sock
-
-
 def test_garbage_at_the_door_harms_nobody(cluster: Cluster) -> None:
     prefill, decode = cluster.pair(("shm", "tcp"))
     rng = random.Random(7)
-    valid = frame(_hello(prefill))
+    valid = frame(hand_hello(prefill))
     bad = [b"", b"\xff" * 8, b"GET / HTTP/1.1\r\n\r\n", b"\x00" * 100, valid[:-1], frame(KvPing()), valid[4:]]
     bad += [rng.randbytes(rng.randint(1, 200)) for _ in range(1000)]
     for at, data in enumerate(bad):
@@ -115,19 +107,27 @@ def test_garbage_at_the_door_harms_nobody(cluster: Cluster) -> None:
 
 
 def test_bad_frames_close_their_own_link_and_nothing_else(cluster: Cluster) -> None:
-    """2,000 bad frames of all kinds on links that are up: each ends with PeerLost, the good link never notices."""
+    """2,000 bad frames of all kinds on links that are up: each ends with PeerLost, the good link never notices.
+
+    Half of them come from somebody who knows the cluster's key, so only their content is wrong.
+    """
     prefill, decode = cluster.pair(("shm", "tcp"))
     rng = random.Random(8)
     accept_threads = {thread for thread in threading.enumerate() if thread.name.startswith("kv-accept")}
-    messages: list[HandoffMessage] = [_hello(prefill), KvRefuse(reason="x"), *_bad_pushes()]
-    good = [frame(message) for message in messages]
+    messages: list[HandoffMessage] = [hand_hello(prefill), KvRefuse(reason="x"), KvReady(), *_bad_pushes()]
+    good = [frame(message)[4:] for message in messages]
     for number in range(2000):
-        data = rng.choice(good) if number % 4 == 0 else _mutate(rng, rng.choice(good))
-        with _shake_hands(prefill, f"mallory-{number}") as sock:
-            sock.sendall(data)
-            sock.shutdown(socket.SHUT_WR)
+        body = rng.choice(good) if number % 4 < 2 else _mutate(rng, rng.choice(good))
+        hand = Handmade.link(prefill, f"mallory-{number}")
+        with hand.sock:
+            if number % 2:
+                hand.send_body(body)
+            else:
+                hand.sock.sendall(len(body).to_bytes(4, "little") + body)
+            hand.sock.shutdown(socket.SHUT_WR)
             while not isinstance(event := prefill.events.get(timeout=WAIT_S), PeerLost):
                 assert isinstance(event, MessageArrived)
+                assert number % 2, "a frame without a right MAC was heard"
     assert accept_threads <= set(threading.enumerate())
     _still_works(prefill, decode)
 
@@ -138,7 +138,7 @@ def _bad_pushes() -> list[Push]:
             "first_layer": 0,
             "num_layers": 3,
             "ordinals": [0],
-            "digests": [b"d" * 8],
+            "digests": b"d" * 8,
             "source_slots": [0],
         }
         return Push(ticket=b"t" * 16, generation=1, **(fields | changes))
@@ -147,11 +147,14 @@ def _bad_pushes() -> list[Push]:
         {"first_layer": 3},
         {"num_layers": 0},
         {"num_layers": 2**31 - 1},
-        {"ordinals": [0, 0], "digests": [b"d" * 8] * 2},
-        {"digests": []},
+        {"ordinals": [0, 0], "digests": b"d" * 16, "source_slots": [0, 1]},
+        {"ordinals": [], "digests": b"", "source_slots": []},
+        {"digests": b""},
+        {"digests": b"d" * 9},
         {"source_slots": []},
         {"source_slots": [NUM_BLOCKS]},
-        {"ordinals": list(range(NUM_BLOCKS + 1)), "digests": [b"d" * 8] * (NUM_BLOCKS + 1)},
+        {"ordinals": list(range(NUM_BLOCKS + 1)), "digests": b"d" * 8 * (NUM_BLOCKS + 1)},
+        {"source_slots": [], "staged": 0},
     ]
     return [push(**changes) for changes in wrong]
 

@@ -216,3 +216,34 @@ def test_last_frame_before_close_arrives(address):
         router.close()
 
     asyncio.run(run())
+
+
+def test_pid_of_a_peer_is_the_kernels_word_on_a_unix_socket(address):
+    async def run():
+        router = RouterSocket(address)
+        worker = WorkerSocket(address, "w@1")
+        try:
+            assert router.pid_of(b"w@1") is None
+            worker.send(b"x")
+            await asyncio.wait_for(router.recv(), 5)
+            assert router.pid_of(b"w@1") == os.getpid()
+        finally:
+            worker.close()
+            router.close()
+
+    asyncio.run(run())
+
+
+def test_pid_of_a_peer_over_tcp_is_unknown():
+    async def run():
+        router = RouterSocket("tcp://127.0.0.1:*")
+        worker = WorkerSocket(router.address, "w@1")
+        try:
+            worker.send(b"x")
+            await asyncio.wait_for(router.recv(), 5)
+            assert router.pid_of(b"w@1") is None
+        finally:
+            worker.close()
+            router.close()
+
+    asyncio.run(run())

@@ -40,20 +40,43 @@ def test_hello_repeated_is_welcomed_again_and_disturbs_nobody(rig):
     assert len(rig.sent[prefill]) == before
 
 
-def test_hello_with_other_fingerprint_is_refused_with_the_field_named(rig):
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model", "other"),
+        ("weights", "w1"),
+        ("dtype", "float8"),
+        ("num_layers", 3),
+        ("num_kv_heads", 1),
+        ("head_dim", 16),
+        ("layout", "layer-major"),
+        ("protocol", 1),
+    ],
+)
+def test_hello_with_other_fingerprint_is_refused_with_the_field_named(rig, field, value):
     rig.join("d0")
-    other = rig.key("d1")
-    rig.hello(other, dtype="bfloat16")
+    other, was = rig.key("d1"), getattr(rig.fingerprint, field)
+    rig.hello(other, **{field: value})
     assert rig.sent[other] == []
     (row,) = [row for row in rig.core.status().workers if row.worker_id == "d1"]
-    assert row.state.startswith("refused: dtype differs: 'bfloat16' here, 'float32' there")
+    assert row.state.startswith(f"refused: {field} differs: {value!r} here, {was!r} there")
+
+
+@pytest.mark.parametrize("changes", [{"dtype": "bfloat16"}, {"block_size": 8}, {"dtype": "float16", "block_size": 32}])
+def test_hello_with_another_cache_format_is_welcome(rig, changes):
+    """Blocks are converted on their way between such workers."""
+    rig.join("d0")
+    other = rig.key("d1")
+    rig.hello(other, **changes)
+    assert "Welcome" in rig.bodies(other)
 
 
 def test_refused_worker_is_taken_when_the_others_are_gone(rig):
     first, other = rig.join("d0"), rig.key("d1")
-    rig.hello(other, dtype="bfloat16")
+    rig.hello(other, dtype="float8")
+    assert rig.sent[other] == []
     rig.goodbye(first)
-    rig.hello(other, dtype="bfloat16")
+    rig.hello(other, dtype="float8")
     assert "Welcome" in rig.bodies(other)
 
 

@@ -22,13 +22,15 @@ def test_simulation_thousand_seeds_hold_every_invariant() -> None:
     kinds = {name.split()[0] for name in faults}
     assert kinds >= {"drop", "double", "reorder", "slow", "kill", "freeze", "corrupt", "cut"}, kinds
     assert sum(outcome.num_retries for outcome in outcomes) > 0
-    assert sum(outcome.num_preemptions for outcome in outcomes) > 0
+    assert sum(outcome.num_preemptions for outcome in outcomes) > sum(outcome.num_parked for outcome in outcomes) > 0
+    assert sum(outcome.num_unparked for outcome in outcomes) > 0
+    assert faults["corrupt parked"] > 0
 
 
 @pytest.mark.parametrize("bug", sorted(BUGS))
 def test_simulation_planted_bug_is_caught(bug: str) -> None:
-    _, failures = run_seeds(range(30), bug=bug)
-    assert failures, f"no seed of 30 notices {bug}"
+    _, failures = run_seeds(range(60), bug=bug)
+    assert failures, f"no seed of 60 notices {bug}"
     assert replay_command(int(failures[0].split()[1].rstrip(":")), bug) in failures[0]
 
 
