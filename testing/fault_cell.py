@@ -225,7 +225,9 @@ class _Play:
     def _check_router_at_rest(self) -> None:
         status = self._cluster.router.status()
         if status.active_requests or status.queued_requests:
-            raise RunFailed(f"the router still holds {status.active_requests} requests, {status.queued_requests} queued")
+            raise RunFailed(
+                f"the router still holds {status.active_requests} requests, {status.queued_requests} queued"
+            )
 
     def _result(self) -> RunResult:
         run, records = self._run, self._cluster.journal.records

@@ -166,7 +166,9 @@ class Checker:
         if choice.token_ids != token_ids[: len(choice.token_ids)]:
             pairs = zip(choice.token_ids, token_ids, strict=False)
             at = next((i for i, (one, other) in enumerate(pairs) if one != other), len(token_ids))
-            self._say("I2", where, f"token {at} is {choice.token_ids[at]}, the fault-free run has {token_ids[at : at + 1]}")
+            self._say(
+                "I2", where, f"token {at} is {choice.token_ids[at]}, the fault-free run has {token_ids[at : at + 1]}"
+            )
             choice.is_broken = True
         elif choice.finish_reason is not None and (choice.finish_reason, len(choice.token_ids)) != (
             reason,

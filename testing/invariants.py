@@ -1,10 +1,10 @@
 """What must hold at every moment of every run, each promise with its name, and the error that says which one broke.
 
-    clients   I1 I2 I3           `journal.py` while it runs, `history.py` from a file     I7 `neighbours.py`
-    blocks    I4 I5 I6           `watch_blocks.py`
-    time      I8 I12 I13         `watch_time.py`
-    messages  I9                 `guarded` here, `watch_messages.py`
-    router    I11 I14 I15        `watch_router.py`                                         I10 `slow_reader.py`
+clients   I1 I2 I3           `journal.py` while it runs, `history.py` from a file     I7 `neighbours.py`
+blocks    I4 I5 I6           `watch_blocks.py`
+time      I8 I12 I13         `watch_time.py`
+messages  I9                 `guarded` here, `watch_messages.py`
+router    I11 I14 I15        `watch_router.py`                                         I10 `slow_reader.py`
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ INVARIANTS = {
     "I9": "late, doubled and unknown messages are ignored and counted, never fatal",
     "I10": "a client that does not read delays nobody else",
     "I11": "every queue and table has a bound and keeps it",
-    "I12": "no work starts after its deadline",
+    "I12": "no work starts after its deadline, nor for an attempt that has ended",
     "I13": "ready means that a request sent now would be worked on",
     "I14": "retries keep their budget, a caller's fault is never blamed on a worker, both legs start or none",
     "I15": "whoever drains gets nothing new, finishes the old, and leaves nothing behind",

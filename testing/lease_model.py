@@ -79,7 +79,7 @@ def _renew(
     mine = [ticket for ticket, (owner, _) in heard.items() if owner == peer and ticket in active]
     named = [ticket for ticket in mine if rng.random() < 0.5]
     table.on_message(peer, Renew(tickets=list(named)), now)
-    heard.update({ticket: (peer, now) for ticket in named})
+    heard.update(dict.fromkeys(named, (peer, now)))
 
 
 def _compare(side: str, active: list[Ticket], heard: dict[Ticket, tuple[WorkerKey, float]], now: float) -> None:

@@ -93,9 +93,7 @@ class SimWorker:
         self.max_early = sizes.max_early
         pushes = PushSizes(engine.spec.fingerprint.num_layers, most=6, least=1 + len(key.epoch.strip("01234567")) % 3)
         self.source = SourceTable(sizes.lease_s, sizes.lease_s, pushes)
-        self.destination = DestinationTable(
-            sizes.lease_s, early_s=sizes.early_s, max_early=sizes.max_early
-        )
+        self.destination = DestinationTable(sizes.lease_s, early_s=sizes.early_s, max_early=sizes.max_early)
         self.decode: DecodeRole | None = None
         roles = self._roles(sizes, make_parking)
         self.core = WorkerCore(

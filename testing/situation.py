@@ -20,13 +20,17 @@ def situation(router: RouterCore, workers: Iterable[SimWorker], journal: Journal
         yield from _worker_lines(worker, rows.get(worker.key.worker_id, "unknown"))
     for name, record in journal.records.items():
         if record.end is None:
-            have = [f"{len(c.token_ids)} of {len(e)}" for c, (e, _) in zip(record.choices, record.expected, strict=True)]
+            have = [
+                f"{len(c.token_ids)} of {len(e)}" for c, (e, _) in zip(record.choices, record.expected, strict=True)
+            ]
             yield f"{name}: {len(record.request.prompt_ids)} prompt tokens, has {', '.join(have)} tokens"
 
 
 def _worker_lines(worker: SimWorker, state: str) -> Iterator[str]:
     load = worker.core.snapshot().load
-    counts = f"{load.running} running, {load.waiting} waiting, {load.receiving} receiving, {load.handing_off} handing off"
+    counts = (
+        f"{load.running} running, {load.waiting} waiting, {load.receiving} receiving, {load.handing_off} handing off"
+    )
     blocks = f"{load.free_blocks} of {load.total_blocks} blocks free ({load.cached_blocks} cached)"
     yield f"{tell(worker.key)} ({'alive' if worker.is_alive else 'dead'}, router says {state}): {blocks}; {counts}"
     for role in worker.core.roles:

@@ -179,7 +179,9 @@ class Watch:
             effects = worker.core.tick()
             batch, more = worker.core.begin_step()
         if effects or more or batch:
-            raise InvariantBroken(f"I8 {worker.key}: at rest, and a timer still finds something to do: {effects + more}")
+            raise InvariantBroken(
+                f"I8 {worker.key}: at rest, and a timer still finds something to do: {effects + more}"
+            )
         check_empty(worker, "I8", "after the last timer")
 
 

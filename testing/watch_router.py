@@ -54,7 +54,9 @@ class RouterWatch:
         self._tries[name] += 1
         if self._tries[name] > self._config.max_attempts:
             bound = self._config.max_attempts
-            raise InvariantBroken(f"I14 router: {name} is tried {self._tries[name]} times in vain, the bound is {bound}")
+            raise InvariantBroken(
+                f"I14 router: {name} is tried {self._tries[name]} times in vain, the bound is {bound}"
+            )
 
     def _check_legs(
         self,
@@ -69,7 +71,9 @@ class RouterWatch:
             is_pair = (decode.prefill_worker, decode.prefill_epoch) == source
             is_pair = is_pair and (prefill.decode_worker, prefill.decode_epoch) == destination
             if not is_pair or (decode.request_id, decode.attempt) != (prefill.request_id, prefill.attempt):
-                raise InvariantBroken(f"I14 router: the two sides of hand-off {ticket.hex()[:8]} do not name each other")
+                raise InvariantBroken(
+                    f"I14 router: the two sides of hand-off {ticket.hex()[:8]} do not name each other"
+                )
             if ticket in self._tickets:
                 raise InvariantBroken(f"I5 router: ticket {ticket.hex()[:8]} names two hand-offs, so two may write")
             self._tickets.add(ticket)
@@ -95,7 +99,9 @@ class RouterWatch:
         if not isinstance(body, AttemptFailed | PrefillEnded):
             return
         if _is_callers_fault(frame):
-            starts = [e for e in effects if isinstance(e, Send) and isinstance(e.message.body, StartDecode | StartPrefill)]
+            starts = [
+                e for e in effects if isinstance(e, Send) and isinstance(e.message.body, StartDecode | StartPrefill)
+            ]
             again = [s for s in starts if getattr(s.message.body, "request_id", "") == body.request_id]
             if again or _live(router) != before:
                 what = "tries it again" if again else "takes a worker out"
@@ -124,7 +130,9 @@ class RouterWatch:
             raise InvariantBroken(f"I11 router: {num_active} requests, the bound is {config.max_active_requests}")
         num_known = len(router._life.placer.index)
         if num_known > config.max_prefix_blocks:
-            raise InvariantBroken(f"I11 router: knows {num_known} prefix blocks, the bound is {config.max_prefix_blocks}")
+            raise InvariantBroken(
+                f"I11 router: knows {num_known} prefix blocks, the bound is {config.max_prefix_blocks}"
+            )
 
 
 def _is_callers_fault(frame: FromWorker) -> bool:

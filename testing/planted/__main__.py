@@ -15,7 +15,7 @@ from .catalog import BUGS, KNOWN_BUGS
 
 
 def _row(bug: Bug) -> str:
-    return f"{bug.name:>14}  {bug.mirrors:<34}  {str(bug.catcher):<32}  {bug.what}"
+    return f"{bug.name:>14}  {bug.mirrors:<34}  {bug.catcher!s:<32}  {bug.what}"
 
 
 def _run(bugs: list[Bug]) -> bool:

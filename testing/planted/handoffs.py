@@ -94,9 +94,11 @@ def forget_silently(original: Any) -> Any:
 
 def deaf_once_opened(original: Any) -> Any:
     def on_command(self: PrefillRole, message: Any, now: float) -> None:
-        task = next((t for k, t in self._tasks.items() if k == (message.request_id, message.attempt)), None) if (
-            isinstance(message, Abort)
-        ) else None
+        task = (
+            next((t for k, t in self._tasks.items() if k == (message.request_id, message.attempt)), None)
+            if (isinstance(message, Abort))
+            else None
+        )
         if task is None or not task.opened:
             original(self, message, now)
 
@@ -106,7 +108,8 @@ def deaf_once_opened(original: Any) -> Any:
 def late_arrival_asserts(original: Any) -> Any:
     def on_arrived(self: DestinationTable, event: Any, now: float) -> Any:
         incoming = self._incoming.get(event.ticket)
-        assert incoming is not None and incoming.state is State.GRANTED, "it is received and given up at once"
+        assert incoming is not None, "it is gone"
+        assert incoming.state is State.GRANTED, "it is received and given up at once"
         return original(self, event, now)
 
     return on_arrived
