@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from unittest.mock import patch
 
 PRODUCT, OUTSIDE = "penstock.", "penstock.testing."
@@ -16,26 +17,22 @@ class SteppedWallClock:
     def __init__(self) -> None:
         self.readers: set[str] = set()
         self._time, self._time_ns = time.time, time.time_ns
-        self._patches = [patch.object(time, "time", self._read), patch.object(time, "time_ns", self._read_ns)]
         self._offset_s = 0.0
-        self._is_in_place = False
+        self._undo = ExitStack()
 
     def step(self, seconds: float) -> None:
+        self.close()
         self._offset_s += seconds
-        if not self._is_in_place:
-            for replacement in self._patches:
-                replacement.start()
-            self._is_in_place = True
+        self._undo.enter_context(patch.object(time, "time", self._read))
+        self._undo.enter_context(patch.object(time, "time_ns", self._read_ns))
 
     def offset_s(self) -> float:
         """How far the wall clock that everybody reads is from the true one."""
         return time.time() - self._time()
 
     def close(self) -> None:
-        if self._is_in_place:
-            for replacement in self._patches:
-                replacement.stop()
-            self._is_in_place = False
+        """The true clock again. Safe twice."""
+        self._undo.close()
 
     def _read(self) -> float:
         self._note(sys._getframe(1).f_globals.get)

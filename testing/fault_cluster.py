@@ -161,7 +161,7 @@ class FaultCluster(SimCluster):
     # ---- frames ----
 
     def _on_refused(self, source: WorkerKey, target: WorkerKey) -> None:
-        """A frame that does not decode: between workers it ends the link, on the way to or from the router it is dropped."""
+        """A frame that does not decode ends a link between workers; the router and its workers drop it."""
         if ROUTER not in (source, target):
             self.network.cut(source, target, RECONNECT_S)
 

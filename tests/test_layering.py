@@ -58,6 +58,10 @@ TORCH_FREE = [
     "engine/sequence.py",
     "engine/interface.py",
     "engine/kv_memory.py",
+    "engine/ledger.py",
+    "engine/shared_files.py",
+    "engine/shared_pool.py",
+    "kvtransfer/ownership.py",
     "kernels/wire_format/formats.py",
     "engine/parking.py",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import socket
@@ -76,8 +77,7 @@ def test_paired_of_random_spans_moves_every_byte_to_its_place() -> None:
 def _random_spans(rng: random.Random, total: int) -> list[Span]:
     cuts = sorted({0, total, *(rng.randrange(total) for _ in range(rng.randint(0, 5)))})
     return [
-        Span(rng.choice([start, 1000 * at]), stop - start)
-        for at, (start, stop) in enumerate(zip(cuts[:-1], cuts[1:], strict=True))
+        Span(rng.choice([start, 1000 * at]), stop - start) for at, (start, stop) in enumerate(itertools.pairwise(cuts))
     ]
 
 
@@ -256,7 +256,7 @@ def test_staging_parts_never_overlap_and_all_of_it_can_be_used_over_random_histo
         needed = -(-nbytes // 4096) * 4096
         ranges = sorted((span.offset, span.offset + -(-span.nbytes // 4096) * 4096) for span in taken)
         edges = [(0, 4096), *ranges, (memory.nbytes + memory.staging_bytes, 0)]
-        gaps = [after[0] - before[1] for before, after in zip(edges[:-1], edges[1:], strict=True)]
+        gaps = [after[0] - before[1] for before, after in itertools.pairwise(edges)]
         if max(gaps) < needed:
             with pytest.raises(Unusable):
                 staging.take(nbytes)
