@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Iterable
-from collections.abc import Sequence as Items
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 
 import xxhash
@@ -57,7 +56,7 @@ def kv_values(token_ids: Iterable[int], num_layers: int = _NUM_LAYERS, salt: int
     return columns
 
 
-def _touched(state: int, params: SamplingParams, output_ids: Items[int]) -> int:
+def _touched(state: int, params: SamplingParams, output_ids: Sequence[int]) -> int:
     """Penalties and biases change what is drawn: a request that is served with another's shows it."""
     if params.has_penalties:
         state = _mix(state ^ sum(map(_mix, output_ids)) & _MASK)
@@ -67,7 +66,7 @@ def _touched(state: int, params: SamplingParams, output_ids: Items[int]) -> int:
 
 
 def _draw(
-    state: int, params: SamplingParams, choice: int, output_ids: Items[int], vocab_size: int, eos: frozenset[int]
+    state: int, params: SamplingParams, choice: int, output_ids: Sequence[int], vocab_size: int, eos: frozenset[int]
 ) -> SampledToken:
     """The token after a sequence whose cache folds to `state`: greedy from that alone, else with the request's seed."""
     index = len(output_ids)
@@ -138,14 +137,14 @@ class FakeEngine:
     def rest(self) -> None:
         """Nothing is held."""
 
-    def read(self, block_table: Items[int], layer: int, num_tokens: int) -> bytes:
+    def read(self, block_table: Sequence[int], layer: int, num_tokens: int) -> bytes:
         """What the cache holds of the first `num_tokens` tokens of a sequence with this table, in one layer."""
         size, slots = self.spec.block_size, self._slots
         starts = islice(self._starts(block_table, layer), -(-num_tokens // size))
         parts = (slots[start : start + size] for start in starts)
         return b"".join(parts)[: num_tokens * _SLOT_BYTES]
 
-    def _starts(self, block_table: Items[int], layer: int) -> Iterable[int]:
+    def _starts(self, block_table: Sequence[int], layer: int) -> Iterable[int]:
         """Where each block's slots of one layer begin."""
         size, num_layers = self.spec.block_size, self.memory.num_layers
         return ((block * num_layers + layer) * size for block in block_table)
