@@ -215,9 +215,6 @@ class DecodeRole:
     def layers_computed(self, entries: list[ScheduledSeq], num_layers: int, now: float) -> None:
         """Nothing leaves from here."""
 
-    def on_grant(self, event: MessageArrived, now: float) -> None:
-        """Nothing leaves from here."""
-
     def _received(self, group: Group, done: Done, now: float) -> None:
         lead = group.lead
         self._scheduler.end_receiving(lead)
