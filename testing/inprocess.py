@@ -134,7 +134,7 @@ class _Worker:
     ) -> None:
         while not self.inbox.empty():
             self._deferred.append(self.inbox.get_nowait())
-        for item in self.core.take_within_step(self._deferred):
+        for item in self.core.take_within_step(batch, self._deferred):
             self._handle(item, tell)
         self.perform(self.core.layers_computed(batch, num_layers), tell)
 

@@ -267,7 +267,7 @@ class SimWorker:
         self._turn()
 
     def _on_layers(self, batch: list[tuple[RoleCode, ScheduledSeq]], num_layers: int) -> None:
-        for item in self.core.take_within_step(self._inbox):
+        for item in self.core.take_within_step(batch, self._inbox):
             self._perform(self._observer.hears(self, item))
         self._perform(self.core.layers_computed(batch, num_layers))
 

@@ -173,9 +173,10 @@ class WorkerCore:
             log.exception("request %s failed in its step", entry.seq.key)
             return InternalError("the step of this request failed; the worker's log has the cause")
 
-    def take_within_step(self, waiting: deque[Item]) -> Iterator[Item]:
-        """Take out of `waiting` what may be handled while the step computes: by `on_frame` or `on_link`, at once."""
-        return take_now(waiting, self._router_epoch)
+    def take_within_step(self, batch: list[tuple[Role, ScheduledSeq]], waiting: deque[Item]) -> Iterator[Item]:
+        """Take out of `waiting` what may be handled while `batch` is computed: by `on_frame` or `on_link`, at once."""
+        computing = {entry.seq.key for _, entry in batch}
+        return take_now(waiting, self._router_epoch, computing, self.role_name != "decode")
 
     def layers_computed(self, batch: list[tuple[Role, ScheduledSeq]], num_layers: int) -> list[CoreEffect]:
         """Within the step: so many layers of its new KV are in the cache."""

@@ -208,7 +208,7 @@ class WorkerLoop:
             if item is not None:
                 self._deferred.append(item)
         log.debug("%d layers computed", num_layers)
-        for item in self._core.take_within_step(self._deferred):
+        for item in self._core.take_within_step(batch, self._deferred):
             self._on_item(item)
         self._perform(self._core.layers_computed(batch, num_layers))
 

@@ -1,43 +1,65 @@
 """What a worker may handle while a step computes, so that a hand-off does not wait for the end of each step on its way.
 
-A step holds the sequences of its batch: their tables, tokens and blocks must stay as they are. So only what adds work
-is taken, or concerns a hand-off that is under way, whose sequence is in no batch: a Start, an Offer, blocks that have
-come, Done. All of it in the order of arrival, behind which nothing else is overtaken: an Abort or a lost link waits for
-the end of the step, and what came behind it waits too. A Grant may overtake, it only lets a source send.
+A step holds the sequences of its batch: their tables, tokens and blocks must stay as they are until it ends. Whatever
+concerns other sequences (those that wait, receive, or are handed over) is handled at once. What would end one of the
+batch is left for later, and may be overtaken. Behind what would end anything at all, nothing is handled any more.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from enum import Enum
 
-from ..kvtransfer.effects import BlocksArrived, LinkEvent, MessageArrived
-from ..protocol.messages import Done, FromRouter, Grant, Offer, Reached, StartDecode, StartPrefill
+from ..core.ids import AttemptKey
+from ..kvtransfer.effects import BlocksArrived, LinkEvent, MessageArrived, PeerLost, PeerUp, Revoked
+from ..protocol.messages import Abort, Cancel, FromRouter, Peers, StartDecode, StartPrefill, ToWorker, Welcome
 
 Item = FromRouter | LinkEvent
 
 
-def is_grant(item: Item) -> bool:
-    return isinstance(item, MessageArrived) and isinstance(item.message, Grant)
+class Moment(Enum):
+    """When to handle an item that arrives within a step."""
+
+    NOW = "it leaves the batch alone"
+    LATER = "it may end a sequence of the batch; what comes behind it does not depend on it"
+    STOP = "it may end all there is, and what comes behind it depends on that"
 
 
-def only_adds(item: Item, router_epoch: str | None) -> bool:
-    """Nothing that is being computed changes by it. A frame of a new router voids what runs, so it never does."""
+def moment_of(item: Item, router_epoch: str | None, computing: set[AttemptKey], has_prefill: bool) -> Moment:
+    """`computing`: the attempts of the batch. `has_prefill`: sequences of the batch may be on their way to a peer."""
     match item:
-        case FromRouter(router_epoch=epoch, body=StartDecode() | StartPrefill()):
-            return epoch == router_epoch
-        case MessageArrived(message=Offer() | Reached() | Done()) | BlocksArrived():
-            return True
+        case FromRouter(router_epoch=epoch, body=body):
+            # The first frame of another router voids all that runs.
+            return _moment_of_command(body, computing) if epoch == router_epoch else Moment.STOP
+        case MessageArrived(message=Cancel()):
+            return Moment.LATER
+        case MessageArrived() | BlocksArrived() | Revoked() | PeerUp():
+            return Moment.NOW
+        case PeerLost():
+            return Moment.STOP if has_prefill else Moment.NOW
         case _:
-            return False
+            return Moment.STOP
 
 
-def take_now(waiting: deque[Item], router_epoch: str | None) -> Iterator[Item]:
+def _moment_of_command(body: ToWorker, computing: set[AttemptKey]) -> Moment:
+    match body:
+        case StartDecode() | StartPrefill() | Peers() | Welcome():
+            return Moment.NOW
+        case Abort():
+            return Moment.LATER if AttemptKey(body.request_id, body.attempt) in computing else Moment.NOW
+        case _:
+            return Moment.LATER
+
+
+def take_now(
+    waiting: deque[Item], router_epoch: str | None, computing: set[AttemptKey], has_prefill: bool
+) -> Iterator[Item]:
     """Take out of `waiting`, one after the other, what may be handled within the step."""
-    is_in_order = True
     for item in list(waiting):
-        if is_grant(item) or (is_in_order and only_adds(item, router_epoch)):
+        moment = moment_of(item, router_epoch, computing, has_prefill)
+        if moment is Moment.STOP:
+            return
+        if moment is Moment.NOW:
             waiting.remove(item)
             yield item
-        else:
-            is_in_order = False

@@ -6,10 +6,11 @@ from collections import deque
 
 import pytest
 
-from penstock.core.ids import Ticket, WorkerKey
+from penstock.core.ids import AttemptKey, Ticket, WorkerKey
 from penstock.kvtransfer.effects import BlocksArrived, MessageArrived, PeerLost, PeerUp, Revoked
 from penstock.protocol.messages import (
     Abort,
+    Cancel,
     ChoiceState,
     Drain,
     Failed,
@@ -42,47 +43,53 @@ def says(message: HandoffMessage) -> MessageArrived:
     return MessageArrived(PEER, message)
 
 
-def taken(*items: Item) -> tuple[list[Item], list[Item]]:
-    """(taken now, left waiting)."""
+def taken(*items: Item, has_prefill: bool = False) -> tuple[list[Item], list[Item]]:
+    """(taken now, left waiting), while attempt 1 of request "busy" is computed."""
     waiting = deque(items)
-    return list(take_now(waiting, EPOCH)), list(waiting)
+    return list(take_now(waiting, EPOCH, {AttemptKey("busy", 1)}, has_prefill)), list(waiting)
 
 
-@pytest.mark.parametrize("item", [frame(START), says(GRANT), ARRIVED])
-def test_what_only_adds_is_taken_now(item: Item) -> None:
+@pytest.mark.parametrize(
+    "item",
+    [
+        frame(START),
+        frame(Peers([])),
+        frame(Abort("waits", 1)),
+        frame(Abort("busy", 2)),
+        says(GRANT),
+        says(Renew([TICKET])),
+        says(Failed(TICKET, "internal_error", "x")),
+        ARRIVED,
+        Revoked(PEER, TICKET),
+        PeerUp(PEER, "shm"),
+        PeerLost(PEER, "x"),
+    ],
+)
+def test_what_leaves_the_batch_alone_is_taken_now(item: Item) -> None:
     assert taken(item) == ([item], [])
 
 
 @pytest.mark.parametrize(
     "item",
     [
-        frame(Abort("r", 1)),
+        frame(Abort("busy", 1)),
+        frame(Abort("busy", 1, 0)),
         frame(ResetPrefixCache()),
         frame(Drain()),
-        frame(Peers([])),
-        frame(START, OTHER),
-        says(Failed(TICKET, "internal_error", "x")),
-        says(Renew([TICKET])),
-        PeerUp(PEER, "shm"),
-        PeerLost(PEER, "x"),
-        Revoked(PEER, TICKET),
+        says(Cancel(TICKET, "cancelled", "x")),
     ],
 )
-def test_what_may_touch_the_batch_waits_and_so_does_what_came_behind_it(item: Item) -> None:
-    assert taken(item, frame(START), ARRIVED) == ([], [item, frame(START), ARRIVED])
+def test_what_may_end_a_sequence_of_the_batch_waits_and_is_overtaken(item: Item) -> None:
+    assert taken(item, frame(START), ARRIVED) == ([frame(START), ARRIVED], [item])
 
 
-def test_what_came_before_is_taken_in_order() -> None:
-    abort, late = frame(Abort("q", 1), number=2), frame(START, number=3)
-    assert taken(frame(START), ARRIVED, abort, late) == ([frame(START), ARRIVED], [abort, late])
+def test_lost_link_of_a_worker_that_prefills_holds_up_all_that_came_behind_it() -> None:
+    """What it hands over may be in the batch, and the link's successor speaks next."""
+    lost, up = PeerLost(PEER, "x"), PeerUp(PEER, "shm")
+    assert taken(ARRIVED, lost, up, frame(START), has_prefill=True) == ([ARRIVED], [lost, up, frame(START)])
 
 
-def test_grant_overtakes_what_waits() -> None:
-    abort = frame(Abort("r", 1))
-    assert taken(abort, says(GRANT)) == ([says(GRANT)], [abort])
-
-
-def test_first_frame_of_a_router_is_never_taken_within_a_step() -> None:
+def test_frame_of_another_router_holds_up_all_that_came_behind_it() -> None:
+    assert taken(frame(START, OTHER), ARRIVED) == ([], [frame(START, OTHER), ARRIVED])
     waiting: deque[Item] = deque([frame(START)])
-    assert list(take_now(waiting, None)) == []
-    assert list(waiting) == [frame(START)]
+    assert list(take_now(waiting, None, set(), False)) == [], "nor is the first frame of the first router"
