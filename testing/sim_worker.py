@@ -17,11 +17,11 @@ from ..engine.interface import ScheduledSeq
 from ..engine.kv_memory import KVMemory
 from ..engine.parking import ParkingSpace
 from ..kvtransfer.destination import DestinationTable
-from ..kvtransfer.effects import LinkEvent, MessageArrived
+from ..kvtransfer.effects import LinkEvent
 from ..kvtransfer.source import PushSizes, SourceTable
 from ..kvtransfer.transports.inproc import InprocMesh
 from ..prefill_node.role import PrefillRole
-from ..protocol.messages import FromRouter, FromWorker, Goodbye, Grant, Heartbeat, Role, ToRouter
+from ..protocol.messages import FromRouter, FromWorker, Goodbye, Heartbeat, Role, ToRouter
 from ..worker.core import CoreEffect, SetPeers, WorkerCore
 from ..worker.heartbeat import HeartbeatBuilder
 from ..worker.process import hello_of
@@ -270,11 +270,8 @@ class SimWorker:
         self._turn()
 
     def _on_layers(self, batch: list[tuple[RoleCode, ScheduledSeq]], num_layers: int) -> None:
-        grants = [item for item in self._inbox if isinstance(item, MessageArrived) and isinstance(item.message, Grant)]
-        for item in grants:
-            self._inbox.remove(item)
-            self._observer.heard(self, item)
-            self._perform(self.core.on_grant(item))
+        for item in self.core.take_within_step(batch, self._inbox):
+            self._perform(self._observer.hears(self, item))
         self._perform(self.core.layers_computed(batch, num_layers))
 
     def _exit(self) -> None:
