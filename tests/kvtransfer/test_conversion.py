@@ -25,7 +25,7 @@ from penstock.protocol.messages import Fingerprint, KvHello, Push
 from .conftest import FINGERPRINT, NUM_BLOCKS, TRANSPORTS, WAIT_S, Cluster, Handmade, Worker
 from .test_push_sender import PEER, Left, RecordingBulk
 
-STAGING_BYTES = (_SLOTS + 1) * _SLOT_BYTES
+STAGING_BYTES = (_SLOTS + 1) * _SLOT_BYTES + 4096  # for one link both ways, and where the blocks end
 NUM_TOKENS = 41
 POISON = 0xDD
 FORMATS = [
@@ -328,8 +328,9 @@ def test_staging_memory_is_shared_by_links_and_comes_back() -> None:
     decoder = Decoder(codec, slots.staging, slots.hello)
     with pytest.raises(Unusable, match="staging memory"):
         Decoder(codec, slots.staging, slots.hello)
-    decoder.close()
     slots.encoder.close()
+    Decoder(codec, slots.staging, slots.hello).close()
+    decoder.close()
     Encoder(codec, slots.staging).close()
     slots.close()
 
