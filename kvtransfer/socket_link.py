@@ -53,6 +53,7 @@ from .linking import DESTINATION_ROLES, SOURCE_ROLES
 from .outbox import Outbox
 from .push_receiver import PushReceiver
 from .push_sender import PushSender
+from .transports.owner import OwnerBulk
 from .transports.wire import Liveness, read_frame, send_frame, shut
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,15 @@ class SocketLink:
         digest = block_digest if me.digests else no_digest
         self._sender = PushSender(me.memory, self._bulk, encoder, self._put, digest)
         self._receiver = PushReceiver(
-            self.peer, established.hello, me.memory, self._bulk, decoder, on_event, self._put, digest
+            self.peer,
+            established.hello,
+            me.memory,
+            self._bulk,
+            decoder,
+            on_event,
+            self._put,
+            digest,
+            self._bulk.is_given if isinstance(self._bulk, OwnerBulk) else None,
         )
         self._lock = threading.Lock()
         self._why = ""

@@ -154,6 +154,7 @@ class WorkerLoad(Part, frozen=True):
     prefix_query_tokens: Sequence64 = 0
     transferred_bytes: Sequence64 = 0
     transferred_blocks: Sequence64 = 0
+    given_blocks: Sequence64 = 0  # of the transferred ones, those that changed their owner and did not move
     failed_handoffs: Sequence64 = 0
     stale_messages: Sequence64 = 0
 

@@ -112,16 +112,16 @@ class SimCluster:
         self.events = EventQueue(self.clock)
         self.faults: Counter[str] = Counter()
         self.journal = Journal(history)
+        self.network = SimNetwork(self.events, profile, self.rng, self.faults)
         self.watch = Watch(
             self.clock,
             self.journal,
             shape.router,
+            profile,
+            self.network.silent_ends,
             lease_s=shape.lease_s,
-            is_perfect=profile.is_perfect,
-            keeps_order=profile.keeps_order,
             max_step_s=shape.max_step_s,
         )
-        self.network = SimNetwork(self.events, profile, self.rng, self.faults)
         self.network.check_copy, self.network.check_leaving = self._check_copy, self.watch.leaves
         self.network.trace = self.say if trace is not None else None
         self.tap = Tap()
