@@ -37,6 +37,7 @@ HOME = {
     "triton": "kernels",
     "ucxx": "kvtransfer",
     "nixl": "kvtransfer",
+    "nixl_cu12": "kvtransfer",
     "huggingface_hub": "models",
 }
 TEST_ONLY = {"transformers", "openai", "pytest", "hypothesis", "gguf", "jsonschema"}

@@ -6,8 +6,8 @@
     close     forget the peer's agent if it has failed; one that works stays for the next link to this incarnation,
               because UCX leaves a connection behind each time an agent is removed and added again
 
-Reading rather than writing: what lands in our memory is what we asked for. Still nothing cancels a read, and a peer that
-was frozen answers when it goes on: a read that can be late goes to a buffer of the link and is copied from there.
+Reading rather than writing: what lands in our memory is what we asked for. Still nothing cancels a read, and a peer
+that was frozen answers when it goes on: a read that can be late goes to a buffer of the link and is copied from there.
 """
 
 from __future__ import annotations
@@ -131,7 +131,8 @@ class NixlTransport(Transport):
     def _forget_others(self, peer: WorkerKey) -> None:
         """Earlier incarnations of a worker are gone when a new one connects."""
         with self._changed:
-            old = [name for name, linked in self._is_linked.items() if not linked and _worker_of(name) == peer.worker_id]
+            unlinked = [name for name, linked in self._is_linked.items() if not linked]
+            old = [name for name in unlinked if _worker_of(name) == peer.worker_id]
             for name in old:
                 del self._is_linked[name]
         for name in old:
@@ -258,8 +259,7 @@ class NixlBulk(Bulk):
         ends = np.cumsum([nbytes for _, _, nbytes in pieces]).tolist()
         address = self._buffer.region.address
         pairs = [
-            (base + there, address + end - nbytes, nbytes)
-            for (there, _, nbytes), end in zip(pieces, ends, strict=True)
+            (base + there, address + end - nbytes, nbytes) for (there, _, nbytes), end in zip(pieces, ends, strict=True)
         ]
         self._agent.read(self._peer, pairs, self._check, self._like, _nothing)
         self._place(pieces, ends)
