@@ -39,11 +39,12 @@ class KvHello(Message, frozen=True):
     block_bytes: Sequence64
     nonce: Mac  # fresh for each connection; the link's session is derived from both
     staging_bytes: Sequence64 = 0
-    wire_dtypes: Annotated[list[Code], msgspec.Meta(max_length=16)] = msgspec.field(default_factory=list)  # allowed, the preferred one first
+    # allowed, the preferred one first
+    wire_dtypes: Annotated[list[Code], msgspec.Meta(max_length=16)] = msgspec.field(default_factory=list)
     digests: bool = True
-    offers: Annotated[
-        dict[Code, Annotated[bytes, msgspec.Meta(max_length=32 << 10)]], msgspec.Meta(max_length=16)
-    ] = msgspec.field(default_factory=dict)  # what each transport wants the peer to know
+    offers: Annotated[dict[Code, Annotated[bytes, msgspec.Meta(max_length=32 << 10)]], msgspec.Meta(max_length=16)] = (
+        msgspec.field(default_factory=dict)
+    )  # what each transport wants the peer to know
     token: Annotated[bytes, msgspec.Meta(max_length=32)] = b""  # pairs a second, data connection with this link
 
 

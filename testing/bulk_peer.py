@@ -201,7 +201,7 @@ def main() -> None:
     peer = Peer(Path(sys.argv[1]))
     try:
         _converse(peer, says)
-    except BaseException:
+    except BaseException:  # noqa: BLE001
         # Threads of transports that nobody closes any more would keep the process.
         traceback.print_exc()
         os._exit(1)

@@ -79,7 +79,7 @@ def _draw(
             token_id = (token_id + 1) % vocab_size
     if params.logprobs is None:
         return SampledToken(token_id)
-    top = tuple((_mix(state + rank) % vocab_size, -float(rank)) for rank in range(params.logprobs))
+    top = tuple((_mix(state + place) % vocab_size, -float(place)) for place in range(params.logprobs))
     return SampledToken(token_id, TokenLogprob(-math.log1p(state % 1000), top))
 
 

@@ -26,6 +26,7 @@ from .conftest import FINGERPRINT, NUM_BLOCKS, TRANSPORTS, WAIT_S, Cluster, Hand
 from .test_push_sender import PEER, Left, RecordingBulk
 
 STAGING_BYTES = (_SLOTS + 1) * _SLOT_BYTES + 4096  # for one link both ways, and where the blocks end
+TICKET = Ticket(b"t" * 16)
 NUM_TOKENS = 41
 POISON = 0xDD
 FORMATS = [
@@ -240,7 +241,7 @@ class Slots:
         self.memory.close()
 
 
-def effect(count: int = 2, ticket: Ticket = Ticket(b"t" * 16)) -> SendBlocks:  # noqa: B008
+def effect(count: int = 2, ticket: Ticket = TICKET) -> SendBlocks:
     """All layers of the first blocks."""
     return SendBlocks(PEER, ticket, 1, tuple(range(count)), tuple(map(BlockId, range(count))), 0, 3)
 
