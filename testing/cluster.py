@@ -128,12 +128,18 @@ class SimCluster:
         self._trace = trace
         self.router = RouterCore(shape.router, self.clock, self._ids, CLUSTER_KEY)
         self.workers: dict[str, SimWorker] = {}
+        self._engines: list[FakeEngine] = []  # of all incarnations
         self._wires: dict[WorkerKey, tuple[Wire, Wire]] = {}
         self.is_calm = False
         self._num_ticks = 0
         for name, role in shape.roles().items():
             self.start_worker(name, role)
         self.events.after(ROUTER_TICK_S, self._tick_router, is_awaited=False)
+
+    def close(self) -> None:
+        """Give the memory of all incarnations back."""
+        for engine in self._engines:
+            engine.close()
 
     # ---- workers ----
 
@@ -154,6 +160,7 @@ class SimCluster:
             self.shape.sizes(),
             self._make_parking,
         )
+        self._engines.append(self.workers[worker_id].engine)
         self.say(f"{tell(key)} starts")
 
     def _make_parking(self, memory: KVMemory, pool: BlockPool) -> SimParking:

@@ -26,7 +26,9 @@ from .handoffs import ANY, CALM
 
 
 def preempted_by(original: Any, then: Any) -> Any:
-    """`DecodeScheduler.schedule`, and `then(scheduler, sequence, its blocks before)` for each one that it preempts and does not park."""
+    """`DecodeScheduler.schedule`, and then `then(scheduler, sequence, blocks before)` for each one that it preempts and
+    does not park.
+    """
 
     def schedule(self: DecodeScheduler, budget: Any, now: float) -> Any:
         before = [(seq, list(seq.block_table)) for seq in self.running]
