@@ -74,6 +74,7 @@ class BulkProcess:
         self.process.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
+        """Let a frozen process go on; nothing for one that is gone."""
         self.process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:

@@ -23,8 +23,8 @@ from ..protocol.messages import Fingerprint, SampledToken, TokenLogprob
 from ..protocol.sampling import SamplingParams
 
 _MASK = (1 << 64) - 1
-_SLOT_BYTES = 8
-_VOCAB_SIZE, _NUM_LAYERS, _EOS = 1000, 2, frozenset({0})
+SLOT_BYTES = 8
+_VOCAB_SIZE, NUM_LAYERS, _EOS = 1000, 2, frozenset({0})
 
 
 def _mix(value: int) -> int:
@@ -47,7 +47,7 @@ def _extend(values: array[int], token_ids: Iterable[int], layer: int, salt: int)
         values.append(value)
 
 
-def kv_values(token_ids: Iterable[int], num_layers: int = _NUM_LAYERS, salt: int = 0) -> list[array[int]]:
+def kv_values(token_ids: Iterable[int], num_layers: int = NUM_LAYERS, salt: int = 0) -> list[array[int]]:
     """What each layer of a cache must hold of these tokens: 64-bit values, one for each."""
     columns = [array("Q") for _ in range(num_layers)]
     tokens = list(token_ids)
@@ -94,7 +94,7 @@ class FakeEngine:
         self,
         num_blocks: int = 64,
         block_size: int = 4,
-        num_layers: int = _NUM_LAYERS,
+        num_layers: int = NUM_LAYERS,
         vocab_size: int = _VOCAB_SIZE,
         *,
         model: str = "fake",
@@ -108,7 +108,7 @@ class FakeEngine:
         fingerprint = Fingerprint(model, weights, "u64", num_layers, 1, 1, block_size, "block-major")
         self._step_s, self._token_s, self._fails = step_s, token_s, fails
         self._salt = 0 if weights == "fake" else xxhash.xxh3_64_intdigest(weights.encode())
-        self.memory = memory or KVMemory(num_blocks, num_layers, block_size * _SLOT_BYTES)
+        self.memory = memory or KVMemory(num_blocks, num_layers, block_size * SLOT_BYTES)
         self._slots = self.memory.buffer.cast("Q")
         self.spec = EngineSpec(
             fingerprint=fingerprint,
@@ -117,7 +117,7 @@ class FakeEngine:
             max_sequence_tokens=min(num_blocks * block_size, max_model_len),
             vocab_size=vocab_size,
             eos_token_ids=_EOS,
-            bytes_per_token=num_layers * _SLOT_BYTES,
+            bytes_per_token=num_layers * SLOT_BYTES,
         )
 
     def cost_s(self, batch: list[ScheduledSeq]) -> float:
@@ -147,7 +147,7 @@ class FakeEngine:
         size, slots = self.spec.block_size, self._slots
         starts = islice(self._starts(block_table, layer), -(-num_tokens // size))
         parts = (slots[start : start + size] for start in starts)
-        return b"".join(parts)[: num_tokens * _SLOT_BYTES]
+        return b"".join(parts)[: num_tokens * SLOT_BYTES]
 
     def _starts(self, block_table: Sequence[int], layer: int) -> Iterable[int]:
         """Where each block's slots of one layer begin."""
@@ -184,7 +184,7 @@ def expected_run(
     choice: int = 0,
     *,
     vocab_size: int = _VOCAB_SIZE,
-    num_layers: int = _NUM_LAYERS,
+    num_layers: int = NUM_LAYERS,
 ) -> tuple[list[SampledToken], str]:
     """(tokens, finish reason) of a fault-free run of FakeEngine with nobody beside it, computed without a cache."""
     output: list[SampledToken] = []
@@ -210,7 +210,7 @@ def expected_tokens(
     choice: int = 0,
     *,
     vocab_size: int = _VOCAB_SIZE,
-    num_layers: int = _NUM_LAYERS,
+    num_layers: int = NUM_LAYERS,
 ) -> tuple[list[int], str]:
     """(token ids, finish reason) of the same run."""
     tokens, reason = expected_run(prompt_ids, params, choice, vocab_size=vocab_size, num_layers=num_layers)

@@ -131,7 +131,9 @@ class NixlTransport(Transport):
     def _forget_others(self, peer: WorkerKey) -> None:
         """Earlier incarnations of a worker are gone when a new one connects."""
         with self._changed:
-            old = [name for name, linked in self._is_linked.items() if not linked and _worker_of(name) == peer.worker_id]
+            old = [
+                name for name, linked in self._is_linked.items() if not linked and _worker_of(name) == peer.worker_id
+            ]
             for name in old:
                 del self._is_linked[name]
         for name in old:
@@ -258,8 +260,7 @@ class NixlBulk(Bulk):
         ends = np.cumsum([nbytes for _, _, nbytes in pieces]).tolist()
         address = self._buffer.region.address
         pairs = [
-            (base + there, address + end - nbytes, nbytes)
-            for (there, _, nbytes), end in zip(pieces, ends, strict=True)
+            (base + there, address + end - nbytes, nbytes) for (there, _, nbytes), end in zip(pieces, ends, strict=True)
         ]
         self._agent.read(self._peer, pairs, self._check, self._like, _nothing)
         self._place(pieces, ends)

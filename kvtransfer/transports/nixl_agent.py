@@ -102,7 +102,9 @@ class NixlAgent:
             with library_errors(f"removing NIXL agent {name}"):
                 self._agent.remove_remote_agent(name)
 
-    def read(self, name: str, pairs: Pairs, check: Callable[[], None], like: Region, posted: Callable[[], None]) -> None:
+    def read(
+        self, name: str, pairs: Pairs, check: Callable[[], None], like: Region, posted: Callable[[], None]
+    ) -> None:
         """Copy from the peer to us, where memory is of the kind of `like`; `posted` is called once it is on its way.
 
         `check` raises to give up. The transfer is abandoned then, and bytes may still be written: nothing cancels a read.
