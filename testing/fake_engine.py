@@ -137,6 +137,11 @@ class FakeEngine:
     def rest(self) -> None:
         """Nothing is held."""
 
+    def close(self) -> None:
+        """Give the memory back. Idempotent."""
+        self._slots.release()
+        self.memory.close()
+
     def read(self, block_table: Sequence[int], layer: int, num_tokens: int) -> bytes:
         """What the cache holds of the first `num_tokens` tokens of a sequence with this table, in one layer."""
         size, slots = self.spec.block_size, self._slots

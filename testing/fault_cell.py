@@ -117,8 +117,7 @@ class _Play:
     def close(self) -> None:
         if self._fault is not None:
             self._fault.close()
-        for worker in self._cluster.workers.values():
-            worker.engine.memory.close()
+        self._cluster.close()
 
     # ---- the story ----
 

@@ -167,6 +167,8 @@ def run_scenario(
             for line in cluster.situation():
                 trace(f"           {line}")
         raise
+    finally:
+        cluster.close()
     return _outcome(cluster, scenario, virtual_s)
 
 
