@@ -199,12 +199,15 @@ def main() -> None:
     says = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     peer = Peer(Path(sys.argv[1]))
+    is_over = False
     try:
         _converse(peer, says)
-    except BaseException:
-        # Threads of transports that nobody closes any more would keep the process.
-        traceback.print_exc()
-        os._exit(1)
+        is_over = True
+    finally:
+        if not is_over:
+            # Threads of transports that nobody closes any more would keep the process.
+            traceback.print_exc()
+            os._exit(1)
 
 
 def _converse(peer: Peer, says: TextIO) -> None:

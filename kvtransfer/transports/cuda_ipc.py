@@ -84,7 +84,7 @@ class CudaIpcBulk(Bulk):
         self._driver, self._base = driver, base
         self._mine: torch.Tensor | None = flat_bytes(memory)
         self._theirs: torch.Tensor | None = device_bytes(base + offer.offset, offer.nbytes, driver.device)
-        self._stream = torch.cuda.Stream(driver.device)
+        self._stream: Any = torch.cuda.Stream(driver.device)  # type: ignore[no-untyped-call]
         self._stopped = threading.Event()
 
     def send(self, spans: Sequence[Span]) -> None:
@@ -109,7 +109,7 @@ class CudaIpcBulk(Bulk):
                 break
             with library_errors("cuda_ipc: copying"), torch.cuda.stream(self._stream):
                 mine[stop : stop + nbytes].copy_(theirs[start : start + nbytes], non_blocking=True)
-                copied = torch.cuda.Event()
+                copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 copied.record(self._stream)
                 copied.synchronize()
 

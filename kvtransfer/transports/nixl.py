@@ -6,8 +6,8 @@
     close     forget the peer's agent if it has failed; one that works stays for the next link to this incarnation,
               because UCX leaves a connection behind each time an agent is removed and added again
 
-Reading rather than writing: what lands in our memory is what we asked for. Still nothing cancels a read, and a peer that
-was frozen answers when it goes on: a read that can be late goes to a buffer of the link and is copied from there.
+Reading rather than writing: what lands in our memory is what we asked for. Still nothing cancels a read, and a peer
+that was frozen answers when it goes on: a read that can be late goes to a buffer of the link and is copied from there.
 """
 
 from __future__ import annotations

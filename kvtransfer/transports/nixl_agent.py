@@ -107,7 +107,7 @@ class NixlAgent:
     ) -> None:
         """Copy from the peer to us, where memory is of the kind of `like`; `posted` is called once it is on its way.
 
-        `check` raises to give up. The transfer is abandoned then, and bytes may still be written: nothing cancels a read.
+        `check` raises to give up. The transfer is abandoned then, and bytes may still be written: nothing cancels it.
         """
         with self._lock, library_errors(f"reading from NIXL agent {name}"):
             handle = self._agent.initialize_xfer("READ", *self._descriptors(pairs, like), name)
@@ -202,12 +202,9 @@ def _load() -> Any:
     raises, root = logging.raiseExceptions, logging.getLogger()
     handlers, level = root.handlers[:], root.level
     try:
-        import nixl_cu12 as nixl
-    except ImportError:
-        try:
-            import nixl
-        except ImportError as err:
-            raise Unusable(f"nixl is not installed ({err}); {HELP}") from err
+        nixl = _import()
+    except (ImportError, OSError) as err:
+        raise Unusable(f"nixl is not installed or cannot be loaded ({err}); {HELP}") from err
     finally:
         # Importing it sets the whole process's logging up.
         logging.raiseExceptions, root.handlers[:] = raises, handlers
@@ -217,3 +214,15 @@ def _load() -> Any:
     own.propagate = True
     own.setLevel(logging.WARNING)
     return nixl
+
+
+def _import() -> Any:
+    """By the name of the wheel for CUDA 12, or of the package that picks a wheel."""
+    try:
+        import nixl_cu12
+
+        return nixl_cu12
+    except ImportError:
+        import nixl
+
+        return nixl

@@ -76,12 +76,11 @@ class ProcessGroupTransport(Transport):
         self._store = None
 
     def _make_group(self, store: Any, facts: LinkFacts) -> Any:
-        import torch.distributed as dist
-
+        dist = _distributed()
         shared = dist.PrefixStore(facts.session.hex(), store)
         rank, patience = (1 if facts.is_dialer else 0), timedelta(seconds=facts.timeout_s)
         if self.name == "nccl":
-            return dist.ProcessGroupNCCL(shared, rank, 2, timeout=patience)
+            return dist.ProcessGroupNCCL(shared, rank, 2, patience)
         options: Any = dist.ProcessGroupGloo._Options()
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._host)]
         options._timeout = patience
@@ -169,8 +168,10 @@ class ProcessGroupBulk(Bulk):
                 return
             buffer = self._buffer(total_bytes(piece))
             self._settle(self._receive(buffer))
-            for span, part in zip(piece, buffer.split([span.nbytes for span in piece]), strict=True):
-                self._view(span).copy_(part)
+            at = 0
+            for span in piece:
+                self._view(span).copy_(buffer[at : at + span.nbytes])
+                at += span.nbytes
 
     def _drain(self, nbytes: int) -> None:
         """Take a message for each piece off the stream."""
@@ -231,10 +232,17 @@ def device_bytes(address: int, nbytes: int, device: int) -> torch.Tensor:
     return torch.as_tensor(_Raw(address, nbytes), device=f"cuda:{device}")
 
 
+def _distributed() -> Any:
+    """Much of it has no types, and what there is depends on how torch was built."""
+    import torch.distributed
+
+    return torch.distributed
+
+
 def _require_backend(name: str, memory: KVMemory) -> None:
     import torch
-    import torch.distributed as dist
 
+    dist = _distributed()
     if not dist.is_available():
         raise Unusable(f"{name}: this torch is built without distributed; install another build of torch")
     if name == "nccl":
@@ -250,22 +258,18 @@ def _require_backend(name: str, memory: KVMemory) -> None:
 
 def _open_store(host: str) -> tuple[Any, int]:
     """A store that listens on `host` alone: left to itself it listens on all addresses."""
-    import torch.distributed as dist
-
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as listener:
         listener.bind((host, 0))
         listener.listen(64)
         port = listener.getsockname()[1]
         fd = listener.detach()
-    store = dist.TCPStore(
+    store = _distributed().TCPStore(
         host, port, None, True, _STORE_PATIENCE, wait_for_workers=False, master_listen_fd=fd, use_libuv=True
     )
     return store, port
 
 
 def _dial_store(offer: StoreOffer, facts: LinkFacts) -> Any:
-    import torch.distributed as dist
-
     patience = timedelta(seconds=facts.timeout_s)
-    return dist.TCPStore(offer.host, offer.port, None, False, patience, wait_for_workers=False)
+    return _distributed().TCPStore(offer.host, offer.port, None, False, patience, wait_for_workers=False)
