@@ -23,7 +23,7 @@ from ...core.ids import WorkerKey
 from ...engine.kv_memory import KVMemory
 from ..bulk import Bulk, LinkFacts, Span, Transport, Unusable
 from ..identity import boot_id
-from .library import PIECE_BYTES, decode_offer, encode_offer, library_errors, require_inside
+from .library import PIECE_BYTES, decode_offer, encode_offer, library_errors, region_bytes, require_inside
 from .process_group import GPU_HELP, device_bytes, flat_bytes
 from .runs import paired
 
@@ -54,7 +54,7 @@ class CudaIpcTransport(Transport):
             handle, offset = self._driver.export(memory.address)
         except (OSError, TransferFailed) as err:
             raise Unusable(f"cuda_ipc: {err}; {GPU_HELP}, and memory made without expandable segments") from err
-        self._offer = encode_offer(IpcOffer(handle, offset, len(memory.region), boot_id() or "unknown"))
+        self._offer = encode_offer(IpcOffer(handle, offset, region_bytes(memory), boot_id() or "unknown"))
 
     def offer(self) -> bytes:
         return self._offer

@@ -24,7 +24,7 @@ from ...core.errors import TransferFailed
 from ...core.ids import WorkerKey
 from ...engine.kv_memory import KVMemory
 from ..bulk import Bulk, LinkFacts, Span, Transport, Unusable
-from .library import PIECE_BYTES, decode_offer, encode_offer, library_errors, require_inside
+from .library import PIECE_BYTES, decode_offer, encode_offer, library_errors, region_bytes, require_inside
 from .runs import chunks, total_bytes
 
 if TYPE_CHECKING:
@@ -78,13 +78,13 @@ class ProcessGroupTransport(Transport):
     def _make_group(self, store: Any, facts: LinkFacts) -> Any:
         dist = _distributed()
         shared = dist.PrefixStore(facts.session.hex(), store)
-        rank, patience = (1 if facts.is_dialer else 0), timedelta(seconds=facts.timeout_s)
+        me, patience = (1 if facts.is_dialer else 0), timedelta(seconds=facts.timeout_s)
         if self.name == "nccl":
-            return dist.ProcessGroupNCCL(shared, rank, 2, patience)
+            return dist.ProcessGroupNCCL(shared, me, 2, patience)
         options: Any = dist.ProcessGroupGloo._Options()
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._host)]
         options._timeout = patience
-        return dist.ProcessGroupGloo(shared, rank, 2, options)
+        return dist.ProcessGroupGloo(shared, me, 2, options)
 
 
 class ProcessGroupBulk(Bulk):
@@ -222,7 +222,7 @@ def flat_bytes(memory: KVMemory) -> torch.Tensor:
 
     if memory.device is None:
         return torch.frombuffer(memory.region, dtype=torch.uint8)
-    return device_bytes(memory.address, len(memory.region), memory.device)
+    return device_bytes(memory.address, region_bytes(memory), memory.device)
 
 
 def device_bytes(address: int, nbytes: int, device: int) -> torch.Tensor:

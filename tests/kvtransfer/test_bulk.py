@@ -17,6 +17,7 @@ import pytest
 
 from penstock.testing.bulk_process import BulkError, BulkProcess
 from penstock.tests.kvtransfer.bulk_ends import (
+    GPU_KINDS,
     KINDS,
     NBYTES,
     SOURCE_SEED,
@@ -55,7 +56,9 @@ class Bench:
         return open_worker(self.kind, process, "v", SOURCE_SEED)
 
 
-@pytest.fixture(scope="module", params=KINDS, ids=str)
+@pytest.fixture(
+    scope="module", params=[*KINDS, *(pytest.param(kind, marks=pytest.mark.gpu) for kind in GPU_KINDS)], ids=str
+)
 def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     kind: Kind = request.param
     require(kind)
