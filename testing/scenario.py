@@ -20,6 +20,7 @@ STORM_S = 8.0  # faults happen up to here
 LIMIT_S = 150.0  # by now every deadline has passed
 REST_S = 8.0  # longer than any lease and early-offer memory
 MAX_EVENTS = 400_000
+ONE_POOL_SHARE = 0.25
 CALM_EVERY = 10  # one seed in so many meets a perfect network and immortal workers; another one drains them, in peace
 IMPOSSIBLE_ID = 5000  # a token that no worker of the simulation has in its vocabulary
 
@@ -53,7 +54,7 @@ class Outcome:
 
 def draw_scenario(seed: int) -> Scenario:
     rng = random.Random(seed)
-    shape = _with_parking(_draw_shape(rng), seed)
+    shape = _with_one_pool(_with_parking(_draw_shape(rng), seed), seed)
     profile = replace(ChaosProfile.draw(rng), corrupt_parked=random.Random(f"corrupt {seed}").choice([0.0, 0.3, 1.0]))
     within_s = rng.choice([0.02, 0.2, 2.0])  # from a burst to one after the other
     requests = tuple(_draw_request(rng, i, within_s) for i in range(rng.randint(3, 12)))
@@ -114,6 +115,12 @@ def _with_parking(shape: ClusterShape, seed: int) -> ClusterShape:
     """Little host memory, and copies from free to dearer than any prefill."""
     rng = random.Random(f"parking {seed}")
     return replace(shape, park_blocks=rng.choice([0, 4, 12, 40, 40]), park_copy_s=rng.choice([0.0, 1e-6, 1e-3, 0.1]))
+
+
+def _with_one_pool(shape: ClusterShape, seed: int) -> ClusterShape:
+    """Some clusters keep all blocks in one memory."""
+    rng = random.Random(f"one pool {seed}")
+    return replace(shape, one_pool=rng.random() < ONE_POOL_SHARE, keep_prefix=rng.random() < 0.7)
 
 
 def _draw_request(rng: random.Random, number: int, within_s: float) -> tuple[float, GenerateRequest]:

@@ -17,11 +17,11 @@ from ..engine.interface import ScheduledSeq
 from ..engine.kv_memory import KVMemory
 from ..engine.parking import ParkingSpace
 from ..kvtransfer.destination import DestinationTable
-from ..kvtransfer.effects import LinkEvent, MessageArrived
+from ..kvtransfer.effects import LinkEvent
 from ..kvtransfer.source import PushSizes, SourceTable
 from ..kvtransfer.transports.inproc import InprocMesh
 from ..prefill_node.role import PrefillRole
-from ..protocol.messages import FromRouter, FromWorker, Goodbye, Grant, Heartbeat, Role, ToRouter
+from ..protocol.messages import FromRouter, FromWorker, Goodbye, Heartbeat, Role, ToRouter
 from ..worker.core import CoreEffect, SetPeers, WorkerCore
 from ..worker.heartbeat import HeartbeatBuilder
 from ..worker.process import hello_of
@@ -31,6 +31,7 @@ from ..worker.turn_watch import MAX_STEP_S, TurnWatch
 from .events import EventQueue
 from .fake_engine import FakeEngine
 from .invariants import broken
+from .sim_memory import MemoryShare
 from .sim_network import SimNetwork
 
 HEARTBEAT_S = 0.25
@@ -72,7 +73,10 @@ class Observer(Protocol):
 
 
 class SimWorker:
-    """An incarnation. `to_router` carries its frames; `on_exit` hears when a drained worker has ended."""
+    """An incarnation. `to_router` carries its frames; `on_exit` hears when a drained worker has ended.
+
+    `share`: its place in the memory of all workers; without, it has one of its own.
+    """
 
     def __init__(
         self,
@@ -86,10 +90,12 @@ class SimWorker:
         on_exit: Callable[[SimWorker], None],
         sizes: WorkerSizes,
         make_parking: MakeParking,
+        share: MemoryShare | None = None,
     ) -> None:
         self.key, self.role, self.engine = key, role, engine
         self._events, self._to_router, self._observer, self._on_exit = events, to_router, observer, on_exit
-        self.pool = BlockPool(engine.spec.num_blocks, engine.spec.block_size)
+        self._ownership = share.ownership if share is not None else None
+        self.pool = share.pool if share is not None else BlockPool(engine.spec.num_blocks, engine.spec.block_size)
         self.max_early = sizes.max_early
         pushes = PushSizes(engine.spec.fingerprint.num_layers, most=6, least=1 + len(key.epoch.strip("01234567")) % 3)
         self.source = SourceTable(sizes.lease_s, sizes.lease_s, pushes)
@@ -100,6 +106,8 @@ class SimWorker:
             key, role, engine, self.pool, roles, events.clock, max_batch_tokens=sizes.max_batch_tokens
         )
         self.mesh = InprocMesh(key, role, engine.spec.fingerprint, engine.memory, self._on_link, network)
+        if share is not None:
+            self.mesh.ledger, self.mesh.owner = share.ledger, share.number
         self._network = network
         self._turns = TurnWatch(events.clock, sizes.max_step_s)
         self._heartbeat = HeartbeatBuilder(self._turns)
@@ -119,10 +127,13 @@ class SimWorker:
         key, spec, pool = self.key, self.engine.spec, self.pool
         if self.role != "prefill":
             bounds, parking = (sizes.max_running, sizes.max_waiting), make_parking(self.engine.memory, pool)
-            self.decode = DecodeRole(key, spec, pool, self.destination, CLUSTER_KEY, *bounds, parking=parking)
+            self.decode = DecodeRole(
+                key, spec, pool, self.destination, CLUSTER_KEY, *bounds, parking=parking, ownership=self._ownership
+            )
             roles.append(self.decode)
         if self.role != "decode":
-            roles.append(PrefillRole(key, spec, pool, self.source, CLUSTER_KEY, sizes.max_waiting))
+            waiting, owner = sizes.max_waiting, self._ownership
+            roles.append(PrefillRole(key, spec, pool, self.source, CLUSTER_KEY, waiting, ownership=owner))
         return roles
 
     # ---- the process's threads ----
@@ -270,11 +281,8 @@ class SimWorker:
         self._turn()
 
     def _on_layers(self, batch: list[tuple[RoleCode, ScheduledSeq]], num_layers: int) -> None:
-        grants = [item for item in self._inbox if isinstance(item, MessageArrived) and isinstance(item.message, Grant)]
-        for item in grants:
-            self._inbox.remove(item)
-            self._observer.heard(self, item)
-            self._perform(self.core.on_grant(item))
+        for item in self.core.take_within_step(batch, self._inbox):
+            self._perform(self._observer.hears(self, item))
         self._perform(self.core.layers_computed(batch, num_layers))
 
     def _exit(self) -> None:

@@ -6,6 +6,7 @@ Knows the messages, the effects and the pools; digests, tables of the hand-off a
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..core.ids import BlockId, Ticket, WorkerKey
@@ -26,6 +27,10 @@ class _Incoming:
     table: tuple[BlockId, ...] = ()
     num_tokens: int = 0
     generations: dict[BlockId, int] = field(default_factory=dict)
+    given: dict[int, BlockId] = field(default_factory=dict)  # ordinal → the source's block, found in its place
+
+    def final_table(self) -> tuple[BlockId, ...]:
+        return tuple(self.given.get(ordinal, block) for ordinal, block in enumerate(self.table))
 
 
 @dataclass(slots=True)
@@ -46,6 +51,7 @@ class BlockWatch:
         self._outgoing: dict[tuple[WorkerKey, Ticket], _Outgoing] = {}
         self._acknowledged: set[tuple[WorkerKey, Ticket]] = set()
         self._num_turns = 0
+        self.check_memory: Callable[[], None] | None = None  # where all workers share one
 
     # ---- I4 ----
 
@@ -59,6 +65,8 @@ class BlockWatch:
         is_due = self._num_turns % FULL_AUDIT_EVERY == 0
         if is_due or (is_changed and not _is_balanced(worker.pool, worker)):
             self.audit(worker)
+        if self.check_memory is not None:
+            self.check_memory()
 
     def audit(self, worker: SimWorker) -> None:
         with guarded("I4", worker.key, "blocks"):
@@ -102,14 +110,28 @@ class BlockWatch:
         if target is not None:
             incoming = self._incoming.get((target.key, ticket))
             generation = incoming.generations.get(block_id) if incoming is not None else None
-            is_open = ticket in target.destination.active() and target.pool.ref_count(block_id) == 1
+            is_held = block_id in target.pool and target.pool.ref_count(block_id) == 1
+            is_open = ticket in target.destination.active() and is_held
             if not is_open or generation != target.pool.generation(block_id):
                 raise InvariantBroken(f"I5 {target.key}: write into block {block} that its hand-off does not own")
         if source is not None and ticket in source.source.active():
             outgoing = self._outgoing.get((source.key, ticket))
             generation = outgoing.generations.get(slot_id) if outgoing is not None else None
-            if source.pool.ref_count(slot_id) < 1 or generation != source.pool.generation(slot_id):
+            if (
+                slot_id not in source.pool
+                or source.pool.ref_count(slot_id) < 1
+                or generation != source.pool.generation(slot_id)
+            ):
                 raise InvariantBroken(f"I5 {source.key}: block {slot} was freed before its hand-off ended")
+
+    def stays(self, target: SimWorker | None, push: Push, ordinal: int, block: int) -> None:
+        """A block changes its owner only for a live hand-off, and only one that has not come otherwise."""
+        if target is None:
+            return
+        incoming = self._incoming.get((target.key, Ticket(push.ticket)))
+        if incoming is None or Ticket(push.ticket) not in target.destination.active() or ordinal in incoming.given:
+            raise InvariantBroken(f"I5 {target.key}: block {block} stays for a hand-off that does not wait for it")
+        incoming.given[ordinal] = BlockId(block)
 
     # ---- I6 ----
 
@@ -134,7 +156,7 @@ class BlockWatch:
         if ticket not in self._kv:
             self._kv[ticket] = kv_values(self._tokens[ticket], worker.engine.memory.num_layers)
         for layer, column in enumerate(self._kv[ticket]):
-            found = worker.engine.read(incoming.table, layer, incoming.num_tokens)
+            found = worker.engine.read(incoming.final_table(), layer, incoming.num_tokens)
             if found != column.tobytes():
                 token = _first_difference(found, column.tobytes())
                 raise InvariantBroken(

@@ -108,7 +108,8 @@ def deaf_once_opened(original: Any) -> Any:
 def late_arrival_asserts(original: Any) -> Any:
     def on_arrived(self: DestinationTable, event: Any, now: float) -> Any:
         incoming = self._incoming.get(event.ticket)
-        assert incoming is not None and incoming.state is State.GRANTED, "it is received and given up at once"
+        assert incoming is not None, "it is gone"
+        assert incoming.state is State.GRANTED, "it is received and given up at once"
         return original(self, event, now)
 
     return on_arrived

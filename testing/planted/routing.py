@@ -66,7 +66,10 @@ def deaf_to_silence(original: Any) -> Any:
 
 
 def ready_while_draining(original: Any) -> Any:
-    return property(lambda self: self.is_live and self.state in ("ready", "draining"))
+    def is_ready(self: WorkerRecord) -> bool:
+        return bool(original.fget(self)) or (self.is_live and self.state == "draining" and not self.can_decode)
+
+    return property(is_ready)
 
 
 def keep_empty_nodes(original: Any) -> Any:
@@ -152,7 +155,7 @@ ROUTING_BUGS = [
     Bug(
         "28",
         "dynamo#13088",
-        "requests are sent to a worker that is leaving",
+        "prompts are sent to a worker that is leaving",
         plants((WorkerRecord, "is_ready", ready_while_draining)),
         Seeds("I15", PEACEFUL_DRAINS),
     ),

@@ -71,7 +71,8 @@ def one_block_short(original: Any) -> Any:
 
 def keep_the_seat(original: Any) -> Any:
     def end(self: ReceivingQueue, lead: Any) -> None:
-        if not any(item.lead is lead and item.is_ending for item in self.receiving):
+        ending = [item.lead for item in self.receiving if item.is_ending]
+        if lead not in ending[:1]:
             original(self, lead)
 
     return end
@@ -107,7 +108,7 @@ def short_hashes(original: Any) -> Any:
     def extend(hashes: Any, *args: Any) -> None:
         before = len(hashes)
         original(hashes, *args)
-        hashes[before:] = [bytes([block_hash[0] & 63]) for block_hash in hashes[before:]]
+        hashes[before:] = [block_hash[:1] for block_hash in hashes[before:]]
 
     return extend
 
@@ -214,7 +215,7 @@ WORKER_BUGS = [
     Bug(
         "6",
         "sglang#9266, #10110",
-        "a hand-off that is cut short keeps its seat",
+        "the first hand-off that is cut short keeps its seat",
         plants((ReceivingQueue, "end", keep_the_seat)),
         Seeds("I8", ANY),
     ),
@@ -237,7 +238,7 @@ WORKER_BUGS = [
         "sglang#20272",
         "a sequence that is cancelled while it waits goes on as a phantom",
         plants((DecodeScheduler, "remove", leave_the_waiting)),
-        Seeds("I8", ANY),
+        Seeds("I12", ANY),
     ),
     Bug(
         "19",

@@ -20,12 +20,12 @@ from penstock.kvtransfer.effects import AcceptBlocks, BlocksArrived, PeerLost, P
 from penstock.kvtransfer.push_sender import PushSender
 from penstock.kvtransfer.staging import StagingArea
 from penstock.kvtransfer.wire_format import AS_THEY_ARE, check_wire_dtype
-from penstock.protocol.messages import Fingerprint, KvHello, Push
+from penstock.protocol.messages import Fingerprint, KvHello, Push, Role
 
 from .conftest import FINGERPRINT, NUM_BLOCKS, TRANSPORTS, WAIT_S, Cluster, Handmade, Worker
 from .test_push_sender import PEER, Left, RecordingBulk
 
-STAGING_BYTES = (_SLOTS + 1) * _SLOT_BYTES
+STAGING_BYTES = (_SLOTS + 1) * _SLOT_BYTES + 4096  # for one link both ways, and where the blocks end
 NUM_TOKENS = 41
 POISON = 0xDD
 FORMATS = [
@@ -69,9 +69,10 @@ class Pair:
         wire_dtype: str = "lossless",
     ) -> None:
         self.formats = in_format(*source), in_format(*target)
+        roles: tuple[Role, Role] = ("prefill", "decode")
         self.prefill, self.decode = (
             cluster.worker(role, role, transports, form, staging_bytes=STAGING_BYTES, wire_dtype=wire_dtype)
-            for role, form in zip(("prefill", "decode"), self.formats, strict=True)
+            for role, form in zip(roles, self.formats, strict=True)
         )
         cluster.introduce()
         for worker in (self.prefill, self.decode):
@@ -328,8 +329,9 @@ def test_staging_memory_is_shared_by_links_and_comes_back() -> None:
     decoder = Decoder(codec, slots.staging, slots.hello)
     with pytest.raises(Unusable, match="staging memory"):
         Decoder(codec, slots.staging, slots.hello)
-    decoder.close()
     slots.encoder.close()
+    Decoder(codec, slots.staging, slots.hello).close()
+    decoder.close()
     Encoder(codec, slots.staging).close()
     slots.close()
 
