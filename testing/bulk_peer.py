@@ -21,7 +21,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import xxhash
 
@@ -39,8 +39,17 @@ Command = dict[str, Any]
 class End:
     """One worker, as far as a transport sees it."""
 
-    memory: KVMemory
+    memory: KVMemory  # or a DeviceMemory, which looks alike to a transport
     transport: Transport
+
+    def write(self, data: bytes) -> None:
+        if isinstance(self.memory, KVMemory):
+            self.memory.region[:] = data
+        else:
+            self.memory.write(data)
+
+    def read(self) -> bytes | memoryview:
+        return self.memory.region if isinstance(self.memory, KVMemory) else self.memory.read()
 
 
 @dataclass
@@ -67,9 +76,9 @@ class Peer:
 
     # ---- workers ----
 
-    def do_open(self, end: str, transport: str, nbytes: int, epoch: str) -> str:
+    def do_open(self, end: str, transport: str, nbytes: int, epoch: str, device: int | None = None) -> str:
         """The offer of a new worker with a memory of its own, in base64."""
-        memory, key = KVMemory(nbytes // 4096, 1, 4096), WorkerKey(end, epoch)
+        memory, key = _make_memory(nbytes, device), WorkerKey(end, epoch)
         try:
             made = (
                 open_transport(transport, memory, key)
@@ -83,11 +92,11 @@ class Peer:
         return base64.b64encode(made.offer()).decode()
 
     def do_fill(self, end: str, seed: int) -> None:
-        memory = self._ends[end].memory
-        memory.region[:] = random.Random(seed).randbytes(len(memory.region))
+        mine = self._ends[end]
+        mine.write(random.Random(seed).randbytes(mine.memory.nbytes))
 
     def do_digest(self, end: str) -> str:
-        return xxhash.xxh3_64_hexdigest(self._ends[end].memory.region)
+        return xxhash.xxh3_64_hexdigest(self._ends[end].read())
 
     def do_shut(self, end: str) -> None:
         gone = self._ends.pop(end)
@@ -111,7 +120,7 @@ class Peer:
     ) -> None:
         """Both ends connect at the same time, perhaps in one process: so this is a job, too."""
         mine = self._ends[end]
-        nbytes = peer_bytes or len(mine.memory.region)
+        nbytes = peer_bytes or mine.memory.nbytes
         facts = LinkFacts(WorkerKey(end, "-"), WorkerKey(*peer), bytes.fromhex(session), is_dialer, nbytes, timeout_s)
 
         def connect() -> None:
@@ -188,6 +197,14 @@ class Peer:
             self.do_shut(end)
 
 
+def _make_memory(nbytes: int, device: int | None) -> KVMemory:
+    if device is None:
+        return KVMemory(nbytes // 4096, 1, 4096)
+    from .device_memory import DeviceMemory
+
+    return cast(KVMemory, DeviceMemory(nbytes, device))
+
+
 def _timed(work: Callable[[], None]) -> float:
     started = time.monotonic()
     work()
@@ -199,12 +216,15 @@ def main() -> None:
     says = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     peer = Peer(Path(sys.argv[1]))
+    is_over = False
     try:
         _converse(peer, says)
-    except BaseException:  # noqa: BLE001
-        # Threads of transports that nobody closes any more would keep the process.
-        traceback.print_exc()
-        os._exit(1)
+        is_over = True
+    finally:
+        if not is_over:
+            # Threads of transports that nobody closes any more would keep the process.
+            traceback.print_exc()
+            os._exit(1)
 
 
 def _converse(peer: Peer, says: TextIO) -> None:

@@ -28,7 +28,7 @@ class BulkProcess:
 
     def __init__(self, folder: Path, settings: Mapping[str, str] | None = None) -> None:
         """`settings`: environment variables of the process, beside our own."""
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - `close` closes it
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the process)
         command = [sys.executable, "-m", "penstock.testing.bulk_peer", str(folder)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"} | dict(settings or {})
         pipe = subprocess.PIPE

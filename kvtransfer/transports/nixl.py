@@ -27,7 +27,7 @@ from ...core.errors import TransferFailed
 from ...core.ids import WorkerKey
 from ...engine.kv_memory import KVMemory
 from ..bulk import Bulk, LinkFacts, Span, Transport
-from .library import PIECE_BYTES, decode_offer, encode_offer, require_inside
+from .library import PIECE_BYTES, decode_offer, encode_offer, region_bytes, require_inside
 from .nixl_agent import NixlAgent, Pairs, Region
 from .process_group import flat_bytes
 from .runs import paired
@@ -61,7 +61,7 @@ class NixlTransport(Transport):
         """Raises Unusable where the library is missing or cannot register `memory`."""
         kind: Literal["DRAM", "VRAM"] = "DRAM" if memory.device is None else "VRAM"
         self._memory, self._kind = memory, kind
-        self._region = Region(memory.address, len(memory.region), kind, memory.device or 0)
+        self._region = Region(memory.address, region_bytes(memory), kind, memory.device or 0)
         name = _agent_name(me)
         self._sign = np.frombuffer(_sign(name), np.uint8).copy()
         self._seen = np.zeros_like(self._sign)  # where a peer's sign is read to
@@ -200,7 +200,7 @@ class NixlBulk(Bulk):
         give_back: Callable[[bool], None],
     ) -> None:
         self._agent, self._peer, self._offer, self._buffer = agent, peer, offer, buffer
-        self._like = Region(memory.address, len(memory.region), offer.kind, memory.device or 0)
+        self._like = Region(memory.address, region_bytes(memory), offer.kind, memory.device or 0)
         self._bytes: torch.Tensor | None = None if buffer is None else flat_bytes(memory)
         self._give_back, self._stopped, self._stopped_at = give_back, threading.Event(), 0.0
         self._has_failed = self._closed = False

@@ -107,8 +107,7 @@ class NixlAgent:
     ) -> None:
         """Copy from the peer to us, where memory is of the kind of `like`; `posted` is called once it is on its way.
 
-        `check` raises to give up. The transfer is abandoned then, and bytes may still be written: nothing cancels a
-        read.
+        `check` raises to give up. The transfer is abandoned then, and bytes may still be written: nothing cancels it.
         """
         with self._lock, library_errors(f"reading from NIXL agent {name}"):
             handle = self._agent.initialize_xfer("READ", *self._descriptors(pairs, like), name)
@@ -204,8 +203,8 @@ def _load() -> Any:
     handlers, level = root.handlers[:], root.level
     try:
         nixl = _import()
-    except ImportError as err:
-        raise Unusable(f"nixl is not installed ({err}); {HELP}") from err
+    except (ImportError, OSError) as err:
+        raise Unusable(f"nixl is not installed or cannot be loaded ({err}); {HELP}") from err
     finally:
         # Importing it sets the whole process's logging up.
         logging.raiseExceptions, root.handlers[:] = raises, handlers
@@ -218,7 +217,7 @@ def _load() -> Any:
 
 
 def _import() -> Any:
-    """Under the name of the build that is installed."""
+    """By the name of the wheel for CUDA 12, or of the package that picks a wheel."""
     try:
         import nixl_cu12
 

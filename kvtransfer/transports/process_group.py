@@ -24,7 +24,7 @@ from ...core.errors import TransferFailed
 from ...core.ids import WorkerKey
 from ...engine.kv_memory import KVMemory
 from ..bulk import Bulk, LinkFacts, Span, Transport, Unusable
-from .library import PIECE_BYTES, decode_offer, encode_offer, library_errors, require_inside
+from .library import PIECE_BYTES, decode_offer, encode_offer, library_errors, region_bytes, require_inside
 from .runs import chunks, total_bytes
 
 if TYPE_CHECKING:
@@ -78,13 +78,13 @@ class ProcessGroupTransport(Transport):
     def _make_group(self, store: Any, facts: LinkFacts) -> Any:
         dist = _distributed()
         shared = dist.PrefixStore(facts.session.hex(), store)
-        number, patience = (1 if facts.is_dialer else 0), timedelta(seconds=facts.timeout_s)
+        me, patience = (1 if facts.is_dialer else 0), timedelta(seconds=facts.timeout_s)
         if self.name == "nccl":
-            return dist.ProcessGroupNCCL(shared, number, 2, timeout=patience)
+            return dist.ProcessGroupNCCL(shared, me, 2, patience)
         options: Any = dist.ProcessGroupGloo._Options()
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._host)]
         options._timeout = patience
-        return dist.ProcessGroupGloo(shared, number, 2, options)
+        return dist.ProcessGroupGloo(shared, me, 2, options)
 
 
 class ProcessGroupBulk(Bulk):
@@ -168,8 +168,10 @@ class ProcessGroupBulk(Bulk):
                 return
             buffer: Any = self._buffer(total_bytes(piece))
             self._settle(self._receive(buffer))
-            for span, part in zip(piece, buffer.split([span.nbytes for span in piece]), strict=True):
-                self._view(span).copy_(part)
+            at = 0
+            for span in piece:
+                self._view(span).copy_(buffer[at : at + span.nbytes])
+                at += span.nbytes
 
     def _drain(self, nbytes: int) -> None:
         """Take a message for each piece off the stream."""
@@ -220,7 +222,7 @@ def flat_bytes(memory: KVMemory) -> torch.Tensor:
 
     if memory.device is None:
         return torch.frombuffer(memory.region, dtype=torch.uint8)
-    return device_bytes(memory.address, len(memory.region), memory.device)
+    return device_bytes(memory.address, region_bytes(memory), memory.device)
 
 
 def device_bytes(address: int, nbytes: int, device: int) -> torch.Tensor:
@@ -230,10 +232,17 @@ def device_bytes(address: int, nbytes: int, device: int) -> torch.Tensor:
     return torch.as_tensor(_Raw(address, nbytes), device=f"cuda:{device}")
 
 
+def _distributed() -> Any:
+    """Much of it has no types, and what there is depends on how torch was built."""
+    import torch.distributed
+
+    return torch.distributed
+
+
 def _require_backend(name: str, memory: KVMemory) -> None:
     import torch
-    import torch.distributed as dist
 
+    dist = _distributed()
     if not dist.is_available():
         raise Unusable(f"{name}: this torch is built without distributed; install another build of torch")
     if name == "nccl":
@@ -249,14 +258,13 @@ def _require_backend(name: str, memory: KVMemory) -> None:
 
 def _open_store(host: str) -> tuple[Any, int]:
     """A store that listens on `host` alone: left to itself it listens on all addresses."""
-    dist = _distributed()
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as listener:
         listener.bind((host, 0))
         listener.listen(64)
         port = listener.getsockname()[1]
         fd = listener.detach()
-    store = dist.TCPStore(
+    store = _distributed().TCPStore(
         host, port, None, True, _STORE_PATIENCE, wait_for_workers=False, master_listen_fd=fd, use_libuv=True
     )
     return store, port
@@ -265,10 +273,3 @@ def _open_store(host: str) -> tuple[Any, int]:
 def _dial_store(offer: StoreOffer, facts: LinkFacts) -> Any:
     patience = timedelta(seconds=facts.timeout_s)
     return _distributed().TCPStore(offer.host, offer.port, None, False, patience, wait_for_workers=False)
-
-
-def _distributed() -> Any:
-    """`torch.distributed`, which has more than its types say."""
-    import torch.distributed
-
-    return torch.distributed

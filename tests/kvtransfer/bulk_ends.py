@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
+import pytest
 import xxhash
 
 from penstock.kvtransfer.transports.catalog import ALL, available
@@ -19,6 +20,8 @@ from penstock.tests.conftest import absent
 
 NBYTES = 12 << 20
 SOURCE_SEED, TARGET_SEED = 1, 2
+
+DESTINATIONS = ("d", "y")  # names of the workers that receive
 
 _session, _epoch, _link = count(1), count(1), count(1)
 
@@ -31,6 +34,7 @@ class Kind:
     transport: str
     settings: Mapping[str, str] = field(default_factory=dict)
     waits: bool = True
+    devices: tuple[int, int] | None = None  # numbers of the GPUs of source and destination
 
     def __str__(self) -> str:
         return self.label
@@ -46,10 +50,20 @@ KINDS = [
     Kind("ucx", "ucx"),
     Kind("gloo", "gloo"),
 ]
+_CUDA = {"UCX_TLS": "tcp,cma,self,cuda_copy,cuda_ipc"}
+GPU_KINDS = [
+    Kind("cuda_ipc", "cuda_ipc", waits=False, devices=(0, 0)),
+    Kind("nixl-on-gpu", "nixl", _CUDA, waits=False, devices=(0, 0)),
+    Kind("nccl", "nccl", devices=(0, 1)),  # one GPU cannot hold both ranks
+]
 
 
 def require(kind: Kind) -> None:
-    """Skip, or fail where everything is required, when this transport cannot be used here."""
+    """Skip when there are too few GPUs; skip, or fail where everything is required, when an extra is missing."""
+    if kind.devices is not None:
+        needed, found = 1 + max(kind.devices), len(list(Path("/dev").glob("nvidia[0-9]*")))
+        if found < needed:
+            pytest.skip(f"{kind}: needs {needed} CUDA device(s), this machine has {found}")
     if kind.transport in ALL and (obstacle := available(kind.transport)):
         absent(f"{kind.transport}: {obstacle}")
     if kind.transport == "tls" and shutil.which("openssl") is None:
@@ -80,7 +94,8 @@ class Worker:
 
 def open_worker(kind: Kind, process: BulkProcess, name: str, seed: int) -> Worker:
     epoch = f"{next(_epoch):016x}"
-    offer = process.ask("open", end=name, transport=kind.transport, nbytes=NBYTES, epoch=epoch)
+    device = None if kind.devices is None else kind.devices[name in DESTINATIONS]
+    offer = process.ask("open", end=name, transport=kind.transport, nbytes=NBYTES, epoch=epoch, device=device)
     worker = Worker(name, epoch, process, offer, bytearray())
     worker.fill(seed)
     return worker

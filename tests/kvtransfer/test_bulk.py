@@ -17,6 +17,7 @@ import pytest
 
 from penstock.testing.bulk_process import BulkError, BulkProcess
 from penstock.tests.kvtransfer.bulk_ends import (
+    GPU_KINDS,
     KINDS,
     NBYTES,
     SOURCE_SEED,
@@ -55,7 +56,9 @@ class Bench:
         return open_worker(self.kind, process, "v", SOURCE_SEED)
 
 
-@pytest.fixture(scope="module", params=KINDS, ids=str)
+@pytest.fixture(
+    scope="module", params=[*KINDS, *(pytest.param(kind, marks=pytest.mark.gpu) for kind in GPU_KINDS)], ids=str
+)
 def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     kind: Kind = request.param
     require(kind)
@@ -279,12 +282,12 @@ def test_peer_that_does_not_connect_is_given_up_in_time(bench: Bench) -> None:
 
 def _ends_somehow(worker: Worker, job: str, may_hang: bool = False) -> None:
     """Well or with an error that says why, but soon."""
-    said = ""
+    error = ""
     try:
         worker.process.ask("wait", job=job, timeout_s=0.5 if may_hang else 5.0)
     except BulkError as err:
-        said = str(err)
-    assert may_hang or "TimeoutError" not in said
+        error = str(err)
+    assert may_hang or "TimeoutError" not in error
 
 
 def _still_works(bench: Bench) -> None:
