@@ -101,7 +101,8 @@ class BulkProcess:
         assert self.process.stdout is not None
         while b"\n" not in self._buffer:
             if not select.select([self.process.stdout], [], [], ANSWER_S)[0]:
-                raise BulkError(f"no answer within {ANSWER_S:g} s")
+                self.process.kill()  # a late answer would be taken for that to the next command
+                raise BulkError(f"no answer within {ANSWER_S:g} s: {self.errors[-2000:]}")
             data = os.read(self.process.stdout.fileno(), 1 << 16)
             if not data:
                 raise BulkError(f"the process is gone with status {self.process.wait(10)}: {self.errors[-2000:]}")

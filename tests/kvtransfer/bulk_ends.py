@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
-import pytest
 import xxhash
 
 from penstock.kvtransfer.transports.catalog import ALL, available
@@ -58,12 +57,15 @@ GPU_KINDS = [
 ]
 
 
+def lacks_gpus(kind: Kind) -> str:
+    """Why this transport cannot be tested here; empty when it can."""
+    needed = 0 if kind.devices is None else 1 + max(kind.devices)
+    found = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    return "" if found >= needed else f"{kind}: needs {needed} CUDA device(s), this machine has {found}"
+
+
 def require(kind: Kind) -> None:
-    """Skip when there are too few GPUs; skip, or fail where everything is required, when an extra is missing."""
-    if kind.devices is not None:
-        needed, found = 1 + max(kind.devices), len(list(Path("/dev").glob("nvidia[0-9]*")))
-        if found < needed:
-            pytest.skip(f"{kind}: needs {needed} CUDA device(s), this machine has {found}")
+    """Skip, or fail where everything is required, when this transport cannot be used here."""
     if kind.transport in ALL and (obstacle := available(kind.transport)):
         absent(f"{kind.transport}: {obstacle}")
     if kind.transport == "tls" and shutil.which("openssl") is None:

@@ -26,6 +26,7 @@ from penstock.tests.kvtransfer.bulk_ends import (
     Worker,
     connect,
     draw_spans,
+    lacks_gpus,
     linked,
     make_certificates,
     open_worker,
@@ -57,9 +58,11 @@ class Bench:
 
 
 @pytest.fixture(
-    scope="module", params=[*KINDS, *(pytest.param(kind, marks=pytest.mark.gpu) for kind in GPU_KINDS)], ids=str
+    scope="module",
+    params=[*KINDS, *(pytest.param(kind, marks=pytest.mark.gpu) for kind in GPU_KINDS if not lacks_gpus(kind))],
+    ids=str,
 )
-def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
+def running(request: pytest.FixtureRequest) -> Iterator[Bench]:
     kind: Kind = request.param
     require(kind)
     folder = Path(tempfile.mkdtemp(prefix="bulk-"))
@@ -74,9 +77,11 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     shutil.rmtree(folder)
 
 
-@pytest.fixture(autouse=True)
-def _fresh(bench: Bench) -> None:
-    bench.refill()
+@pytest.fixture
+def bench(running: Bench) -> Bench:
+    """Both memories as they were in the beginning."""
+    running.refill()
+    return running
 
 
 @pytest.fixture
@@ -295,6 +300,14 @@ def _still_works(bench: Bench) -> None:
     with linked(bench.source, bench.destination) as pair:
         pair.finish(pair.move(WHOLE, WHOLE))
     assert bench.destination.is_as_expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", GPU_KINDS, ids=str)
+def test_transport_between_gpus_has_gone_through_the_suite(kind: Kind) -> None:
+    """Says once for each that everything above did not run for it."""
+    if obstacle := lacks_gpus(kind):
+        pytest.skip(obstacle)
 
 
 def test_the_account_of_the_tests_itself_finds_a_byte_too_much() -> None:
