@@ -296,7 +296,7 @@ class RealBandwidth(_LinkFault):
         nbytes, delayed_s = self.more("slowed_bytes"), self.proxy.delayed_s - self._delayed_before
         if not nbytes:
             return "nothing passed the slow link"
-        least_s = 8 * nbytes / BITS_PER_S
+        least_s = 0.99 * 8 * nbytes / BITS_PER_S
         return (
             "" if delayed_s >= least_s else f"{nbytes} bytes took {delayed_s:.4f} s, at least {least_s:.4f} s are due"
         )
@@ -316,7 +316,7 @@ class RealLoss(_LinkFault):
 
     def verify(self) -> str:
         delayed_s = self.proxy.delayed_s - self._delayed_before
-        return "" if delayed_s >= RETRANSMIT_S else f"packets were late by {delayed_s:.3f} s only"
+        return "" if delayed_s >= 0.99 * RETRANSMIT_S else f"packets were late by {delayed_s:.3f} s only"
 
 
 class _Spoiled(_LinkFault):
@@ -387,7 +387,7 @@ class RealRepeated(_Spoiled):
         return LATE_S + SLACK_S
 
     def verify(self) -> str:
-        if not self.more("changed") or self.proxy.repeated_after_s < LATE_S:
+        if not self.more("changed") or self.proxy.repeated_after_s < 0.99 * LATE_S:
             return f"no frame came again after {LATE_S:g} s"
         return self._why_link_lives() if self.is_transfer else ""
 
