@@ -22,7 +22,8 @@ from .fault_cell import Run, RunFailed, RunResult, make_request
 from .fault_kinds import Kind
 from .fault_moments import Moment
 from .real_cluster import Answered, RealCluster
-from .real_faults import REAL_FAULTS, RealFault
+from .real_fault import RealFault
+from .real_faults import REAL_FAULTS
 from .stub_worker import HOLD_S
 
 NUM_PAIRS = 2

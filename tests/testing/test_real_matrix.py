@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections.abc import Iterator, Sequence
 
 import pytest
 
+from penstock.router.interface import GenerateRequest
 from penstock.testing import real_matrix
-from penstock.testing.fault import Target
+from penstock.testing.fault import Aim, Target
 from penstock.testing.fault_cell import Run, RunResult
 from penstock.testing.fault_kinds import KINDS
 from penstock.testing.fault_matrix import plan
 from penstock.testing.fault_moments import Moment
-from penstock.testing.real_cluster import RealCluster
-from penstock.testing.real_faults import REAL_FAULTS, RealFault, why_impossible
+from penstock.testing.real_cluster import Answered, RealCluster
+from penstock.testing.real_fault import RealFault
+from penstock.testing.real_faults import REAL_FAULTS, why_impossible
 from penstock.testing.real_matrix import NUM_PAIRS, plan_real, run_real
 
 KIND = {kind.name: kind for kind in KINDS}
@@ -68,8 +71,8 @@ def test_real_matrix_a_cell_of_each_kind_holds() -> None:
 def test_real_fault_that_does_not_happen_is_a_failure(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make, targets = REAL_FAULTS[kind]
 
-    def dud(*args: object) -> RealFault:
-        fault = make(*args)  # type: ignore[arg-type]
+    def dud(cluster: RealCluster, aim: Aim, rng: random.Random) -> RealFault:
+        fault = make(cluster, aim, rng)
         fault.strike = lambda: None  # type: ignore[method-assign]
         return fault
 
@@ -91,7 +94,7 @@ def test_real_moment_that_never_comes_is_a_failure(monkeypatch: pytest.MonkeyPat
 def test_real_answer_with_another_token_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     ask = RealCluster.ask
 
-    async def tampered(self: RealCluster, request):  # type: ignore[no-untyped-def]
+    async def tampered(self: RealCluster, request: GenerateRequest) -> Answered:
         seen = await ask(self, request)
         seen.tokens[0][-1] ^= 1
         return seen
