@@ -211,7 +211,7 @@ def report(record: dict[str, Any]) -> str:
     ]
     for dtype, formats in record["results"].items():
         for wire, found in formats.items():
-            size = "" if wire == "unconverted" else f"{found['bytes_to_cache']:.0%}"
+            size = "" if wire == "unconverted" else f"{found['bytes_to_cache']:.1%}"
             lines.append(
                 f"| {dtype} | {wire} | {size} | {found['perplexity']:.3f} | {found['perplexity_change']:+.2%} | "
                 f"{found['divergence']:.1e} | {found['same_likeliest']:.1%} | {found['equal_prefix']:.1f} | "

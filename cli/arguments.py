@@ -77,7 +77,7 @@ def add_server_options(parser: Parser) -> None:
 def add_model_options(parser: Parser) -> None:
     parser.add_argument(
         "--dtype",
-        choices=("auto", "float32", "bfloat16"),
+        choices=("auto", "float32", "bfloat16", "float16"),
         help="number format of weights and KV cache (default: auto, bfloat16 where this machine computes it natively)",
     )
     parser.add_argument(

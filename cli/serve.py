@@ -61,8 +61,13 @@ def _add_worker_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--transport",
-        choices=("auto", "shm", "tcp"),
-        help="how KV blocks move: shared memory or TCP (default: auto, shared memory on one machine)",
+        choices=("auto", "shm", "tcp", "nixl", "ucx", "gloo", "nccl", "cuda_ipc"),
+        help="how KV blocks move, see `penstock bench transfer` (default: auto, shared memory on one machine)",
+    )
+    group.add_argument(
+        "--wire-dtype",
+        choices=("lossless", "auto", "float32", "bfloat16", "float16", "fp8_e4m3", "int8"),
+        help="number format of KV blocks on their way; auto may take 8 bits on a slow link (default: lossless)",
     )
     group.add_argument(
         "--one-pool",
@@ -131,7 +136,7 @@ def topology_from(args: argparse.Namespace) -> Topology:
         router=_override(base.router, policy=args.policy),
         prefill=replace(_override(base.prefill, replicas=args.prefill), **cache),
         decode=replace(_override(base.decode, replicas=args.decode), **cache),
-        transfer=_override(base.transfer, transport=args.transport, one_pool=args.one_pool),
+        transfer=_override(base.transfer, transport=args.transport, wire_dtype=args.wire_dtype, one_pool=args.one_pool),
     )
     topology = check_topology(_override(topology, colocated=args.colocated, log_level=args.log_level))
     return split_threads(topology, args.threads) if args.threads else topology

@@ -18,8 +18,8 @@ from .settings import build, setting, to_mapping
 
 VERSION = 1
 DEFAULT_MODEL = "smollm2-135m-instruct"
-DTypeName = Literal["auto", "float32", "bfloat16"]
-TransportName = Literal["auto", "shm", "tcp"]
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+TransportName = Literal["auto", "shm", "tcp", "nixl", "ucx", "gloo", "nccl", "cuda_ipc"]
 WireDtypeName = Literal["lossless", "auto", "float32", "bfloat16", "float16", "fp8_e4m3", "int8"]
 PolicyName = Literal["prefix-affinity", "least-loaded", "round-robin"]
 Disaggregate = Literal["auto", "always", "never"]
@@ -70,6 +70,8 @@ class RouterConfig:
 @dataclass(frozen=True, slots=True)
 class PrefillConfig:
     replicas: int = setting(1, 0, 64)
+    dtype: DTypeName | None = None  # None: model.dtype; workers of different types convert what they hand over
+    block_size: int | None = setting(None, 1, 1024)  # None: the topology's
     threads: int | None = setting(None, 1, 4096)  # None: every core of the machine
     kv_cache_bytes: int | None = setting(None, 1 << 16, 1 << 50)  # None, without num_blocks: 1 GiB
     num_blocks: int | None = setting(None, 2, 1 << 20)
@@ -80,6 +82,8 @@ class PrefillConfig:
 @dataclass(frozen=True, slots=True)
 class DecodeConfig:
     replicas: int = setting(1, 1, 64)
+    dtype: DTypeName | None = None
+    block_size: int | None = setting(None, 1, 1024)
     threads: int | None = setting(None, 1, 4096)
     kv_cache_bytes: int | None = setting(None, 1 << 16, 1 << 50)
     num_blocks: int | None = setting(None, 2, 1 << 20)
@@ -98,10 +102,11 @@ class LivenessConfig:
 
 @dataclass(frozen=True, slots=True)
 class TransferConfig:
-    transport: TransportName = "auto"  # auto: shared memory on one host, else TCP
+    transport: TransportName = "auto"  # auto: shared memory on one host, else TCP; the others need a library
     wire_dtype: WireDtypeName = "lossless"  # what travels where cache formats differ; auto may choose 8 bits
     lease_s: float = setting(5.0, 0.5, 600)
     one_pool: bool = False  # all workers keep their blocks in one memory of the supervisor's (`engine.shared_pool`)
+    keep_prefix: bool = True  # with one_pool: copy, not give, what prefill's prefix cache has shown to need again
     key_file: str | None = None  # 64 hex digits that all processes share; None: made in the runtime folder
 
 
@@ -199,14 +204,22 @@ def check_topology(topology: Topology) -> Topology:
 
 
 def _check_one_pool(topology: Topology) -> None:
-    """Model, dtype and block size are the topology's, so all its workers share them; the rest has to fit."""
+    """All workers have one model; what else they share has to be shared."""
     if not topology.transfer.one_pool:
         return
     if topology.colocated or topology.prefill.replicas == 0:
         raise ConfigError("transfer.one_pool: nothing is handed over without a prefill worker; set it to false")
+    formats = {(pool.dtype, pool.block_size) for pool in (topology.prefill, topology.decode)}
+    if len(formats) > 1:
+        raise ConfigError("transfer.one_pool: prefill and decode differ in dtype or block_size, and one memory has one")
     if topology.transfer.transport not in ("auto", "shm"):
         raise ConfigError(
             f"transfer.one_pool: transport is {topology.transfer.transport}, and one memory needs auto or shm"
+        )
+    if topology.transfer.wire_dtype not in ("lossless", "auto"):
+        raise ConfigError(
+            f"transfer.one_pool: wire_dtype is {topology.transfer.wire_dtype}, and nothing is converted within one "
+            "memory; set wire_dtype to lossless"
         )
 
 

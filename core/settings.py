@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import MISSING, field, fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError
 
@@ -70,7 +70,7 @@ def _value(hint: Any, value: object, path: str, bounds: Mapping[str, Any]) -> An
     origin = get_origin(hint)
     if origin is Literal:
         return _choice(get_args(hint), value, path)
-    if origin is UnionType:
+    if origin in (UnionType, Union):  # the second for a Literal or None
         hint, optional = next(arg for arg in get_args(hint) if arg is not NoneType), value is None
         return None if optional else _value(hint, value, path, bounds)
     if origin is tuple:

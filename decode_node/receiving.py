@@ -132,7 +132,7 @@ class ReceivingQueue:
         """The source's ordinals that our blocks hold wholly."""
         num_tokens = len(item.lead.block_table) * self._pool.block_size
         if num_tokens >= item.offer.num_tokens:
-            return min(item.offer.num_blocks, max(item.reached, item.stop))
+            return item.offer.num_blocks
         return num_tokens // item.offer.block_size
 
     def _missing(self, item: Receiving) -> int:

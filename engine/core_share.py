@@ -52,9 +52,11 @@ class CoreShare:
         others = len([slot for slot, (until,) in enumerate(cells) if slot != self._slot and until > now])
         return max(1, self._max_threads // (1 + others))
 
-    def begin(self) -> int:
-        """A step begins: the others see it. Returns its number of threads."""
-        self._mark(self._clock.now() + STEP_S)
+    def begin(self, within_s: float = STEP_S) -> int:
+        """A step begins, or something else that computes and ends `within_s`: the others see it. Returns its number of
+        threads.
+        """
+        self._mark(self._clock.now() + within_s)
         return self.num_threads()
 
     def end(self) -> None:

@@ -3,9 +3,9 @@
     logits → + bias → penalties → minimum length → temperature → top-k → top-p → min-p → draw    (greedy: argmax)
 
 Top-k, top-p and min-p each keep the tokens from some logit upwards, so together they are one cutoff; tokens that tie
-with the cutoff are all kept. Top-p counts within what top-k keeps. The draw inverts the cumulative distribution over
-what is left, in order of token id, with a number that depends on (seed, choice, token index) alone. So the outcome of
-a row depends on its logits and its request, never on the rows beside it.
+with the cutoff are all kept. Top-p counts within what top-k keeps. The draw is a race of what is left (`race.py`),
+with times that depend on (seed, choice, token index, token) alone. So the outcome of a row depends on its logits and
+its request, never on the rows beside it, and hardly ever on the last bits of the logits.
 """
 
 from __future__ import annotations
@@ -14,21 +14,18 @@ from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from ..core.errors import InternalError
-from ..core.random_bits import choice_seed, uniform
+from ..core.random_bits import choice_seed
 from ..protocol.messages import SampledToken, TokenLogprob
 from ..protocol.sampling import SamplingParams
 from .logit_rules import adjust
+from .race import race_key, winner
 from .sequence import Sequence
 
 _HEADS = (128, 4096)  # likeliest tokens among which a cutoff is sought before the row is sorted as a whole
-_SPAN = 256  # tokens summed together in the first step of a draw
 _LOWEST_TEMPERATURE = 1e-5  # below, float32 logits divided by it would overflow; the draw is greedy long before
-
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +84,14 @@ def _choose(logits: torch.Tensor, rows: list[SampledRow]) -> list[int]:
     drawn = [index for index, row in enumerate(rows) if not row.params.is_greedy]
     if drawn:
         some = logits if len(drawn) == len(rows) else logits[drawn]
-        token_ids[drawn] = _draw(_weights(some, [rows[i].params for i in drawn]), _uniforms([rows[i] for i in drawn]))
+        token_ids[drawn] = _draw(_weights(some, [rows[i].params for i in drawn]), [rows[i] for i in drawn])
     chosen: list[int] = token_ids.tolist()
     return chosen
 
 
-def _uniforms(rows: list[SampledRow]) -> Floats:
-    return np.array([uniform(choice_seed(row.params.seed, row.choice), len(row.seq.output_ids)) for row in rows])
+def _draw(weights: torch.Tensor, rows: list[SampledRow]) -> list[int]:
+    keys = (race_key(choice_seed(row.params.seed, row.choice), len(row.seq.output_ids)) for row in rows)
+    return [winner(own, key) for own, key in zip(weights.numpy(), keys, strict=True)]
 
 
 def _weights(logits: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
@@ -165,27 +163,6 @@ def _mass_from(scaled: torch.Tensor, cutoff: torch.Tensor) -> torch.Tensor:
     if bool((cutoff > -torch.inf).any()):
         weights.masked_fill_(scaled < cutoff[:, None], 0)
     return weights.sum(dim=-1, dtype=torch.float64)
-
-
-def _draw(weights: torch.Tensor, uniforms: Floats) -> npt.NDArray[np.int64]:
-    """The token at which the running sum of each row exceeds its uniform share of the total.
-
-    Two steps, sums of spans and then within one span: a running sum in float64 over the whole row would take ten
-    times as long.
-    """
-    rows = np.arange(len(uniforms))
-    padding = -weights.shape[1] % _SPAN
-    spans = torch.nn.functional.pad(weights, (0, padding)).view(len(uniforms), -1, _SPAN)
-    sums = spans.sum(dim=-1, dtype=torch.float64).numpy().cumsum(axis=-1)
-    targets = uniforms * sums[:, -1]
-    last_spans = (sums < sums[:, -1:]).sum(axis=-1)  # the last one with any weight: rounding must not lead beyond it
-    span = np.minimum((sums <= targets[:, None]).sum(axis=-1), last_spans)
-    before = np.where(span > 0, sums[rows, span - 1], 0.0)
-    inside = spans.numpy()[rows, span].astype(np.float64)
-    last = _SPAN - 1 - (inside[:, ::-1] > 0).argmax(axis=-1)
-    offset = np.minimum((before[:, None] + inside.cumsum(axis=-1) <= targets[:, None]).sum(axis=-1), last)
-    token_ids: npt.NDArray[np.int64] = span * _SPAN + offset
-    return token_ids
 
 
 def _logprobs(raw: torch.Tensor, rows: list[SampledRow], token_ids: list[int]) -> dict[int, TokenLogprob]:

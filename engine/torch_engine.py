@@ -142,8 +142,10 @@ def resolve_dtype(name: str) -> torch.dtype:
             return torch.float32
         case "bfloat16":
             return torch.bfloat16
+        case "float16":
+            return torch.float16
         case _:
-            raise ConfigError(f"model.dtype: {name!r} is not one of auto, float32, bfloat16")
+            raise ConfigError(f"model.dtype: {name!r} is not one of auto, float32, bfloat16, float16")
 
 
 def _has_native_bfloat16() -> bool:

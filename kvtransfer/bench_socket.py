@@ -6,8 +6,8 @@ import socket
 import time
 
 from ..engine.kv_memory import KVMemory
+from .transports.pipes import PlainPipe
 from .transports.tcp import tune
-from .transports.wire import receive_exact
 
 _PIECE = 1 << 20
 
@@ -27,8 +27,9 @@ class PlainSocket:
         connection, _ = self._listening.accept()
         with connection:
             tune(connection, bulk=True)
+            pipe = PlainPipe(connection)
             for start in range(0, nbytes, _PIECE):
-                receive_exact(connection, memory.region[start : min(start + _PIECE, nbytes)])
+                pipe.receive([memory.region[start : min(start + _PIECE, nbytes)]])
             return time.monotonic()
 
     def close(self) -> None:

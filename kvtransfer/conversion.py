@@ -38,6 +38,7 @@ class WireCodec:
         import torch
 
         from ..kernels.wire_format import op
+        from ..kernels.wire_format.formats import wire_layer_bytes
 
         self._torch, self._op, self._wire_dtype = torch, op, wire_dtype
         self._region, self._dtype = memory.region, getattr(torch, mine.dtype)
@@ -49,7 +50,7 @@ class WireCodec:
             CacheLayout(memory.num_layers, self._heads, self._dim, self._dtype.itemsize, size)
             for size in (source.block_size, mine.block_size)
         )
-        self.layer_bytes = op.wire_layer_bytes(source.block_size, self._heads, self._dim, wire_dtype)
+        self.layer_bytes = wire_layer_bytes(source.block_size, self._heads, self._dim, wire_dtype)
 
     def encode(self, block_ids: Sequence[BlockId], first_layer: int, num_layers: int, offset: int) -> None:
         """Blocks of our pool → wire blocks at `offset` of the region, block by block and layer by layer."""
@@ -117,6 +118,11 @@ class Encoder:
                 raise ProtocolError("the peer has taken a push that was not sent")
             self._free.append(self._used.popleft())
             self._changed.notify_all()
+
+    def abandon(self) -> None:
+        """The push encoded last never leaves: its slot is free again at once."""
+        with self._changed:
+            self._free.append(self._used.pop())
 
     def digest_views(self, span: Span, count: int) -> list[memoryview]:
         """The bytes of each of `count` blocks within an encoded push."""

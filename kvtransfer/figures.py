@@ -10,7 +10,7 @@ import numpy as np
 
 from ..engine.kv_memory import KVMemory
 from ..protocol.messages import KvHello
-from .bulk import Bulk, Span
+from .bulk import Bulk, Span, Unusable
 from .staging import StagingArea
 
 MEASURED_BYTES = 8 << 20
@@ -43,8 +43,14 @@ def can_measure(mine: KvHello, theirs: KvHello) -> bool:
 
 
 def measure(bulk: Bulk, staging: StagingArea, hello: KvHello, ask: Ask) -> LinkFigures:
-    """The dialer's half: `ask` makes the peer send so many bytes from the start of its staging memory."""
-    target = staging.take(MEASURED_BYTES)
+    """The dialer's half: `ask` makes the peer send so many bytes from the start of its staging memory.
+
+    Nothing is measured while other links use all of the staging memory here.
+    """
+    try:
+        target = staging.take(MEASURED_BYTES)
+    except Unusable:
+        return NO_FIGURES
     try:
         small = min(_once(bulk, target, hello, ask, _SMALL_BYTES) for _ in range(_SMALL_ROUNDS))
         large = min(_once(bulk, target, hello, ask, MEASURED_BYTES) for _ in range(_LARGE_ROUNDS))

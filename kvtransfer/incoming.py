@@ -42,6 +42,7 @@ class Incoming:
     generation: int = 0
     granted: Granting | None = None
     digests: dict[int, bytes] = field(default_factory=dict)
+    given: dict[int, BlockId] = field(default_factory=dict)  # ordinal → the source's block that holds it
     said_at: float = 0.0  # the last grant, or the last block after it
     done: Done | None = None
     failure: tuple[str, str] = ("", "")
@@ -61,7 +62,7 @@ class Incoming:
 
     @property
     def is_unheard(self) -> bool:
-        """Granted ordinals have not come, or nothing is missing but Done: perhaps the source has not heard the grant."""
+        """Granted ordinals have not come, or only Done is missing: perhaps the source has not heard the grant."""
         granted = self.granted
         if self.state is not State.GRANTED or granted is None:
             return False

@@ -87,6 +87,8 @@ class PushSender:
     def _send(self, effect: SendBlocks) -> None:
         prepared = self._prepare(effect)
         if effect.ticket in self._withdrawn:
+            if self._encoder is not None:
+                self._encoder.abandon()
             return
         self._vouchers.note(prepared.push)
         self._tell(prepared.push)

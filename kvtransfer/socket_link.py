@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 
 from ..core.errors import ProtocolError, TransferFailed
 from ..core.ids import Ticket
@@ -32,6 +33,7 @@ from ..protocol.messages import (
     Renew,
     Taken,
 )
+from .bulk import Unusable
 from .conversion import Decoder, Encoder, WireCodec
 from .digest import block_digest, no_digest
 from .effects import (
@@ -48,13 +50,17 @@ from .effects import (
 from .handshake import Established
 from .identity import Identity
 from .link import OnEvent
+from .linking import DESTINATION_ROLES, SOURCE_ROLES
 from .outbox import Outbox
 from .push_receiver import PushReceiver
 from .push_sender import PushSender
+from .transports.owner import OwnerBulk
 from .transports.wire import Liveness, read_frame, send_frame, shut
 
 logger = logging.getLogger(__name__)
 
+MAX_RENEWED = 65536  # tickets in one Renew
+MAX_RENEWED = 65536  # tickets in one Renew, its bound
 MAX_QUEUED = 16384  # messages waiting for the writer; a peer that lets so many pile up is as good as gone
 
 
@@ -86,7 +92,15 @@ class SocketLink:
         digest = block_digest if me.digests else no_digest
         self._sender = PushSender(me.memory, self._bulk, encoder, self._put, digest)
         self._receiver = PushReceiver(
-            self.peer, established.hello, me.memory, self._bulk, decoder, on_event, self._put, digest
+            self.peer,
+            established.hello,
+            me.memory,
+            self._bulk,
+            decoder,
+            on_event,
+            self._put,
+            digest,
+            self._bulk.is_given if isinstance(self._bulk, OwnerBulk) else None,
         )
         self._lock = threading.Lock()
         self._why = ""
@@ -202,7 +216,8 @@ class SocketLink:
 
     def _tickets(self) -> list[bytes]:
         with self._lock:
-            return list(self._alive)[:65536]
+            tickets: list[bytes] = [*islice(self._alive, MAX_RENEWED)]
+            return tickets
 
     def _note_alive(self, ticket: Ticket, is_alive: bool) -> None:
         with self._lock:
@@ -221,10 +236,17 @@ class SocketLink:
 
 
 def _converters(established: Established, me: Identity) -> tuple[Encoder | None, Decoder | None]:
-    """What this end needs when blocks do not travel as they are; both, for a pair that hands over both ways."""
+    """What this end needs when blocks do not travel as they are. Raises Unusable without staging memory for it."""
     wire_dtype, theirs = established.wire_dtype, established.hello.fingerprint
-    if not wire_dtype:
-        return None, None
-    outgoing = WireCodec(me.memory, me.fingerprint, me.fingerprint, wire_dtype)
-    incoming = WireCodec(me.memory, me.fingerprint, theirs, wire_dtype)
-    return Encoder(outgoing, me.staging), Decoder(incoming, me.staging, established.hello)
+    encoder: Encoder | None = None
+    decoder: Decoder | None = None
+    if wire_dtype and me.role in SOURCE_ROLES:
+        encoder = Encoder(WireCodec(me.memory, me.fingerprint, me.fingerprint, wire_dtype), me.staging)
+    if wire_dtype and me.role in DESTINATION_ROLES:
+        try:
+            decoder = Decoder(WireCodec(me.memory, me.fingerprint, theirs, wire_dtype), me.staging, established.hello)
+        except Unusable:
+            if encoder is not None:
+                encoder.close()
+            raise
+    return encoder, decoder

@@ -117,7 +117,7 @@ class _Pair:
         port = _ask(self._destination, "listen", None)["port"]
         _tell(self._destination, "receive_plainly", num_blocks)
         started = _ask(self._source, "send_plainly", [port, num_blocks])["moment"]
-        seconds = _hear(self._destination)["moment"] - started
+        seconds: float = _hear(self._destination)["moment"] - started
         return num_blocks * self._block_bytes / seconds / 1e9
 
     def memcpy_gbps(self, num_blocks: int) -> float:

@@ -7,9 +7,12 @@ destination decodes it out of its own, into whatever block size and dtype it has
 
 from __future__ import annotations
 
-from ..core.errors import ConfigError
+import time
+
+from ..core.errors import ConfigError, ProtocolError
 from ..protocol.messages import CONVERTIBLE_DTYPES, Fingerprint
 from .figures import LinkFigures
+from .wire_choice import BlockShape, choose_wire_dtype, wire_candidates
 
 EIGHT_BIT = ("fp8_e4m3", "int8")
 AS_THEY_ARE = ""
@@ -27,13 +30,24 @@ def negotiate(mine: Fingerprint, theirs: Fingerprint, setting: str, figures: Lin
     if setting == "lossless":
         return lossless
     if setting == "auto":
-        return _by_measurement(mine, lossless, figures)
+        return _by_measurement(mine, theirs, figures)
     same = mine.is_same_format(theirs) and setting == mine.dtype
     return AS_THEY_ARE if same else _known(setting)
 
 
+def check_wire_dtype(mine: Fingerprint, theirs: Fingerprint, wire_dtype: str) -> None:
+    """Raise ProtocolError unless blocks can travel like this between the two."""
+    if wire_dtype == AS_THEY_ARE:
+        fits = mine.is_same_format(theirs)
+    else:
+        fits = mine.dtype in CONVERTIBLE_DTYPES and wire_dtype in {*CONVERTIBLE_DTYPES, *EIGHT_BIT}
+    if not fits:
+        formats = f"{mine.dtype}/{mine.block_size} here, {theirs.dtype}/{theirs.block_size} there"
+        raise ProtocolError(f"wire_dtype {wire_dtype!r} cannot carry blocks between these caches: {formats}")
+
+
 def _narrowest(source_dtype: str, target_dtype: str) -> str:
-    from ..kernels.wire_format.op import narrowest_lossless
+    from ..kernels.wire_format.formats import narrowest_lossless
 
     return narrowest_lossless(source_dtype, target_dtype)
 
@@ -45,7 +59,22 @@ def _known(setting: str) -> str:
     return setting
 
 
-def _by_measurement(mine: Fingerprint, lossless: str, figures: LinkFigures) -> str:
-    from .wire_choice import choose_for_link
+def _by_measurement(mine: Fingerprint, theirs: Fingerprint, figures: LinkFigures) -> str:
+    """The peer is the source: what its blocks would take on this link, in each format, against converting them."""
+    import torch
 
-    return choose_for_link(mine, lossless, figures)
+    from ..kernels.wire_format.measure import measure_conversion
+
+    shape = BlockShape(theirs.block_size, mine.num_kv_heads, mine.head_dim, theirs.dtype, mine.dtype)
+    candidates = wire_candidates(shape)
+    if not figures.gbps:
+        chosen = candidates[0]
+    else:
+        numbers = (theirs.block_size, mine.num_kv_heads, mine.head_dim)
+        types = (getattr(torch, theirs.dtype), getattr(torch, mine.dtype))
+        rates = {
+            name: measure_conversion(numbers, *types, name, time.perf_counter, num_wire_blocks=16, rounds=2)
+            for name in candidates
+        }
+        chosen = choose_wire_dtype(candidates, shape, figures.gbps * 1e9, rates)
+    return AS_THEY_ARE if mine.is_same_format(theirs) and chosen == mine.dtype else chosen

@@ -14,7 +14,7 @@ import logging
 from typing import assert_never
 
 from ..core.clock import Clock
-from ..core.errors import BadRequest, NodeLost, Overloaded, ServeError, Unavailable, describe
+from ..core.errors import BadRequest, DeadlineExceeded, NodeLost, Overloaded, ServeError, Unavailable, describe
 from ..core.ids import AttemptKey, IdSource, WorkerKey, new_epoch
 from ..protocol.messages import (
     AttemptFailed,
@@ -363,6 +363,9 @@ class RouterCore:
             worker.attempts.pop(attempt.key, None)
         if not ended.ok and record.state is State.DISPATCHED:
             error = describe(ended.code, ended.message)
+            if isinstance(error, BadRequest | DeadlineExceeded):
+                self._life.end(record, error)  # no worker is to blame, and none could do better
+                return
             self._registry.note_link_error(attempt.decode, key, error)
             self._life.fail_attempt(record, error, (key,))
 

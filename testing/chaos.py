@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from .events import Action, EventQueue
 
+MAX_REMEMBERED = 64  # messages of one way that may come again
+
 
 @dataclass(frozen=True, slots=True)
 class ChaosProfile:
@@ -28,11 +30,26 @@ class ChaosProfile:
     engine_fail: float = 0.0  # of a prefill, at its last chunk
     kills: int = 0
     freezes: int = 0
+    hangs: int = 0
+    drains: int = 0
+    replay: float = 0.0  # of any earlier message on the same way, per message
+    replay_s: float = 0.0  # how much later at most
+    unknown: float = 0.0  # of a message about something that never was, per message
+    by_hand: bool = False  # somebody strikes whom this profile knows nothing of
 
     @property
     def is_lossless(self) -> bool:
         """Every message arrives once, in order and soon, unless a worker dies."""
-        return not (self.drop or self.double or self.reorder or self.slow or self.cut or self.freezes)
+        return self.keeps_order and not (self.drop or self.cut or self.freezes or self.hangs or self.unknown)
+
+    @property
+    def keeps_order(self) -> bool:
+        return not (self.double or self.reorder or self.slow or self.replay or self.by_hand)
+
+    @property
+    def is_perfect(self) -> bool:
+        """Nothing at all goes wrong, and nobody leaves."""
+        return self.is_lossless and not (self.kills or self.drains or self.corrupt or self.engine_fail)
 
     @classmethod
     def draw(cls, rng: random.Random) -> ChaosProfile:
@@ -53,6 +70,11 @@ class ChaosProfile:
             engine_fail=maybe(0.2),
             kills=int(maybe(rng.randint(1, 4))),
             freezes=int(maybe(rng.randint(1, 2))),
+            hangs=int(rng.random() < 0.15),
+            drains=int(maybe(rng.randint(1, 2))),
+            replay=maybe(rng.choice([0.01, 0.1])),
+            replay_s=rng.choice([0.02, 0.5, 3.0]),
+            unknown=maybe(rng.choice([0.02, 0.3])),
         )
 
 
@@ -62,6 +84,7 @@ class Wire:
     def __init__(self, events: EventQueue, profile: ChaosProfile, rng: random.Random, faults: Counter[str]) -> None:
         self._events, self._profile, self._rng, self._faults = events, profile, rng, faults
         self._last = 0.0
+        self._past: list[tuple[str, Action]] = []
         self.is_calm = False
 
     def carry(self, kind: str, deliver: Action) -> None:
@@ -74,6 +97,20 @@ class Wire:
         if not self.is_calm and rng.random() < profile.double:
             self._faults[f"double {kind}"] += 1
             self._plan(deliver, kind)
+        if profile.replay and kind != "Heartbeat":
+            self._replay(kind, deliver)
+
+    def _replay(self, kind: str, deliver: Action) -> None:
+        """Remember this one, and perhaps let one of the earlier ones arrive again, as late as it likes."""
+        rng, past = self._rng, self._past
+        if past and not self.is_calm and rng.random() < self._profile.replay:
+            earlier, action = rng.choice(past)
+            self._faults[f"replay {earlier}"] += 1
+            self._events.after(rng.random() * self._profile.replay_s, action)
+        if len(past) < MAX_REMEMBERED:
+            past.append((kind, deliver))
+        else:
+            past[rng.randrange(MAX_REMEMBERED)] = (kind, deliver)
 
     def _plan(self, deliver: Action, kind: str) -> None:
         profile, rng, now = self._profile, self._rng, self._events.clock.now()
@@ -86,4 +123,4 @@ class Wire:
             moment += 5 * profile.delay_s * rng.random()
         else:
             moment = self._last = max(moment, self._last)
-        self._events.after(moment - now, deliver)
+        self._events.after(moment - now, deliver, is_awaited=kind != "Heartbeat")

@@ -1,7 +1,7 @@
 """A whole cluster on virtual time: the real router core, the real worker cores, simulated wires, faults from a seed.
 
     clients ─submit→ RouterCore ─frames over Wire→ SimWorker(WorkerCore, FakeEngine) ─SimMesh→ SimWorker
-After every event the invariants of the worker or router that handled it are checked.
+Everything that happens is shown to a `Watch`, which checks the invariants.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ..core.errors import ServeError
-from ..core.ids import BlockId, SeededIds, Ticket, WorkerKey, new_epoch
+from ..core.errors import ServeError, Unavailable
+from ..core.ids import SeededIds, WorkerKey, new_epoch
 from ..engine.block_pool import BlockPool
 from ..engine.interface import ScheduledSeq
 from ..engine.kv_memory import KVMemory
 from ..kvtransfer.transports.inproc import InprocMesh
 from ..protocol import codec
-from ..protocol.messages import FromWorker, Push, Role
+from ..protocol.messages import FromRouter, FromWorker, Push, Role
+from ..protocol.sampling import SamplingParams
 from ..router.config import RouterConfig
 from ..router.core import RouterCore
 from ..router.effects import Deliver, Effect, End, Send
@@ -27,39 +28,84 @@ from .chaos import ChaosProfile, Wire
 from .clock import FakeClock
 from .events import EventQueue
 from .fake_engine import FakeEngine
-from .journal import InvariantBroken, Journal
+from .history import HistoryWriter
+from .invariants import InvariantBroken, guarded
+from .journal import Journal
+from .sim_memory import SimMemory
 from .sim_network import SimNetwork
 from .sim_parking import SimParking
-from .sim_worker import CLUSTER_KEY, SimWorker
+from .sim_worker import CLUSTER_KEY, SimWorker, WorkerSizes
+from .situation import situation
+from .story import tell
+from .strangers import strange_command, strange_report
 from .tap import ROUTER, Crossing, Tap
+from .watch import Watch, check_empty
 
 ROUTER_TICK_S = 0.1
+HEALTH_EVERY = 5  # router ticks
+LONG_S = 1000.0  # longer than any timer that a worker has
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterShape:
-    """Sizes of a simulated cluster. Pools are tiny on purpose: that is where block bugs live."""
+    """Sizes of a simulated cluster. Pools are tiny on purpose: that is where block bugs live.
+
+    `num_foreign`: prefill workers with other weights, which must be kept out.
+    """
 
     num_prefill: int = 1
     num_decode: int = 1
     num_both: int = 0
+    num_foreign: int = 0
     num_blocks: int = 24
     block_size: int = 4
+    step_s: float = 0.002
     max_batch_tokens: int = 16
     max_running: int = 4
+    max_waiting: int = 1024
+    max_early: int = 1024
+    early_s: float = 5.0
     park_blocks: int = 0  # host memory of each decode worker
     park_copy_s: float = 0.0  # what copying a sequence seems to take
+    one_pool: bool = False  # all workers keep their blocks in one memory, and give them to each other
+    keep_prefix: bool = True
     lease_s: float = 2.0
     restart_s: float = 0.5
     max_step_s: float = 60.0
     router: RouterConfig = field(default_factory=RouterConfig)
 
+    def roles(self) -> dict[str, Role]:
+        """Worker id → role, of all that begin."""
+        numbers: list[tuple[str, Role, int]] = [
+            ("prefill", "prefill", self.num_prefill),
+            ("decode", "decode", self.num_decode),
+            ("both", "both", self.num_both),
+            ("foreign", "prefill", self.num_foreign),
+        ]
+        return {f"{name}-{i}": role for name, role, number in numbers for i in range(number)}
+
+    def sizes(self) -> WorkerSizes:
+        return WorkerSizes(
+            self.lease_s,
+            self.max_batch_tokens,
+            self.max_running,
+            self.max_waiting,
+            self.max_early,
+            self.early_s,
+            self.max_step_s,
+        )
+
 
 class SimCluster:
-    """One run. Everything random comes from `rng`; `trace` hears of every message."""
+    """One run. Everything random comes from `rng`; `trace` hears of every message, `history` of what clients see."""
 
     def __init__(
-        self, shape: ClusterShape, profile: ChaosProfile, seed: int, trace: Callable[[str], None] | None = None
+        self,
+        shape: ClusterShape,
+        profile: ChaosProfile,
+        seed: int,
+        trace: Callable[[str], None] | None = None,
+        history: HistoryWriter | None = None,
     ) -> None:
         self.shape, self.profile = shape, profile
         self._seed = seed
@@ -68,48 +114,56 @@ class SimCluster:
         self.clock = FakeClock()
         self.events = EventQueue(self.clock)
         self.faults: Counter[str] = Counter()
-        self.journal = Journal()
+        self.journal = Journal(history)
         self.network = SimNetwork(self.events, profile, self.rng, self.faults)
-        self.network.check_copy, self.network.trace = self._check_copy, self.say
+        self.watch = Watch(
+            self.clock,
+            self.journal,
+            shape.router,
+            profile,
+            self.network.silent_ends,
+            lease_s=shape.lease_s,
+            max_step_s=shape.max_step_s,
+        )
+        self.network.check_copy, self.network.check_leaving = self._check_copy, self.watch.leaves
+        self.network.check_gift = self._check_gift
+        self.network.trace = self.say if trace is not None else None
         self.tap = Tap()
         self._trace = trace
         self.router = RouterCore(shape.router, self.clock, self._ids, CLUSTER_KEY)
         self.workers: dict[str, SimWorker] = {}
         self._wires: dict[WorkerKey, tuple[Wire, Wire]] = {}
         self.is_calm = False
-        roles: list[tuple[str, Role, int]] = [
-            ("prefill", "prefill", shape.num_prefill),
-            ("decode", "decode", shape.num_decode),
-            ("both", "both", shape.num_both),
-        ]
-        for name, role, number in roles:
-            for i in range(number):
-                self.start_worker(f"{name}-{i}", role)
-        self.events.after(ROUTER_TICK_S, self._tick_router)
+        self._num_ticks = 0
+        self._memory: SimMemory | None = None
+        if shape.one_pool:
+            self._memory = SimMemory(shape.roles(), shape.num_blocks, shape.block_size, shape.keep_prefix)
+            self.watch.blocks.check_memory = self._memory.check
+        for name, role in shape.roles().items():
+            self.start_worker(name, role)
+        self.events.after(ROUTER_TICK_S, self._tick_router, is_awaited=False)
 
     # ---- workers ----
 
     def start_worker(self, worker_id: str, role: Role) -> None:
         key = WorkerKey(worker_id, new_epoch(self._ids))
-        shape = self.shape
         down, up = (Wire(self.events, self.profile, self.rng, self.faults) for _ in range(2))
         down.is_calm = up.is_calm = self.is_calm
         self._wires[key] = (down, up)
         self.workers[worker_id] = SimWorker(
             key,
             role,
-            self.make_engine(role),
+            self.make_engine(role, "foreign" if worker_id.startswith("foreign") else "fake"),
             self.events,
             self.network,
             lambda frame: self._to_router(key, frame),
-            self._check_worker,
-            lease_s=shape.lease_s,
-            max_batch_tokens=shape.max_batch_tokens,
-            max_running=shape.max_running,
-            max_step_s=shape.max_step_s,
-            make_parking=self._make_parking,
+            self.watch,
+            self._on_exit,
+            self.shape.sizes(),
+            self._make_parking,
+            self._memory.join(worker_id) if self._memory is not None else None,
         )
-        self.say(f"{key} starts")
+        self.say(f"{tell(key)} starts")
 
     def _make_parking(self, memory: KVMemory, pool: BlockPool) -> SimParking:
         shape = self.shape
@@ -118,9 +172,16 @@ class SimCluster:
     def _spoils_parked(self) -> bool:
         return not self.is_calm and self._park_rng.random() < self.profile.corrupt_parked
 
-    def make_engine(self, role: Role) -> FakeEngine:
+    def make_engine(self, role: Role, weights: str = "fake") -> FakeEngine:
         shape = self.shape
-        return FakeEngine(shape.num_blocks, shape.block_size, fails=self._fails if role == "prefill" else None)
+        return FakeEngine(
+            shape.num_blocks,
+            shape.block_size,
+            weights=weights,
+            memory=self._memory.blocks if self._memory is not None else None,
+            step_s=shape.step_s,
+            fails=self._fails if role == "prefill" and self.profile.engine_fail else None,
+        )
 
     def _fails(self, entry: ScheduledSeq) -> bool:
         """A prefill engine refuses some first attempts at their last chunk."""
@@ -135,8 +196,9 @@ class SimCluster:
         if not worker.is_alive:
             return
         self.faults["kill"] += 1
-        self.say(f"{worker.key} is killed")
+        self.say(f"{tell(worker.key)} is killed")
         worker.kill()
+        self._leave_memory(worker)
         if tell_router:
             self._perform(self.router.worker_lost(worker_id, "killed"))
         self.events.after(self.shape.restart_s, lambda: self.start_worker(worker_id, worker.role))
@@ -156,6 +218,26 @@ class SimCluster:
         self.say(f"{worker_id} hangs for {seconds:.2f} s")
         self.workers[worker_id].hang(seconds)
 
+    def drain_worker(self, worker_id: str) -> None:
+        """SIGTERM; a new incarnation follows when it has ended."""
+        worker = self.workers[worker_id]
+        if worker.is_alive:
+            self.faults["drain"] += 1
+            self.say(f"{tell(worker.key)} drains")
+            worker.drain()
+
+    def _on_exit(self, worker: SimWorker) -> None:
+        """I15: a drained worker has ended."""
+        self.say(f"{tell(worker.key)} has drained and ends")
+        if self.profile.is_lossless:
+            check_empty(worker, "I15", "when it ends")
+        self._leave_memory(worker)
+        self.events.after(self.shape.restart_s, lambda: self.start_worker(worker.key.worker_id, worker.role))
+
+    def _leave_memory(self, worker: SimWorker) -> None:
+        if self._memory is not None:
+            self._memory.leave(worker.key.worker_id)
+
     def calm(self) -> None:
         """No more faults: what was lost must now be made good."""
         self.is_calm = True
@@ -167,27 +249,29 @@ class SimCluster:
     # ---- clients ----
 
     def submit(self, request: GenerateRequest) -> None:
+        num_queued = self.router.status().queued_requests
         try:
             effects = self.router.submit(request)
         except ServeError as error:
             self.faults[f"refused {error.code}"] += 1
             return
+        self.watch.routing.check_door(num_queued)
         self.journal.accept(request)
+        self.watch.accepted(request)
         self._perform(effects)
 
     def cancel(self, request_id: str, choice: int | None = None) -> None:
         record = self.journal.records.get(request_id)
         if record is None or record.end is not None:
             return
-        if choice is None:
-            record.is_cancelled = True
-        else:
-            record.cancelled_choices.add(choice)
+        self.journal.cancel(request_id, choice)
+        self.say(f"the client cancels {request_id}{'' if choice is None else f' choice {choice}'}")
         self._perform(self.router.cancel(request_id, choice))
 
     # ---- wires ----
 
     def _perform(self, effects: list[Effect]) -> None:
+        self.watch.router_performs(effects)
         for effect in effects:
             match effect:
                 case Send():
@@ -195,9 +279,10 @@ class SimCluster:
                 case Deliver(request_id=request_id, event=event):
                     self.journal.on_tokens(request_id, event)
                 case End(request_id=request_id, event=event):
-                    self.say(f"{request_id} ends: {event}")
+                    self.say(f"{request_id} ends: {event.error or 'well'} ({event.attempts} attempts)")
                     self.journal.on_end(request_id, event)
-        self._check_router()
+        if effects:
+            self.watch.router_turned(self.router)
 
     def _send(self, effect: Send) -> None:
         wires = self._wires.get(effect.worker)
@@ -205,31 +290,55 @@ class SimCluster:
             return
         data = codec.from_router.encode(effect.message)
         kind = type(effect.message.body).__name__
-        self.say(f"router → {effect.worker}: {effect.message.body}")
 
         def deliver(frame: bytes) -> None:
-            worker = self.workers.get(effect.worker.worker_id)
-            if worker is not None and worker.key == effect.worker:
-                worker.on_frame(codec.from_router.decode(frame))
+            self._to_worker(effect.worker, codec.from_router.decode(frame))
 
+        if self._trace is not None:
+            self.say(f"router → {tell(effect.worker)}  {tell(effect.message.body)}")
         crossing, tap = Crossing(ROUTER, effect.worker, effect.message.body, self.clock.now()), self.tap
         tap.leaves(crossing, data, lambda frame: wires[0].carry(kind, lambda: tap.arrives(crossing, frame, deliver)))
+        if self._has_stranger():
+            self.faults["unknown Abort"] += 1
+            self._to_worker(effect.worker, strange_command(self.rng, effect.message.router_epoch))
+
+    def _to_worker(self, key: WorkerKey, frame: FromRouter) -> None:
+        worker = self.workers.get(key.worker_id)
+        if worker is not None and worker.key == key:
+            worker.on_frame(frame)
 
     def _to_router(self, key: WorkerKey, frame: FromWorker) -> None:
         data = codec.from_worker.encode(frame)
         kind = type(frame.body).__name__
-        if kind != "Heartbeat":
-            self.say(f"{key} → router: {frame.body}")
+        if kind != "Heartbeat" and self._trace is not None:
+            self.say(f"{tell(key)} → router  {tell(frame.body)}")
         crossing, tap, wire = Crossing(key, ROUTER, frame.body, self.clock.now()), self.tap, self._wires[key][1]
         tap.leaves(crossing, data, lambda data: wire.carry(kind, lambda: tap.arrives(crossing, data, self.hear_worker)))
+        if self._has_stranger():
+            strange = strange_report(self.rng, key)
+            self.faults[f"unknown {type(strange.body).__name__}"] += 1
+            self.events.after(self.profile.delay_s, lambda: self._hear(strange))
+
+    def _has_stranger(self) -> bool:
+        return not self.is_calm and self.profile.unknown > 0 and self.rng.random() < self.profile.unknown
 
     def hear_worker(self, frame: bytes) -> None:
         """A frame of a worker reaches the router."""
-        self._perform(self.router.on_message(codec.from_worker.decode(frame)))
+        self._hear(codec.from_worker.decode(frame))
+
+    def _hear(self, frame: FromWorker) -> None:
+        self._perform(self.watch.router_hears(self.router, frame))
 
     def _tick_router(self) -> None:
-        self._perform(self.router.tick())
-        self.events.after(ROUTER_TICK_S, self._tick_router)
+        due = self.router.next_deadline
+        if due is not None and due <= self.clock.now():
+            with guarded("I9", "router", "a timer is fatal"):
+                effects = self.router.tick()
+            self._perform(effects)
+        self._num_ticks += 1
+        if self._num_ticks % HEALTH_EVERY == 0:
+            self.watch.health.check(self.router)
+        self.events.after(ROUTER_TICK_S, self._tick_router, is_awaited=False)
 
     # ---- invariants ----
 
@@ -237,59 +346,46 @@ class SimCluster:
         if self._trace is not None:
             self._trace(f"{self.clock.now() - 1000.0:9.4f}  {line}")
 
-    def _check_worker(self, worker: SimWorker) -> None:
-        """I4 block conservation, and the tables' own rules."""
-        try:
-            worker.core.check_invariants()
-            worker.source.check_invariants()
-            worker.destination.check_invariants()
-            if worker.decode is not None:
-                worker.decode.check_invariants()
-        except InvariantBroken:
-            raise
-        except AssertionError as error:
-            raise InvariantBroken(f"I4 {worker.key}: {error}") from error
-        silent = self.network.silent_ends(worker.key, worker.source.active())
-        if silent:
-            raise InvariantBroken(f"I8 {worker.key}: gave up hand-off {silent[0].hex()[:8]} and told nobody")
-
-    def _check_router(self) -> None:
-        """I11 bounded queues, and the router's own rules."""
-        self.router.check_invariants()
-        status = self.router.status()
-        config = self.shape.router
-        if status.queued_requests > config.max_queued_requests or status.active_requests > config.max_active_requests:
-            raise InvariantBroken(
-                f"I11 router holds {status.active_requests} requests, {status.queued_requests} queued"
-            )
+    def situation(self) -> list[str]:
+        """Where everything stands, for a person."""
+        return list(situation(self.router, self.workers.values(), self.journal))
 
     def _owner_of(self, mesh: InprocMesh) -> SimWorker | None:
         worker = self.workers.get(mesh.key.worker_id)
         return worker if worker is not None and worker.key == mesh.key else None
 
     def _check_copy(self, source: InprocMesh, target: InprocMesh, push: Push, slot: int, block: int) -> None:
-        """I5:
+        self.watch.blocks.writes(self._owner_of(source), self._owner_of(target), push, slot, block)
 
-        a write goes only to a block that a live hand-off owns, and while one lives its source keeps the blocks.
-        """
-        reader, writer, ticket = self._owner_of(source), self._owner_of(target), Ticket(push.ticket)
-        if writer is not None:
-            is_owned = writer.pool.ref_count(BlockId(block)) == 1 and ticket in writer.destination.active()
-            if not is_owned:
-                raise InvariantBroken(f"I5 {writer.key}: write into block {block} that its hand-off does not own")
-        if reader is not None and ticket in reader.source.active() and reader.pool.ref_count(BlockId(slot)) < 1:
-            raise InvariantBroken(f"I5 {reader.key}: block {slot} was freed before its hand-off ended")
+    def _check_gift(self, target: InprocMesh, push: Push, ordinal: int, block: int) -> None:
+        assert self._memory is not None
+        self._memory.check_gift(target.owner, block)
+        self.watch.blocks.stays(self._owner_of(target), push, ordinal, block)
+
+    @property
+    def is_quiet(self) -> bool:
+        """Nothing is on its way, nobody works, and no request is open."""
+        return (
+            not self.journal.num_open
+            and not self.events.num_awaited
+            and all(worker.is_quiet for worker in self.workers.values())
+        )
 
     def check_at_rest(self) -> None:
-        """After the last request: every request ended (I1), every block is back (I4, I8), nothing is in the tables."""
-        self.journal.check_finished()
-        for worker in self.workers.values():
-            load = worker.core.snapshot().load
-            if load.free_blocks != load.total_blocks:
-                raise InvariantBroken(
-                    f"I8 {worker.key}: {load.total_blocks - load.free_blocks} blocks are still held at rest"
-                )
-            if load.parked_bytes:
-                raise InvariantBroken(f"I8 {worker.key}: {load.parked_bytes} bytes are still parked at rest")
-            if worker.source.active() or worker.destination.active():
-                raise InvariantBroken(f"I8 {worker.key}: hand-offs are still open at rest")
+        """After the last request: all is back, no timer finds anything more, and a router that drains refuses."""
+        self.watch.check_at_rest(self.router, list(self.workers.values()))
+        self.clock.advance(LONG_S)
+        for worker in [*self.workers.values()] * (2 if self._memory is not None else 1):  # one gives, the other finds
+            self.watch.check_timers(worker)
+        if self._memory is not None:
+            self._memory.check_at_rest()
+        self._check_refuses()
+
+    def _check_refuses(self) -> None:
+        self._perform(self.router.drain())
+        request = GenerateRequest("late", [1], SamplingParams(max_tokens=1), 1.0)
+        try:
+            self.router.submit(request)
+        except Unavailable:
+            return
+        raise InvariantBroken("I15 router: drains, and takes a new request")

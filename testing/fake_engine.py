@@ -3,24 +3,28 @@
 The "KV" of a token is a 64-bit value that depends on the token, its position and the value before it, different in
 each layer. The next token depends on every value of the sequence in every layer, read back through the block table.
 So a block that is missing, stale, swapped, torn or another request's changes the tokens, as it would with a model.
-`expected_tokens` gives the right answer without any cache.
+`expected_run` gives the right answer without any cache, `kv_values` the right content of one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+
+import xxhash
 
 from ..core.errors import InternalError
 from ..core.random_bits import choice_seed, uniform
 from ..engine.interface import EngineSpec, OnLayers, ScheduledSeq
 from ..engine.kv_memory import KVMemory
-from ..engine.sequence import Sequence
 from ..protocol.messages import Fingerprint, SampledToken, TokenLogprob
 from ..protocol.sampling import SamplingParams
 
 _MASK = (1 << 64) - 1
-_SLOT_BYTES = 8
+SLOT_BYTES = 8
+_VOCAB_SIZE, NUM_LAYERS, _EOS = 1000, 2, frozenset({0})
 
 
 def _mix(value: int) -> int:
@@ -35,54 +39,85 @@ def _value(previous: int, token_id: int, layer: int) -> int:
     return _mix(previous ^ _mix(token_id << 8 | layer))
 
 
-def _draw(
-    state: int, params: SamplingParams, choice: int, index: int, vocab_size: int, eos: frozenset[int]
-) -> SampledToken:
-    """The token after a sequence whose cache folds to `state`:
+def _extend(values: array[int], token_ids: Iterable[int], layer: int, salt: int) -> None:
+    """Append the KV of `token_ids`, which come behind those of `values`. `salt` stands for the weights."""
+    value = values[-1] if values else salt
+    for token_id in token_ids:
+        value = _value(value, token_id, layer)
+        values.append(value)
 
-    greedy from the state alone, else with the request's seed.
-    """
+
+def kv_values(token_ids: Iterable[int], num_layers: int = NUM_LAYERS, salt: int = 0) -> list[array[int]]:
+    """What each layer of a cache must hold of these tokens: 64-bit values, one for each."""
+    columns = [array("Q") for _ in range(num_layers)]
+    tokens = list(token_ids)
+    for layer, column in enumerate(columns):
+        _extend(column, tokens, layer, salt)
+    return columns
+
+
+def _touched(state: int, params: SamplingParams, output_ids: Sequence[int]) -> int:
+    """Penalties and biases change what is drawn: a request that is served with another's shows it."""
+    if params.has_penalties:
+        state = _mix(state ^ sum(map(_mix, output_ids)) & _MASK)
+    for token_id, bias in sorted(params.logit_bias.items()):
+        state = _mix(state ^ token_id ^ int(bias * 1000) & _MASK)
+    return state
+
+
+def _draw(
+    state: int, params: SamplingParams, choice: int, output_ids: Sequence[int], vocab_size: int, eos: frozenset[int]
+) -> SampledToken:
+    """The token after a sequence whose cache folds to `state`: greedy from that alone, else with the request's seed."""
+    index = len(output_ids)
     noise = 0 if params.is_greedy else int(uniform(choice_seed(params.seed, choice), index) * (1 << 53))
+    state = _touched(state, params, output_ids)
     token_id = _mix(state ^ noise) % vocab_size
     forbidden = (eos if not params.ignore_eos else frozenset()) | frozenset(params.stop_token_ids)
     if index < params.min_tokens:
         while token_id in forbidden:
             token_id = (token_id + 1) % vocab_size
-    logprob = TokenLogprob(-math.log1p(state % 1000)) if params.logprobs is not None else None
-    return SampledToken(token_id, logprob)
+    if params.logprobs is None:
+        return SampledToken(token_id)
+    top = tuple((_mix(state + place) % vocab_size, -float(place)) for place in range(params.logprobs))
+    return SampledToken(token_id, TokenLogprob(-math.log1p(state % 1000), top))
 
 
 class FakeEngine:
     """Implements `engine.interface.Engine` on a few bytes per token.
 
-    `cost_s` is what a step would take, for virtual time. `memory`: one that it shares with others, of this layout.
+    `cost_s` is what a step would take, for virtual time. Another `weights` gives other values. `memory`: one that it
+    shares with others, of this layout.
     """
 
     def __init__(
         self,
         num_blocks: int = 64,
         block_size: int = 4,
-        num_layers: int = 2,
-        vocab_size: int = 1000,
+        num_layers: int = NUM_LAYERS,
+        vocab_size: int = _VOCAB_SIZE,
         *,
         model: str = "fake",
+        weights: str = "fake",
         step_s: float = 0.002,
         token_s: float = 0.0002,
         max_model_len: int = 1 << 16,
         fails: Callable[[ScheduledSeq], bool] | None = None,
         memory: KVMemory | None = None,
     ) -> None:
-        fingerprint = Fingerprint(model, "fake", "u64", num_layers, 1, 1, block_size, "block-major")
+        fingerprint = Fingerprint(model, weights, "u64", num_layers, 1, 1, block_size, "block-major")
         self._step_s, self._token_s, self._fails = step_s, token_s, fails
-        self.memory = memory or KVMemory(num_blocks, num_layers, block_size * _SLOT_BYTES)
+        self._salt = 0 if weights == "fake" else xxhash.xxh3_64_intdigest(weights.encode())
+        self.memory = memory or KVMemory(num_blocks, num_layers, block_size * SLOT_BYTES)
+        self._slots = self.memory.buffer.cast("Q")
         self.spec = EngineSpec(
             fingerprint=fingerprint,
             num_blocks=num_blocks,
             block_size=block_size,
             max_sequence_tokens=min(num_blocks * block_size, max_model_len),
             vocab_size=vocab_size,
-            eos_token_ids=frozenset({0}),
-            bytes_per_token=num_layers * _SLOT_BYTES,
+            eos_token_ids=_EOS,
+            bytes_per_token=num_layers * SLOT_BYTES,
         )
 
     def cost_s(self, batch: list[ScheduledSeq]) -> float:
@@ -102,58 +137,76 @@ class FakeEngine:
     def rest(self) -> None:
         """Nothing is held."""
 
+    def read(self, block_table: Sequence[int], layer: int, num_tokens: int) -> bytes:
+        """What the cache holds of the first `num_tokens` tokens of a sequence with this table, in one layer."""
+        size, slots = self.spec.block_size, self._slots
+        starts = islice(self._starts(block_table, layer), -(-num_tokens // size))
+        parts = (slots[start : start + size] for start in starts)
+        return b"".join(parts)[: num_tokens * SLOT_BYTES]
+
+    def _starts(self, block_table: Sequence[int], layer: int) -> Iterable[int]:
+        """Where each block's slots of one layer begin."""
+        size, num_layers = self.spec.block_size, self.memory.num_layers
+        return ((block * num_layers + layer) * size for block in block_table)
+
     def _compute(self, entry: ScheduledSeq, layer: int) -> None:
         seq, start = entry.seq, entry.seq.num_computed_tokens
-        value = self._read(seq, layer, start - 1) if start else 0
+        size, slots, begins = self.spec.block_size, self._slots, list(self._starts(seq.block_table, layer))
+        value = slots[begins[(start - 1) // size] + (start - 1) % size] if start else self._salt
         for position, token_id in enumerate(seq.tokens(start, start + entry.num_new_tokens), start):
             value = _value(value, token_id, layer)
-            self._write(seq, layer, position, value)
+            slots[begins[position // size] + position % size] = value
 
     def _sample(self, entry: ScheduledSeq) -> tuple[SampledToken, ...]:
         if not entry.sample:
             return ()
         seq, stop = entry.seq, entry.seq.num_computed_tokens + entry.num_new_tokens
-        state = _fold(self._read(seq, layer, p) for layer in range(self.memory.num_layers) for p in range(stop))
-        index = len(seq.output_ids)
+        state = _fold(self.read(seq.block_table, layer, stop) for layer in range(self.memory.num_layers))
         spec = self.spec
-        return tuple(_draw(state, seq.params, c, index, spec.vocab_size, spec.eos_token_ids) for c in seq.choices)
-
-    def _slot(self, seq: Sequence, layer: int, position: int) -> memoryview:
-        block, offset = divmod(position, self.spec.block_size)
-        return self.memory.block(seq.block_table[block], layer, 1)[offset * _SLOT_BYTES : (offset + 1) * _SLOT_BYTES]
-
-    def _read(self, seq: Sequence, layer: int, position: int) -> int:
-        return int.from_bytes(self._slot(seq, layer, position), "little")
-
-    def _write(self, seq: Sequence, layer: int, position: int, value: int) -> None:
-        self._slot(seq, layer, position)[:] = value.to_bytes(_SLOT_BYTES, "little")
+        return tuple(
+            _draw(state, seq.params, c, seq.output_ids, spec.vocab_size, spec.eos_token_ids) for c in seq.choices
+        )
 
 
-def _fold(values: Iterator[int]) -> int:
-    state = 0
-    for value in values:
-        state = _mix(state ^ value)
-    return state
+def _fold(columns: Iterable[bytes]) -> int:
+    """One number that depends on every bit of every layer."""
+    return xxhash.xxh3_64_intdigest(b"".join(columns))
+
+
+def expected_run(
+    prompt_ids: list[int],
+    params: SamplingParams,
+    choice: int = 0,
+    *,
+    vocab_size: int = _VOCAB_SIZE,
+    num_layers: int = NUM_LAYERS,
+) -> tuple[list[SampledToken], str]:
+    """(tokens, finish reason) of a fault-free run of FakeEngine with nobody beside it, computed without a cache."""
+    output: list[SampledToken] = []
+    output_ids: list[int] = []
+    columns = kv_values(prompt_ids, num_layers)
+    while True:
+        state = _fold(column.tobytes() for column in columns)
+        token = _draw(state, params, choice, output_ids, vocab_size, _EOS)
+        token_id = token.token_id
+        if token_id in params.stop_token_ids or (token_id in _EOS and not params.ignore_eos):
+            return output, "stop"
+        output.append(token)
+        output_ids.append(token_id)
+        if len(output) >= params.max_tokens:
+            return output, "length"
+        for layer, column in enumerate(columns):
+            _extend(column, (token_id,), layer, 0)
 
 
 def expected_tokens(
-    prompt_ids: list[int], params: SamplingParams, choice: int = 0, *, vocab_size: int = 1000, num_layers: int = 2
+    prompt_ids: list[int],
+    params: SamplingParams,
+    choice: int = 0,
+    *,
+    vocab_size: int = _VOCAB_SIZE,
+    num_layers: int = NUM_LAYERS,
 ) -> tuple[list[int], str]:
-    """(token ids, finish reason) of a fault-free run of FakeEngine, computed without a cache."""
-    eos = frozenset({0})
-    output: list[int] = []
-    columns: list[list[int]] = [[] for _ in range(num_layers)]
-    pending = list(prompt_ids)
-    while True:
-        for layer, column in enumerate(columns):
-            for token_id in pending:
-                column.append(_value(column[-1] if column else 0, token_id, layer))
-        token = _draw(
-            _fold(v for column in columns for v in column), params, choice, len(output), vocab_size, eos
-        ).token_id
-        if token in params.stop_token_ids or (token in eos and not params.ignore_eos):
-            return output, "stop"
-        output.append(token)
-        if len(output) >= params.max_tokens:
-            return output, "length"
-        pending = [token]
+    """(token ids, finish reason) of the same run."""
+    tokens, reason = expected_run(prompt_ids, params, choice, vocab_size=vocab_size, num_layers=num_layers)
+    return [token.token_id for token in tokens], reason

@@ -84,7 +84,7 @@ class FaultCluster(SimCluster):
         self.longest_backlog = 0.0  # seconds that a frame has waited for the router
         self._router_backlog: list[tuple[float, bytes]] = []
         self._client_backlog: list[GenerateRequest] = []
-        super().__init__(shape, ChaosProfile(), seed, trace)
+        super().__init__(shape, ChaosProfile(by_hand=True), seed, trace)
         self.fault_tap = FaultTap(self.clock, self.events, self._on_refused)
         self.tap = self.network.tap = self.fault_tap
 
@@ -98,8 +98,8 @@ class FaultCluster(SimCluster):
         assert isinstance(engine, FaultEngine)
         return engine
 
-    def make_engine(self, role: Role) -> FaultEngine:
-        return FaultEngine(self.shape.num_blocks, self.shape.block_size)
+    def make_engine(self, role: Role, weights: str = "fake") -> FaultEngine:
+        return FaultEngine(self.shape.num_blocks, self.shape.block_size, weights=weights)
 
     def start_worker(self, worker_id: str, role: Role) -> None:
         """Start a process; where there is no space it ends at once, and the supervisor tries again."""

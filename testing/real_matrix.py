@@ -142,7 +142,7 @@ class _Play:
 
     def _on_told(self, name: str, facts: dict[str, Any]) -> None:
         if facts.get("request") == self._victim_id and self._fault is None:
-            pair = (name, facts["peer"]) if name.startswith("prefill") else (facts["peer"], name)
+            pair: tuple[str, str] = (name, facts["peer"]) if name.startswith("prefill") else (facts["peer"], name)
             self._strike(pair, facts["at"])
 
     def _strike(self, pair: tuple[str, str], moment_at: float) -> None:

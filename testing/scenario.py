@@ -12,12 +12,17 @@ from ..router.config import RouterConfig
 from ..router.interface import GenerateRequest
 from .chaos import ChaosProfile
 from .cluster import ClusterShape, SimCluster
-from .journal import InvariantBroken
+from .history import HistoryWriter
+from .invariants import InvariantBroken
 
+READY_S = 0.5  # workers have met by then, and the first request comes
 STORM_S = 8.0  # faults happen up to here
 LIMIT_S = 150.0  # by now every deadline has passed
 REST_S = 8.0  # longer than any lease and early-offer memory
 MAX_EVENTS = 400_000
+ONE_POOL_SHARE = 0.25
+CALM_EVERY = 10  # one seed in so many meets a perfect network and immortal workers; another one drains them, in peace
+IMPOSSIBLE_ID = 5000  # a token that no worker of the simulation has in its vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +31,11 @@ class Scenario:
     shape: ClusterShape
     profile: ChaosProfile
     requests: tuple[tuple[float, GenerateRequest], ...]  # (when, what)
-    cancels: tuple[tuple[float, str, int | None], ...]
-    kills: tuple[tuple[float, str, bool], ...]
-    freezes: tuple[tuple[float, str, float], ...]
+    cancels: tuple[tuple[float, str, int | None], ...] = ()
+    kills: tuple[tuple[float, str, bool], ...] = ()
+    freezes: tuple[tuple[float, str, float], ...] = ()
+    drains: tuple[tuple[float, str], ...] = ()
+    hangs: tuple[tuple[float, str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,23 +52,29 @@ class Outcome:
     faults: Counter[str]
 
 
-CALM_EVERY = 10  # one seed in so many meets a perfect network and immortal workers
-
-
 def draw_scenario(seed: int) -> Scenario:
     rng = random.Random(seed)
-    shape = _with_parking(_draw_shape(rng), seed)
+    shape = _with_one_pool(_with_parking(_draw_shape(rng), seed), seed)
     profile = replace(ChaosProfile.draw(rng), corrupt_parked=random.Random(f"corrupt {seed}").choice([0.0, 0.3, 1.0]))
     within_s = rng.choice([0.02, 0.2, 2.0])  # from a burst to one after the other
     requests = tuple(_draw_request(rng, i, within_s) for i in range(rng.randint(3, 12)))
     cancels = tuple(_draw_cancel(rng, request, within_s) for _, request in requests if rng.random() < 0.2)
-    names = [f"prefill-{i}" for i in range(shape.num_prefill)] + [f"decode-{i}" for i in range(shape.num_decode)]
-    names += [f"both-{i}" for i in range(shape.num_both)]
+    names = [name for name in shape.roles() if not name.startswith("foreign")]
+    num_drains = profile.drains or int(seed % CALM_EVERY == CALM_EVERY // 2)
+    drains = tuple((_moment(rng, within_s), rng.choice(names)) for _ in range(num_drains))
+    if seed % CALM_EVERY == 0:
+        return Scenario(seed, _with_room(shape), ChaosProfile(), requests)
+    if seed % CALM_EVERY == CALM_EVERY // 2:
+        return Scenario(seed, _with_room(shape), ChaosProfile(drains=len(drains)), requests, drains=drains)
     kills = tuple((_moment(rng, within_s), rng.choice(names), rng.random() < 0.5) for _ in range(profile.kills))
     freezes = tuple((_moment(rng, within_s), rng.choice(names), rng.random() * 4) for _ in range(profile.freezes))
-    if seed % CALM_EVERY == 0:
-        return Scenario(seed, shape, ChaosProfile(), requests, (), (), ())
-    return Scenario(seed, shape, profile, requests, cancels, kills, freezes)
+    hangs = tuple((_moment(rng, within_s), rng.choice(names), rng.random() * 4) for _ in range(profile.hangs))
+    return Scenario(seed, shape, profile, requests, cancels, kills, freezes, drains, hangs)
+
+
+def _with_room(shape: ClusterShape) -> ClusterShape:
+    """Where nothing is lost, nothing may be refused for want of a place either."""
+    return replace(shape, max_waiting=1024, max_early=1024)
 
 
 def _moment(rng: random.Random, within_s: float) -> float:
@@ -73,25 +86,41 @@ def _draw_shape(rng: random.Random) -> ClusterShape:
     router = RouterConfig(
         policy=rng.choice(["round-robin", "least-loaded", "prefix-affinity"]),
         local_prefill_max_tokens=rng.choice([0, 0, 8]),
+        max_queued_requests=rng.choice([1024, 1024, 4]),
+        max_prefix_blocks=rng.choice([65536, 8]),
         max_attempts=8,
         unavailable_s=20.0,
     )
     shape = ClusterShape(
         num_prefill=rng.choice([1, 1, 2]),
         num_decode=rng.choice([1, 1, 2]),
+        num_foreign=int(rng.random() < 0.1),
         num_blocks=rng.randint(11, 24),
         block_size=rng.choice([2, 4, 4]),
+        step_s=rng.choice([0.002, 0.002, 0.002, 0.1]),
         max_batch_tokens=rng.choice([4, 8, 16, 64]),
         max_running=rng.choice([2, 4, 8]),
+        max_waiting=rng.choice([1024, 1024, 6]),
+        max_early=rng.choice([32, 2]),
+        early_s=rng.choice([5.0, 0.5]),
+        max_step_s=rng.choice([60.0, 1.0]),
         router=router,
     )
-    return replace(shape, num_prefill=0, num_decode=0, num_both=rng.randint(1, 2)) if rng.random() < 0.1 else shape
+    if rng.random() < 0.1:
+        return replace(shape, num_prefill=0, num_decode=0, num_foreign=0, num_both=rng.randint(1, 2))
+    return shape
 
 
 def _with_parking(shape: ClusterShape, seed: int) -> ClusterShape:
     """Little host memory, and copies from free to dearer than any prefill."""
     rng = random.Random(f"parking {seed}")
     return replace(shape, park_blocks=rng.choice([0, 4, 12, 40, 40]), park_copy_s=rng.choice([0.0, 1e-6, 1e-3, 0.1]))
+
+
+def _with_one_pool(shape: ClusterShape, seed: int) -> ClusterShape:
+    """Some clusters keep all blocks in one memory."""
+    rng = random.Random(f"one pool {seed}")
+    return replace(shape, one_pool=rng.random() < ONE_POOL_SHARE, keep_prefix=rng.random() < 0.7)
 
 
 def _draw_request(rng: random.Random, number: int, within_s: float) -> tuple[float, GenerateRequest]:
@@ -104,9 +133,15 @@ def _draw_request(rng: random.Random, number: int, within_s: float) -> tuple[flo
         temperature=rng.choice([0.0, 1.0]),
         seed=rng.randrange(1 << 40),
         ignore_eos=rng.random() < 0.5,
-        logprobs=rng.choice([None, 0]),
+        logprobs=rng.choice([None, 0, 2]),
+        min_tokens=rng.choice([0, 0, 1]),
+        stop_token_ids=rng.choice([(), (), (rng.randrange(1000), rng.randrange(1000))]),
+        repetition_penalty=rng.choice([1.0, 1.0, 1.5]),
+        logit_bias=rng.choice([{}, {}, {rng.randrange(1000): 2.5}]),
     )
-    timeout_s = 0.3 if rng.random() < 0.05 else 100.0
+    if rng.random() < 0.03:
+        prompt[-1] = IMPOSSIBLE_ID
+    timeout_s = rng.choice([0.02, 0.3]) if rng.random() < 0.1 else 100.0
     return rng.random() * within_s, GenerateRequest(f"r{number}", prompt, params, timeout_s)
 
 
@@ -115,47 +150,67 @@ def _draw_cancel(rng: random.Random, request: GenerateRequest, within_s: float) 
     return _moment(rng, within_s), request.request_id, choice
 
 
-def run_scenario(scenario: Scenario, trace: Callable[[str], None] | None = None) -> Outcome:
-    """Play it to its end and a while longer; raises InvariantBroken as soon as a promise does not hold."""
-    cluster = SimCluster(scenario.shape, scenario.profile, scenario.seed, trace)
-    _plan(cluster, scenario)
-    cluster.events.after(STORM_S, cluster.calm)
-    start, limit, rest_until = cluster.clock.now(), cluster.clock.now() + LIMIT_S, None
-    while cluster.events.run_next():
+def run_scenario(
+    scenario: Scenario, trace: Callable[[str], None] | None = None, history: HistoryWriter | None = None
+) -> Outcome:
+    """Play it until everything has come to rest; raises InvariantBroken as soon as a promise does not hold."""
+    cluster = SimCluster(scenario.shape, scenario.profile, scenario.seed, trace, history)
+    start = cluster.clock.now()
+    try:
+        _plan(cluster, scenario)
+        _play(cluster)
+        virtual_s = cluster.clock.now() - start
+        cluster.check_at_rest()
+        _check_no_false_alarm(cluster, scenario)
+    except Exception:
+        if trace is not None:
+            for line in cluster.situation():
+                trace(f"           {line}")
+        raise
+    return _outcome(cluster, scenario, virtual_s)
+
+
+def _play(cluster: SimCluster) -> None:
+    """Until nothing is left to happen, or something must be wrong."""
+    events, start = cluster.events, cluster.clock.now()
+    rest_until: float | None = None
+    while events.run_next():
         now = cluster.clock.now()
-        if cluster.events.num_run > MAX_EVENTS:
-            raise InvariantBroken(f"the cluster does not come to rest: {MAX_EVENTS} events")
-        if rest_until is None and (now > limit or (now > start + STORM_S and _all_ended(cluster))):
+        if now > start + READY_S and not events.num_awaited and cluster.is_quiet:
+            return
+        if events.num_run > MAX_EVENTS:
+            raise InvariantBroken(f"I8 the cluster does not come to rest: {MAX_EVENTS} events")
+        if rest_until is None and (now > start + LIMIT_S or (now > start + STORM_S and not cluster.journal.num_open)):
             cluster.journal.check_finished()
             rest_until = now + REST_S
         if rest_until is not None and now > rest_until:
-            break
-    cluster.check_at_rest()
-    _check_no_false_alarm(cluster, scenario)
-    return _outcome(cluster, scenario, cluster.clock.now() - start)
+            return
 
 
 def _plan(cluster: SimCluster, scenario: Scenario) -> None:
-    events = cluster.events
+    def at(when: float, action: Callable[..., None], *args: object) -> None:
+        cluster.events.after(READY_S + when, lambda: action(*args))
+
     for when, request in scenario.requests:
-        events.after(1.0 + when, lambda r=request: cluster.submit(r))  # type: ignore[misc]
+        at(when, cluster.submit, request)
     for when, request_id, choice in scenario.cancels:
-        events.after(1.0 + when, lambda r=request_id, c=choice: cluster.cancel(r, c))  # type: ignore[misc]
-    for when, name, tell in scenario.kills:
-        events.after(1.0 + when, lambda n=name, t=tell: cluster.kill_worker(n, tell_router=t))  # type: ignore[misc]
+        at(when, cluster.cancel, request_id, choice)
+    for when, name, tell_router in scenario.kills:
+        at(when, lambda name, told: cluster.kill_worker(name, tell_router=told), name, tell_router)
     for when, name, seconds in scenario.freezes:
-        events.after(1.0 + when, lambda n=name, s=seconds: cluster.freeze_worker(n, s))  # type: ignore[misc]
-
-
-def _all_ended(cluster: SimCluster) -> bool:
-    return all(record.end is not None for record in cluster.journal.records.values())
+        at(when, cluster.freeze_worker, name, seconds)
+    for when, name in scenario.drains:
+        at(when, cluster.drain_worker, name)
+    for when, name, seconds in scenario.hangs:
+        at(when, cluster.hang_worker, name, seconds)
+    cluster.events.after(STORM_S, cluster.calm, is_awaited=False)
 
 
 def _check_no_false_alarm(cluster: SimCluster, scenario: Scenario) -> None:
-    """Where nothing went wrong, nothing may have been retried or refused as wrong."""
-    broken = cluster.router.counters.broken_streams
-    if scenario.profile.is_lossless and broken:
-        raise InvariantBroken(f"I3 {broken} streams broke though no message was lost, doubled or late")
+    """Where nothing went wrong, nothing may have been tried twice."""
+    num_retries = cluster.router.counters.retries
+    if scenario.profile.is_perfect and num_retries:
+        raise InvariantBroken(f"I14 router: {num_retries} retries though nothing was lost")
 
 
 def _outcome(cluster: SimCluster, scenario: Scenario, virtual_s: float) -> Outcome:

@@ -11,7 +11,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,8 +91,12 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(*arguments: str, model: str | None = None) -> Iterator[Serving]:
-    """`penstock serve [MODEL] ARGUMENTS` on a free port; drained at the end, killed if that takes too long."""
+def serving(
+    *arguments: str, model: str | None = None, environment: Mapping[str, str] | None = None
+) -> Iterator[Serving]:
+    """`penstock serve [MODEL] ARGUMENTS` on a free port, with `environment` on top of our own; drained at the end,
+    killed if that takes too long.
+    """
     port = free_port()
     command = [
         sys.executable,
@@ -108,7 +112,9 @@ def serving(*arguments: str, model: str | None = None) -> Iterator[Serving]:
     with tempfile.TemporaryDirectory(prefix="penstock-serving-") as folder:
         log = Path(folder) / "serve.log"
         with log.open("wb") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=dict(os.environ))
+            process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})}
+            )
             running = Serving(f"http://127.0.0.1:{port}", process, log)
             try:
                 running.wait_ready()

@@ -16,17 +16,23 @@ from ..protocol import codec
 from ..protocol.messages import Ack, Cancel, Failed, HandoffMessage, Offer, Push
 from .chaos import ChaosProfile, Wire
 from .events import EventQueue
+from .story import tell
+from .strangers import strange_handoff_message
 from .tap import Crossing, Tap
 
 RECONNECT_S = 0.1
 Pair = tuple[WorkerKey, WorkerKey]
 CopyCheck = Callable[[InprocMesh, InprocMesh, Push, int, int], None]
+GiftCheck = Callable[[InprocMesh, Push, int, int], None]
+LeaveCheck = Callable[[WorkerKey, HandoffMessage, int], None]
 
 
 class SimNetwork(InprocNetwork):
     """Plans each delivery on the event queue.
 
-    `check_copy(source, target, push, slot, block)` runs before a block is written.
+    `check_copy(source, target, push, slot, block)` runs before a block is written, `check_gift(target, push, ordinal,
+    block)` when one that was given is found in its place, `check_leaving(source, message,
+    num_layers)` before a message goes on its way.
     """
 
     def __init__(self, events: EventQueue, profile: ChaosProfile, rng: random.Random, faults: Counter[str]) -> None:
@@ -37,6 +43,8 @@ class SimNetwork(InprocNetwork):
         self.is_calm = False
         self.tap = Tap()
         self.check_copy: CopyCheck | None = None
+        self.check_gift: GiftCheck | None = None
+        self.check_leaving: LeaveCheck | None = None
         self.trace: Callable[[str], None] | None = None
 
     def calm(self) -> None:
@@ -50,12 +58,14 @@ class SimNetwork(InprocNetwork):
     def send(self, delivery: Delivery) -> None:
         item = delivery.item
         if self.trace is not None:
-            self.trace(f"{delivery.source} → {delivery.target}: {item}")
+            self.trace(f"{tell(delivery.source)} → {tell(delivery.target)}  {tell(item)}")
         if isinstance(item, LinkEnd):
             self._forget(delivery.source, delivery.target)
             self._events.after(self._profile.delay_s, lambda: self._end(delivery))
             return
         self._note_sent(delivery.source, delivery.target, item)
+        if self.check_leaving is not None:
+            self.check_leaving(delivery.source, item, self._num_layers(delivery.source))
         if not self.is_calm and self._rng.random() < self._profile.cut:
             self._faults["cut link"] += 1
             self._events.after(0.0, lambda: self.cut(delivery.source, delivery.target, RECONNECT_S))
@@ -68,6 +78,18 @@ class SimNetwork(InprocNetwork):
             tap.arrives(crossing, frame, lambda frame: self._arrive(delivery, frame))
 
         tap.leaves(crossing, frame, lambda frame: wire.carry(type(item).__name__, lambda: arrive(frame)))
+        if not self.is_calm and self._profile.unknown and self._rng.random() < self._profile.unknown:
+            self._send_strange(delivery)
+
+    def _send_strange(self, delivery: Delivery) -> None:
+        item = strange_handoff_message(self._rng, self._num_layers(delivery.target))
+        self._faults[f"unknown {type(item).__name__}"] += 1
+        strange = Delivery(delivery.source, delivery.target, delivery.link, item)
+        self._events.after(self._profile.delay_s, lambda: self.deliver(strange))
+
+    def _num_layers(self, key: WorkerKey) -> int:
+        mesh = self.find(key)
+        return mesh.memory.num_layers if mesh is not None else 1
 
     def _end(self, delivery: Delivery) -> None:
         self._forget(delivery.source, delivery.target)  # what was offered meanwhile went into a dead link
@@ -99,6 +121,11 @@ class SimNetwork(InprocNetwork):
 
     # ---- copying ----
 
+    def stay(self, target: InprocMesh, push: Push, ordinal: int, block: int) -> None:
+        self._faults["given block"] += 1
+        if self.check_gift is not None:
+            self.check_gift(target, push, ordinal, block)
+
     def move(self, source: InprocMesh, target: InprocMesh, push: Push, slot: int, block: int) -> None:
         if self.check_copy is not None:
             self.check_copy(source, target, push, slot, block)
@@ -125,5 +152,5 @@ class SimNetwork(InprocNetwork):
 
     def silent_ends(self, source: WorkerKey, active: list[Ticket]) -> list[bytes]:
         """Tickets that `source` has given up without a word to their destination."""
-        offered = (tickets for (owner, _), tickets in self._open_offers.items() if owner == source)
-        return sorted(set().union(*offered) - set(active))
+        offered = [tickets for (owner, _), tickets in self._open_offers.items() if tickets and owner == source]
+        return sorted(set().union(*offered) - set(active)) if offered else []

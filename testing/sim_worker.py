@@ -5,7 +5,10 @@ the real `WorkerCore` with both roles' real code, a FakeEngine, heartbeats and a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 from ..core.ids import WorkerKey
 from ..decode_node.role import DecodeRole
@@ -14,11 +17,11 @@ from ..engine.interface import ScheduledSeq
 from ..engine.kv_memory import KVMemory
 from ..engine.parking import ParkingSpace
 from ..kvtransfer.destination import DestinationTable
-from ..kvtransfer.effects import LinkEvent, MessageArrived
+from ..kvtransfer.effects import LinkEvent
 from ..kvtransfer.source import PushSizes, SourceTable
 from ..kvtransfer.transports.inproc import InprocMesh
 from ..prefill_node.role import PrefillRole
-from ..protocol.messages import FromRouter, FromWorker, Grant, Role, ToRouter
+from ..protocol.messages import FromRouter, FromWorker, Goodbye, Heartbeat, Role, ToRouter
 from ..worker.core import CoreEffect, SetPeers, WorkerCore
 from ..worker.heartbeat import HeartbeatBuilder
 from ..worker.process import hello_of
@@ -27,6 +30,8 @@ from ..worker.role import Tell
 from ..worker.turn_watch import MAX_STEP_S, TurnWatch
 from .events import EventQueue
 from .fake_engine import FakeEngine
+from .invariants import broken
+from .sim_memory import MemoryShare
 from .sim_network import SimNetwork
 
 HEARTBEAT_S = 0.25
@@ -36,8 +41,42 @@ CLUSTER_KEY = b"the simulation"
 MakeParking = Callable[[KVMemory, BlockPool], ParkingSpace]
 
 
+@dataclass(frozen=True, slots=True)
+class WorkerSizes:
+    """Tiny on purpose: bounds that are never reached are never tested."""
+
+    lease_s: float = 2.0
+    max_batch_tokens: int = 16
+    max_running: int = 4
+    max_waiting: int = 1024
+    max_early: int = 1024
+    early_s: float = 5.0
+    max_step_s: float = MAX_STEP_S
+
+
+class Observer(Protocol):
+    """Sees what happens to a worker; see `watch.py`."""
+
+    def arrived(self, worker: SimWorker, frame: FromRouter) -> None: ...
+
+    def hears(self, worker: SimWorker, item: FromRouter | LinkEvent) -> list[CoreEffect]: ...
+
+    def heard(self, worker: SimWorker, event: LinkEvent) -> None: ...
+
+    def scheduled(self, worker: SimWorker, entries: Sequence[ScheduledSeq]) -> None: ...
+
+    def performs(self, worker: SimWorker, effect: CoreEffect) -> None: ...
+
+    def beats(self, worker: SimWorker, beat: Heartbeat) -> None: ...
+
+    def turned(self, worker: SimWorker, *, has_ticked: bool, is_changed: bool) -> None: ...
+
+
 class SimWorker:
-    """An incarnation. `to_router` carries its frames; `after_event` runs when the core has handled something."""
+    """An incarnation. `to_router` carries its frames; `on_exit` hears when a drained worker has ended.
+
+    `share`: its place in the memory of all workers; without, it has one of its own.
+    """
 
     def __init__(
         self,
@@ -47,43 +86,55 @@ class SimWorker:
         events: EventQueue,
         network: SimNetwork,
         to_router: Callable[[FromWorker], None],
-        after_event: Callable[[SimWorker], None],
-        *,
-        lease_s: float,
-        max_batch_tokens: int,
-        max_running: int,
-        max_step_s: float = MAX_STEP_S,
-        make_parking: MakeParking | None = None,
+        observer: Observer,
+        on_exit: Callable[[SimWorker], None],
+        sizes: WorkerSizes,
+        make_parking: MakeParking,
+        share: MemoryShare | None = None,
     ) -> None:
         self.key, self.role, self.engine = key, role, engine
-        self._events, self._to_router, self._after_event = events, to_router, after_event
-        self.pool = BlockPool(engine.spec.num_blocks, engine.spec.block_size)
-        sizes = PushSizes(engine.spec.fingerprint.num_layers, most=6, least=1 + len(key.epoch.strip("01234567")) % 3)
-        self.source, self.destination = SourceTable(lease_s, lease_s, sizes), DestinationTable(lease_s)
+        self._events, self._to_router, self._observer, self._on_exit = events, to_router, observer, on_exit
+        self._ownership = share.ownership if share is not None else None
+        self.pool = share.pool if share is not None else BlockPool(engine.spec.num_blocks, engine.spec.block_size)
+        self.max_early = sizes.max_early
+        pushes = PushSizes(engine.spec.fingerprint.num_layers, most=6, least=1 + len(key.epoch.strip("01234567")) % 3)
+        self.source = SourceTable(sizes.lease_s, sizes.lease_s, pushes)
+        self.destination = DestinationTable(sizes.lease_s, early_s=sizes.early_s, max_early=sizes.max_early)
         self.decode: DecodeRole | None = None
-        roles: list[RoleCode] = []
-        if role != "prefill":
-            parking = make_parking(engine.memory, self.pool) if make_parking is not None else None
-            self.decode = DecodeRole(
-                key, engine.spec, self.pool, self.destination, CLUSTER_KEY, max_running, parking=parking
-            )
-            roles.append(self.decode)
-        if role != "decode":
-            roles.append(PrefillRole(key, engine.spec, self.pool, self.source, CLUSTER_KEY))
-        self.core = WorkerCore(key, role, engine, self.pool, roles, events.clock, max_batch_tokens=max_batch_tokens)
+        roles = self._roles(sizes, make_parking)
+        self.core = WorkerCore(
+            key, role, engine, self.pool, roles, events.clock, max_batch_tokens=sizes.max_batch_tokens
+        )
         self.mesh = InprocMesh(key, role, engine.spec.fingerprint, engine.memory, self._on_link, network)
+        if share is not None:
+            self.mesh.ledger, self.mesh.owner = share.ledger, share.number
         self._network = network
-        self._turns = TurnWatch(events.clock, max_step_s)
+        self._turns = TurnWatch(events.clock, sizes.max_step_s)
         self._heartbeat = HeartbeatBuilder(self._turns)
-        self._inbox: list[FromRouter | LinkEvent] = []
+        self._inbox: deque[FromRouter | LinkEvent] = deque()
         self._router_epoch: str | None = None
-        self._is_busy = False
+        self._is_busy = self._is_draining = False
+        self._turned_at = events.clock.now()
         self._frozen_until = self._hung_until = 0.0
         self.is_alive = True
-        events.after(0.0, self._beat)
-        events.after(TICK_S, self._tick)
-        self._renew_s = lease_s / 3
-        events.after(self._renew_s, self._renew)
+        events.after(0.0, self._beat, is_awaited=False)
+        events.after(TICK_S, self._tick, is_awaited=False)
+        self._renew_s = sizes.lease_s / 3
+        events.after(self._renew_s, self._renew, is_awaited=False)
+
+    def _roles(self, sizes: WorkerSizes, make_parking: MakeParking) -> list[RoleCode]:
+        roles: list[RoleCode] = []
+        key, spec, pool = self.key, self.engine.spec, self.pool
+        if self.role != "prefill":
+            bounds, parking = (sizes.max_running, sizes.max_waiting), make_parking(self.engine.memory, pool)
+            self.decode = DecodeRole(
+                key, spec, pool, self.destination, CLUSTER_KEY, *bounds, parking=parking, ownership=self._ownership
+            )
+            roles.append(self.decode)
+        if self.role != "decode":
+            waiting, owner = sizes.max_waiting, self._ownership
+            roles.append(PrefillRole(key, spec, pool, self.source, CLUSTER_KEY, waiting, ownership=owner))
+        return roles
 
     # ---- the process's threads ----
 
@@ -95,6 +146,7 @@ class SimWorker:
             self._router_epoch = frame.router_epoch
             self._say(hello_of(self.core, self.mesh))
         self._heartbeat.on_frame(frame)
+        self._observer.arrived(self, frame)
         self._inbox.append(frame)
         self._turn()
 
@@ -106,18 +158,22 @@ class SimWorker:
         if not self.is_alive:
             return
         if not self._is_silent:
-            has_router = self._router_epoch is not None
-            snapshot = self.core.snapshot() if has_router else None
-            self._say(
-                self._heartbeat.build(snapshot, self.mesh.linked()) if has_router else hello_of(self.core, self.mesh)
-            )
-        self._events.after(HEARTBEAT_S, self._beat)
+            if self._router_epoch is None:
+                self._say(hello_of(self.core, self.mesh))
+            else:
+                beat = self._heartbeat.build(self.core.snapshot(), self.mesh.linked())
+                self._observer.beats(self, beat)
+                self._say(beat)
+        self._events.after(HEARTBEAT_S, self._beat, is_awaited=False)
 
     def _tick(self) -> None:
         if not self.is_alive:
             return
-        self._turn()
-        self._events.after(TICK_S, self._tick)
+        if self._inbox or self._is_draining or not self.is_quiet:
+            self._turn()
+        else:
+            self._note_turn()  # there is nothing that a timer could end
+        self._events.after(TICK_S, self._tick, is_awaited=False)
 
     def _renew(self) -> None:
         """The links' own threads: they go on while a step computes."""
@@ -125,7 +181,9 @@ class SimWorker:
             return
         if not self._is_silent and not self._turns.is_stalled():
             self.mesh.renew()
-        self._events.after(self._renew_s, self._renew)
+        self._events.after(self._renew_s, self._renew, is_awaited=False)
+
+    # ---- what may happen to it ----
 
     def freeze(self, seconds: float) -> None:
         """SIGSTOP for a while: nothing is handled, nothing is said."""
@@ -137,6 +195,17 @@ class SimWorker:
         self._hung_until = self._events.clock.now() + seconds
         self._events.after(seconds, self._turn)
 
+    def drain(self) -> None:
+        """SIGTERM: take nothing new, finish, say goodbye, end."""
+        self._is_draining = True
+        self.core.drain()
+        self._turn()
+
+    def kill(self) -> None:
+        """SIGKILL: the process is gone between two events; its sockets close."""
+        self.is_alive = False
+        self._network.kill(self.key)
+
     @property
     def _is_frozen(self) -> bool:
         """The loop does not go on."""
@@ -147,27 +216,53 @@ class SimWorker:
         """The whole process stands still."""
         return self._events.clock.now() < self._frozen_until
 
-    def kill(self) -> None:
-        """SIGKILL: the process is gone between two events; its sockets close."""
-        self.is_alive = False
-        self._network.kill(self.key)
+    @property
+    def turn_age_s(self) -> float:
+        """Since the loop began its last turn."""
+        return self._events.clock.now() - self._turned_at
+
+    def _note_turn(self) -> None:
+        self._turned_at = self._events.clock.now()
+        self._turns.turn()
+
+    @property
+    def is_quiet(self) -> bool:
+        """It does nothing, holds nothing and waits for nothing."""
+        return not (
+            self._inbox
+            or self._is_busy
+            or self._is_frozen
+            or not self.core.is_idle
+            or self.core.has_work()
+            or self.source.active()
+            or self.destination.active()
+            or self.destination.num_early
+        )
 
     # ---- the loop ----
 
     def _turn(self) -> None:
         if self._is_busy or not self.is_alive or self._is_frozen:
             return
-        self._turns.turn()
+        self._note_turn()
+        is_changed = bool(self._inbox)
         while self._inbox:
-            item = self._inbox.pop(0)
-            self._perform(self.core.on_frame(item) if isinstance(item, FromRouter) else self.core.on_link(item))
-        self._perform(self.core.tick())
-        batch, effects = self.core.begin_step()
+            self._perform(self._observer.hears(self, self._inbox.popleft()))
+        try:
+            timed_out = self.core.tick()
+            self._perform(timed_out)
+            batch, effects = self.core.begin_step()
+        except Exception as error:
+            raise broken("I9", self.key, "a timer or the scheduler is fatal", error) from error
+        self._observer.scheduled(self, [entry for _, entry in batch])
         self._perform(effects)
-        self._after_event(self)
+        is_changed = is_changed or bool(timed_out or effects or batch)
+        self._observer.turned(self, has_ticked=True, is_changed=is_changed)
         if batch:
             self._is_busy = True
             self._events.after(self.engine.cost_s([e for _, e in batch]), lambda: self._finish(batch))
+        elif self._is_draining and self.core.is_idle:
+            self._exit()
 
     def _finish(self, batch: list[tuple[RoleCode, ScheduledSeq]]) -> None:
         if not self.is_alive:
@@ -176,21 +271,29 @@ class SimWorker:
             self._events.after(TICK_S, lambda: self._finish(batch))
             return
         self._is_busy = False
-        self._perform(
-            self.core.end_step(batch, self.core.compute(batch, lambda layers: self._on_layers(batch, layers)))
-        )
-        self._after_event(self)
+        try:
+            results = self.core.compute(batch, lambda layers: self._on_layers(batch, layers))
+            effects = self.core.end_step(batch, results)
+        except Exception as error:
+            raise broken("I9", self.key, "a step is fatal", error) from error
+        self._perform(effects)
+        self._observer.turned(self, has_ticked=False, is_changed=True)
         self._turn()
 
     def _on_layers(self, batch: list[tuple[RoleCode, ScheduledSeq]], num_layers: int) -> None:
-        grants = [item for item in self._inbox if isinstance(item, MessageArrived) and isinstance(item.message, Grant)]
-        for item in grants:
-            self._inbox.remove(item)
-            self._perform(self.core.on_grant(item))
+        for item in self.core.take_within_step(batch, self._inbox):
+            self._perform(self._observer.hears(self, item))
         self._perform(self.core.layers_computed(batch, num_layers))
+
+    def _exit(self) -> None:
+        self._say(Goodbye())
+        self.is_alive = False
+        self.mesh.close()
+        self._on_exit(self)
 
     def _perform(self, effects: list[CoreEffect]) -> None:
         for effect in effects:
+            self._observer.performs(self, effect)
             match effect:
                 case Tell(message=message):
                     self._say(message)

@@ -7,56 +7,68 @@ python -m penstock.testing.simulate --seed 42 --trace        the story of one se
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 import time
-import traceback
 from collections import Counter
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
+from pathlib import Path
 
-from .planted import BUGS, planted
-from .scenario import Outcome, draw_scenario, run_scenario
+from .history import HistoryWriter
+from .planted.catalog import BUGS, plant_of
+from .scenario import Outcome
+from .seeds import Failure, run_seed, run_seeds
 
-
-def replay_command(seed: int, bug: str | None = None) -> str:
-    return f"python -m penstock.testing.simulate --seed {seed} --trace" + (f" --bug {bug}" if bug else "")
-
-
-def run_seed(seed: int, *, bug: str | None = None, trace: bool = False) -> Outcome | str:
-    """The outcome of one seed, or what broke, with the line that replays it."""
-    logging.disable(logging.CRITICAL)
-    try:
-        with planted(bug) if bug else nullcontext():
-            return run_scenario(draw_scenario(seed), _tell if trace else None)
-    except Exception as error:  # a crash of the system under test is a finding like any other
-        logging.getLogger(__name__).debug("seed %d", seed, exc_info=True)
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        kind = type(error).__name__
-        place = f"{where.filename.rsplit('/', 1)[-1]}:{where.lineno}"
-        return f"seed {seed}: {kind}: {error} ({place})\n  {replay_command(seed, bug)}"
-    finally:
-        logging.disable(logging.NOTSET)
+PROGRESS_S = 2.0
 
 
 def _tell(line: str) -> None:
     sys.stderr.write(f"{line}\n")
 
 
-def run_seeds(seeds: Iterable[int], *, bug: str | None = None, processes: int = 1) -> tuple[list[Outcome], list[str]]:
-    """(outcomes, failures), in the order of the seeds."""
-    seeds = list(seeds)
-    if processes > 1:
-        with ProcessPoolExecutor(processes) as pool:
-            results = list(pool.map(_run_one, [(seed, bug) for seed in seeds], chunksize=16))
-    else:
-        results = [run_seed(seed, bug=bug) for seed in seeds]
-    return [r for r in results if isinstance(r, Outcome)], [r for r in results if isinstance(r, str)]
+class Tally:
+    """Sums over many outcomes, in constant memory, with a line of progress now and then."""
 
+    def __init__(self, num_seeds: int, quiet: bool) -> None:
+        self._num_seeds, self._quiet = num_seeds, quiet
+        self._start = self._said_at = time.perf_counter()
+        self.outcomes = self.requests = self.errors = self.retries = 0
+        self.preemptions = self.parked = self.unparked = 0
+        self.faults: Counter[str] = Counter()
+        self.failures: list[Failure] = []
 
-def _run_one(job: tuple[int, str | None]) -> Outcome | str:
-    return run_seed(job[0], bug=job[1])
+    def take(self, result: Outcome | Failure) -> None:
+        if isinstance(result, Failure):
+            self.failures.append(result)
+            sys.stdout.write(f"{result}\n")
+        else:
+            self.outcomes += 1
+            self.requests += result.num_requests
+            self.errors += result.num_errors
+            self.retries += result.num_retries
+            self.preemptions += result.num_preemptions
+            self.parked += result.num_parked
+            self.unparked += result.num_unparked
+            self.faults += result.faults
+        now = time.perf_counter()
+        if not self._quiet and now - self._said_at >= PROGRESS_S:
+            self._said_at = now
+            _tell(f"{self.total} of {self._num_seeds} seeds, {len(self.failures)} failed, {self.rate:.0f} seeds/s")
+
+    @property
+    def total(self) -> int:
+        return self.outcomes + len(self.failures)
+
+    @property
+    def rate(self) -> float:
+        return self.total / (time.perf_counter() - self._start)
+
+    def summary(self) -> str:
+        return (
+            f"{self.total} seeds, {len(self.failures)} failed, {self.rate:.1f} seeds/s; {self.requests} requests, "
+            f"{self.errors} clean errors, {self.retries} retries, {self.preemptions} preemptions "
+            f"({self.parked} parked, {self.unparked} unparked), "
+            f"{sum(self.faults.values())} faults of {len(self.faults)} kinds"
+        )
 
 
 def _parse_range(text: str) -> range:
@@ -64,41 +76,35 @@ def _parse_range(text: str) -> range:
     return range(int(first), int(last) if last else int(first) + 1)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """0 when every seed held."""
+def _parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m penstock.testing.simulate", description=__doc__.splitlines()[0])
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--seeds", type=_parse_range, metavar="A..B", help="a range of seeds, B not included")
     which.add_argument("--seed", type=int, help="one seed")
     parser.add_argument("--trace", action="store_true", help="tell what happens, with --seed")
-    parser.add_argument("--bug", choices=sorted(BUGS), help="plant a bug that the invariants must catch")
+    parser.add_argument("--history", type=Path, metavar="FILE", help="write what the clients saw, with --seed")
+    parser.add_argument("--bug", choices=list(BUGS), help="plant a bug that the invariants must catch")
     parser.add_argument("--processes", type=int, default=1, help="how many seeds run side by side (default 1)")
-    args = parser.parse_args(argv)
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 when every seed held."""
+    args = _parse_args(argv)
+    plant = plant_of(args.bug)
     if args.seed is not None:
-        result = run_seed(args.seed, bug=args.bug, trace=args.trace)
+        with open(args.history, "wb") if args.history else nullcontext() as file:
+            history = HistoryWriter(file) if file is not None else None
+            trace = _tell if args.trace else None
+            result = run_seed(args.seed, bug=args.bug, plant=plant, trace=trace, history=history)
         sys.stdout.write(f"{result}\n")
-        return int(isinstance(result, str))
-    start = time.perf_counter()
-    outcomes, failures = run_seeds(args.seeds, bug=args.bug, processes=args.processes)
-    seconds = time.perf_counter() - start
-    for failure in failures:
-        sys.stdout.write(f"{failure}\n")
-    _summarise(outcomes, failures, seconds)
-    return int(bool(failures))
-
-
-def _summarise(outcomes: list[Outcome], failures: list[str], seconds: float) -> None:
-    total = len(outcomes) + len(failures)
-    faults: Counter[str] = sum((o.faults for o in outcomes), Counter())
-    requests, errors = sum(o.num_requests for o in outcomes), sum(o.num_errors for o in outcomes)
-    retries, preemptions = sum(o.num_retries for o in outcomes), sum(o.num_preemptions for o in outcomes)
-    parked, unparked = sum(o.num_parked for o in outcomes), sum(o.num_unparked for o in outcomes)
-    sys.stdout.write(
-        f"{total} seeds, {len(failures)} failed, {total / seconds:.1f} seeds/s; {requests} requests, "
-        f"{errors} clean errors, {retries} retries, "
-        f"{preemptions} preemptions ({parked} parked, {unparked} unparked), "
-        f"{sum(faults.values())} faults of {len(faults)} kinds\n"
-    )
+        return int(isinstance(result, Failure))
+    tally = Tally(len(args.seeds), args.quiet)
+    for result in run_seeds(args.seeds, bug=args.bug, plant=plant, processes=args.processes):
+        tally.take(result)
+    sys.stdout.write(f"{tally.summary()}\n")
+    return int(bool(tally.failures))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 Rounding is to the nearest, ties to even; what is beyond the largest number of the wire or of the target's cache
 becomes the largest, so finite numbers stay finite, and a NaN stays one. Where types are equal, bits are copied. An
 8-bit format divides each head of K and of V in each block by its own scale: its largest magnitude over the format's
-largest number. A head of zeros has scale 0. A head with an infinity or a NaN has scale NaN and decodes as NaN
-throughout: such a cache is broken, and must not look sound.
+largest number. A head of zeros has scale 0 (one that stays below 1e-42 may, too). A head with an infinity or a NaN
+has scale NaN and decodes as NaN throughout: such a cache is broken, and must not look sound.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from .formats import is_scaled, wire_layer_bytes
 
 _FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _EIGHT_BITS = {"fp8_e4m3": (torch.float8_e4m3fn, 448.0), "int8": (torch.int8, 127.0)}  # type, largest number
-# The smallest normal float32. Below, a scale would lose its precision; with it, what is lost is below 1e-38.
-_SMALLEST_SCALE = 2.0**-126
 
 
 def encode(kv: torch.Tensor, out: torch.Tensor, wire_dtype: str) -> None:
@@ -87,8 +85,7 @@ def _saturated(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _scales(values: torch.Tensor, largest: float) -> torch.Tensor:
     """[n, 2, num_kv_heads] of float32 values [n, 2, block_size, num_kv_heads, head_dim]."""
     highest = values.abs().amax(dim=(2, 4))
-    scale = torch.where(highest > 0, (highest / largest).clamp_(min=_SMALLEST_SCALE), 0.0)
-    return torch.where(highest.isfinite(), scale, torch.nan)
+    return torch.where(highest.isfinite(), highest / largest, torch.nan)
 
 
 def _quotients(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, largest: float) -> torch.Tensor:

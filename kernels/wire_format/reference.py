@@ -7,7 +7,6 @@ import torch
 from .formats import is_scaled
 
 _FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_SMALLEST_SCALE = 2.0**-126
 
 
 def encode(kv: torch.Tensor, wire_dtype: str) -> torch.Tensor:
@@ -36,11 +35,13 @@ def _decode_block(row: torch.Tensor, shape: torch.Size, dtype: torch.dtype, wire
     if not is_scaled(wire_dtype):
         return saturated(row.view(_FLOATS[wire_dtype]).view(shape), dtype)
     codes, scales = row[: shape.numel()].view(shape), row[shape.numel() :].clone().view(torch.float32)
-    out = torch.empty(shape, dtype=dtype)
+    out, largest = torch.empty(shape, dtype=dtype), torch.finfo(dtype).max
     for part in range(2):
         for head in range(shape[2]):
             scale = scales[part * shape[2] + head]
-            out[part, :, head] = saturated(_numbers(wire_dtype)[codes[part, :, head].long()] * scale, dtype)
+            # The largest float32 times its own rounded scale may be infinite.
+            values = _numbers(wire_dtype)[codes[part, :, head].long()] * scale
+            out[part, :, head] = values.clamp(-largest, largest).to(dtype)
     return out
 
 
@@ -66,8 +67,7 @@ def _scale(values: torch.Tensor, wire_dtype: str) -> float:
     largest = values.abs().max()
     if not torch.isfinite(largest):
         return float("nan")
-    scale = float(largest / (127 if wire_dtype == "int8" else 448))
-    return max(scale, _SMALLEST_SCALE) if largest > 0 else 0.0
+    return float(largest / (127 if wire_dtype == "int8" else 448))
 
 
 def _codes(values: torch.Tensor, scale: torch.Tensor, wire_dtype: str) -> torch.Tensor:

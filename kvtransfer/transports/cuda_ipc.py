@@ -84,7 +84,8 @@ class CudaIpcBulk(Bulk):
         self._driver, self._base = driver, base
         self._mine: torch.Tensor | None = flat_bytes(memory)
         self._theirs: torch.Tensor | None = device_bytes(base + offer.offset, offer.nbytes, driver.device)
-        self._stream = torch.cuda.Stream(driver.device)
+        cuda: Any = torch.cuda  # its classes have no types
+        self._stream = cuda.Stream(driver.device)
         self._stopped = threading.Event()
 
     def send(self, spans: Sequence[Span]) -> None:
@@ -97,6 +98,7 @@ class CudaIpcBulk(Bulk):
     def receive(self, source: Sequence[Span], target: Sequence[Span], wanted: Callable[[], bool]) -> None:
         import torch
 
+        cuda: Any = torch.cuda
         mine, theirs = self._mine, self._theirs
         if mine is None or theirs is None:
             raise TransferFailed("the link is over")
@@ -107,9 +109,9 @@ class CudaIpcBulk(Bulk):
                 raise TransferFailed("the link is over")
             if not wanted():
                 break
-            with library_errors("cuda_ipc: copying"), torch.cuda.stream(self._stream):
+            with library_errors("cuda_ipc: copying"), cuda.stream(self._stream):
                 mine[stop : stop + nbytes].copy_(theirs[start : start + nbytes], non_blocking=True)
-                copied = torch.cuda.Event()
+                copied = cuda.Event()
                 copied.record(self._stream)
                 copied.synchronize()
 

@@ -76,16 +76,15 @@ class ProcessGroupTransport(Transport):
         self._store = None
 
     def _make_group(self, store: Any, facts: LinkFacts) -> Any:
-        import torch.distributed as dist
-
+        dist = _distributed()
         shared = dist.PrefixStore(facts.session.hex(), store)
-        rank, patience = (1 if facts.is_dialer else 0), timedelta(seconds=facts.timeout_s)
+        number, patience = (1 if facts.is_dialer else 0), timedelta(seconds=facts.timeout_s)
         if self.name == "nccl":
-            return dist.ProcessGroupNCCL(shared, rank, 2, timeout=patience)
+            return dist.ProcessGroupNCCL(shared, number, 2, timeout=patience)
         options: Any = dist.ProcessGroupGloo._Options()
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._host)]
         options._timeout = patience
-        return dist.ProcessGroupGloo(shared, rank, 2, options)
+        return dist.ProcessGroupGloo(shared, number, 2, options)
 
 
 class ProcessGroupBulk(Bulk):
@@ -167,7 +166,7 @@ class ProcessGroupBulk(Bulk):
             if len(piece) == 1:
                 self._settle(self._receive(self._view(piece[0])))
                 return
-            buffer = self._buffer(total_bytes(piece))
+            buffer: Any = self._buffer(total_bytes(piece))
             self._settle(self._receive(buffer))
             for span, part in zip(piece, buffer.split([span.nbytes for span in piece]), strict=True):
                 self._view(span).copy_(part)
@@ -250,8 +249,7 @@ def _require_backend(name: str, memory: KVMemory) -> None:
 
 def _open_store(host: str) -> tuple[Any, int]:
     """A store that listens on `host` alone: left to itself it listens on all addresses."""
-    import torch.distributed as dist
-
+    dist = _distributed()
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as listener:
         listener.bind((host, 0))
@@ -265,7 +263,12 @@ def _open_store(host: str) -> tuple[Any, int]:
 
 
 def _dial_store(offer: StoreOffer, facts: LinkFacts) -> Any:
-    import torch.distributed as dist
-
     patience = timedelta(seconds=facts.timeout_s)
-    return dist.TCPStore(offer.host, offer.port, None, False, patience, wait_for_workers=False)
+    return _distributed().TCPStore(offer.host, offer.port, None, False, patience, wait_for_workers=False)
+
+
+def _distributed() -> Any:
+    """`torch.distributed`, which has more than its types say."""
+    import torch.distributed
+
+    return torch.distributed

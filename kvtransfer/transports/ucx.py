@@ -1,9 +1,9 @@
 """UCX through ucxx: tagged messages between two workers, in pieces that both ends cut alike.
 
-    open      start a UCX worker on a thread of its own; its address is the offer
-    connect   an endpoint to the peer's address, and a few bytes each way, so that a link is up only if it works
-    send      a message for each piece; above 8 KiB UCX moves it only when the peer has asked for it, so nothing piles up
-    stop      abort the endpoint: what is posted fails
+open      start a UCX worker on a thread of its own; its address is the offer
+connect   an endpoint to the peer's address, and a few bytes each way, so that a link is up only if it works
+send      a message for each piece; above 8 KiB UCX moves it only when the peer has asked for it, so nothing piles up
+stop      abort the endpoint: what is posted fails
 """
 
 from __future__ import annotations

@@ -42,6 +42,15 @@ def test_options_reach_their_fields() -> None:
     assert (topology.router.policy, topology.transfer.transport, topology.log_level) == ("round-robin", "tcp", "debug")
 
 
+def test_one_pool_reaches_its_field_and_the_file_may_set_it(tmp_path: Path) -> None:
+    assert topology_of("--one-pool").transfer.one_pool
+    file = tmp_path / "t.yaml"
+    file.write_text("transfer: {one_pool: true}\n")
+    assert topology_of("--topology", str(file)).transfer.one_pool
+    with pytest.raises(ConfigError, match=r"transfer\.one_pool: transport is tcp"):
+        topology_of("--topology", str(file), "--transport", "tcp")
+
+
 def test_options_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
     file = tmp_path / "t.yaml"
     file.write_text(

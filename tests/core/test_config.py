@@ -186,3 +186,23 @@ def test_key_file_that_is_absent_is_refused(tmp_path: Path) -> None:
 )
 def test_served_name_is_the_last_part_of_the_source(source: str, name: str) -> None:
     assert ModelConfig(source).served_name == name
+
+
+def test_one_pool_is_off_by_default_and_needs_something_to_hand_over_within_it() -> None:
+    assert not Topology().transfer.one_pool
+    for transport in ("auto", "shm"):
+        assert parse_topology({"transfer": {"one_pool": True, "transport": transport}}).transfer.one_pool
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"transfer": {"one_pool": True, "transport": "tcp"}}, r"transfer\.one_pool: transport is tcp, .* auto or shm"),
+        ({"transfer": {"one_pool": True}, "colocated": True}, r"transfer\.one_pool: nothing is handed over"),
+        ({"transfer": {"one_pool": True}, "prefill": {"replicas": 0}}, r"transfer\.one_pool: nothing is handed over"),
+        ({"transfer": {"one_pool": 1}}, r"transfer\.one_pool: must be true or false"),
+    ],
+)
+def test_one_pool_that_cannot_be_is_refused(data: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_topology(data)

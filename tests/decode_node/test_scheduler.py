@@ -9,8 +9,11 @@ from penstock.decode_node.scheduler import DecodeScheduler
 from penstock.engine.block_pool import BlockPool
 from penstock.engine.sequence import Sequence
 from penstock.kvtransfer.effects import Offered
+from penstock.kvtransfer.incoming import Granting
 from penstock.protocol.sampling import SamplingParams
 from penstock.worker.role import Budget
+
+TICKET = Ticket(b"t" * 16)
 
 
 def sequence(name: str, num_tokens: int, arrival: float, first: int = 1) -> Sequence:
@@ -84,7 +87,7 @@ def test_admission_is_first_come_first_served_over_waiting_and_offers() -> None:
     scheduler.add_waiting([blocker])
     step(scheduler)
     scheduler.add_waiting([big])
-    scheduler.add_offer(Offered(Ticket(b"t" * 16), 4, 1), late)
+    scheduler.add_offer(Offered(TICKET, 4, 1, 4, 1), late)
     assert scheduler.admit_offers() == []
     assert step(scheduler) == ["blocker"]
     scheduler.remove(blocker)
@@ -97,18 +100,21 @@ def test_admit_offers_reuses_what_is_cached_here() -> None:
     scheduler.add_waiting([first])
     step(scheduler)
     again = sequence("again", 12, 1.0)
-    scheduler.add_offer(Offered(Ticket(b"t" * 16), 12, 3), again)
-    [(_, lead, held)] = scheduler.admit_offers()
-    assert (lead is again, held) == (True, 3)
+    scheduler.add_offer(Offered(TICKET, 12, 3, 4, 1), again)
+    [(item, granting)] = scheduler.admit_offers()
+    assert item.lead is again
+    assert granting == Granting(3, 3, 3, tuple(first.block_table[:3]))
     assert again.block_table == first.block_table[:3]
 
 
-@pytest.mark.parametrize(("num_tokens", "num_blocks"), [(11, 3), (12, 4)])
-def test_admit_offers_wrong_size_is_reported_not_granted(num_tokens: int, num_blocks: int) -> None:
-    scheduler = DecodeScheduler(BlockPool(16, 4), max_running=8)
-    scheduler.add_offer(Offered(Ticket(b"t" * 16), num_tokens, num_blocks), sequence("a", 12, 0.0))
-    [(_, _, held)] = scheduler.admit_offers()
-    assert held is None
+@pytest.mark.parametrize(("num_tokens", "num_blocks", "block_size"), [(11, 3, 4), (12, 4, 4), (12, 3, 8)])
+def test_admit_offers_wrong_size_is_reported_not_granted(num_tokens: int, num_blocks: int, block_size: int) -> None:
+    pool = BlockPool(16, 4)
+    scheduler = DecodeScheduler(pool, max_running=8)
+    scheduler.add_offer(Offered(TICKET, num_tokens, num_blocks, block_size, 3), sequence("a", 12, 0.0))
+    [(_, granting)] = scheduler.admit_offers()
+    assert granting is None
+    assert (pool.num_free_blocks, scheduler.receiving) == (16, [])
 
 
 def test_seats_are_bounded_by_max_running() -> None:

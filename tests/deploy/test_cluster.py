@@ -19,6 +19,7 @@ from penstock.deploy.child import child_environment
 from penstock.deploy.cluster import ChildExited, Cluster, News, Stopping
 from penstock.deploy.reports import ClusterReady, Listening, encode_report
 from penstock.deploy.supervisor import ChildSpec, StartFailed
+from penstock.engine.shared_files import SharedFiles
 
 READY = ClusterReady("m", 16, 1, 1)
 FRONT = f"""
@@ -104,3 +105,32 @@ def test_worker_that_dies_before_readiness_fails_the_start(tmp_path: Path, monke
     monkeypatch.setattr(sys.modules[__name__], "FRONT", "import sys; sys.stdin.read()")
     with pytest.raises(StartFailed, match="decode-0 ended during start: exit code 5"):
         run_cluster(tmp_path, monkeypatch, lambda subject, news: None, worker="raise SystemExit(5)")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory files are Linux's")
+def test_one_pool_is_made_with_the_cluster_and_gone_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[SharedFiles | None] = []
+    specs = [child("router", FRONT, is_front=True)]
+
+    def child_specs(topology: Topology, folder: Path, shared: SharedFiles | None) -> list[ChildSpec]:
+        made.append(shared)
+        return specs
+
+    monkeypatch.setattr(cluster, "child_specs", child_specs)
+
+    async def run(topology: Topology) -> None:
+        def react(news: News) -> None:
+            if isinstance(news, ClusterReady):
+                subject.stop()
+
+        subject = Cluster(topology, tmp_path, Audience(react), MonotonicClock())
+        await subject.run()
+
+    topology = replace(Topology(), runtime_dir=str(tmp_path))
+    asyncio.run(run(topology))
+    asyncio.run(run(replace(topology, transfer=replace(topology.transfer, one_pool=True))))
+    assert made[0] is None
+    assert isinstance(made[1], SharedFiles)
+    for fd in made[1].fds:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)

@@ -23,6 +23,7 @@ from penstock.deploy.reports import (
     exited_line,
     parse_exited,
 )
+from penstock.engine.shared_files import ENVIRONMENT, SharedFiles, inherited_fds
 
 
 def test_each_process_gets_its_command_and_the_topology_file() -> None:
@@ -52,6 +53,19 @@ def test_threads_go_into_the_environment_of_each_worker() -> None:
     assert "OMP_NUM_THREADS" not in router.env
     assert prefill.env["OMP_NUM_THREADS"] == str(available_cores())
     assert decode.env["OMP_NUM_THREADS"] == "3"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory files are Linux's")
+def test_workers_inherit_the_shared_files_and_the_router_does_not() -> None:
+    shared = SharedFiles()
+    router, *workers = child_specs(Topology(), Path("/run/p"), {}, shared)
+    assert router.inherited == ()
+    assert ENVIRONMENT not in router.env
+    for worker in workers:
+        assert worker.inherited == shared.fds
+        assert inherited_fds(worker.env) == shared.fds
+    shared.close()
+    assert all(spec.inherited == () for spec in child_specs(Topology(), Path("/run/p"), {}))
 
 
 @pytest.mark.parametrize(("total", "each"), [(1, 1), (2, 1), (5, 2), (8, 4)])

@@ -15,6 +15,7 @@ import pytest
 from penstock.core.clock import MonotonicClock
 from penstock.deploy.child import child_environment
 from penstock.deploy.supervisor import ChildSpec, StartFailed, Supervisor
+from penstock.engine.shared_files import SharedFiles
 
 FOREVER = "import signal; signal.pause()"
 STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); signal.pause()"
@@ -190,6 +191,39 @@ def ends_soon(pid: int) -> bool:
         return bool(select.select([descriptor], [], [], 20)[0])
     finally:
         os.close(descriptor)
+
+
+SHARER = """
+import mmap, os, signal
+blocks, ledger = map(int, os.environ['PENSTOCK_SHARED_POOL'].split(','))
+if os.fstat(blocks).st_size == 0:
+    os.ftruncate(blocks, 4096)
+memory = mmap.mmap(blocks, 4096)
+memory[0] += 1
+print('life', memory[0], flush=True)
+signal.pause()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory files are Linux's")
+def test_shared_files_outlive_a_killed_child_and_go_with_the_supervisors_end() -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    shared = SharedFiles()
+    env = child_environment(os.environ, shared.environment())
+    sharer = ChildSpec("router", (sys.executable, "-S", "-c", SHARER), env, is_front=True, inherited=shared.fds)
+
+    async def scenario(supervisor: Supervisor, recorder: Recorder) -> None:
+        await recorder.until(lambda: "life 1" in recorder.lines)
+        supervisor.mark_started()
+        os.kill(supervisor.pids()["router"], signal.SIGKILL)
+        await recorder.until(lambda: "life 2" in recorder.lines)
+        supervisor.stop()
+        supervisor.stop()
+
+    supervise([sharer], scenario)
+    assert os.pread(shared.fds[0], 1, 0) == b"\x02"
+    shared.close()
+    assert set(os.listdir("/proc/self/fd")) <= before
 
 
 SUPERVISOR_PROGRAM = """

@@ -187,7 +187,7 @@ def _wait_for(condition: Any, timeout_s: float = 60.0) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("options", [("--transport", "tcp"), ("--colocated",)], ids=["tcp", "colocated"])
+@pytest.mark.parametrize("options", [("--transport", "tcp"), ("--one-pool",), ("--colocated",)], ids=lambda o: o[-1])
 def test_other_shapes_answer_the_same_and_leave_nothing_behind(
     cluster: Serving, options: tuple[str, ...], chats: list[list[int]]
 ) -> None:
@@ -196,7 +196,7 @@ def test_other_shapes_answer_the_same_and_leave_nothing_behind(
     with serving("--dtype", "float32", "--kv-cache-mib", "256", *options) as other:
         assert other.post("/v1/completions", body)["choices"][0]["text"] == expected
         links = {t for row in other.workers().values() for t in row["transports"].values()}
-        assert links == ({"tcp"} if "tcp" in options else set())
+        assert links == (set() if "--colocated" in options else {"tcp"} if "tcp" in options else {"shm"})
         pids = [row["pid"] for row in other.workers().values()]
         folders = set(Path("/tmp").glob("penstock-*")) | set(Path("/dev/shm").glob("*penstock*"))
         stop(other.process)

@@ -12,7 +12,7 @@ import pytest
 
 from penstock.core.errors import ConfigError, InternalError
 from penstock.core.ids import BlockId
-from penstock.engine.kv_memory import KVMemory
+from penstock.engine.kv_memory import KVMemory, fix_size
 from penstock.engine.ledger import MAX_OWNERS, MAX_TAG, Entry, Ledger, ledger_bytes, tag_of
 from penstock.engine.shared_files import ENVIRONMENT, SharedFiles, inherited_fds
 from penstock.engine.shared_pool import SharedPool
@@ -164,7 +164,8 @@ def test_number_in_use_is_refused_until_its_holder_has_gone() -> None:
 @needs_linux
 def test_killed_worker_leaves_its_number_to_the_next() -> None:
     files = SharedFiles()
-    words = f"from {__name__} import *; SharedPool({files.fds}, 1, SHARES).ledger.give(ids(1), 1, 2); os.kill(os.getpid(), 9)"
+    give = f"SharedPool({files.fds}, 1, SHARES).ledger.give(ids(1), 1, 2)"
+    words = f"from {__name__} import *; {give}; os.kill(os.getpid(), 9)"
     child = subprocess.run([sys.executable, "-c", words], pass_fds=files.fds, check=False)
     assert child.returncode == -9
     pool = SharedPool(files.fds, 1, SHARES)
@@ -194,6 +195,28 @@ def test_files_keep_the_size_they_were_first_given() -> None:
     with pytest.raises(PermissionError):
         os.ftruncate(files.fds[0], 1)
     pool.close()
+    files.close()
+
+
+@needs_linux
+@pytest.mark.parametrize(("other", "fits"), [(64, True), (96, False)])
+def test_of_two_that_size_a_file_at_once_the_first_wins(
+    other: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, truncate = SharedFiles(), os.ftruncate
+
+    def overtaken(fd: int, nbytes: int) -> None:
+        monkeypatch.setattr(os, "ftruncate", truncate)
+        fix_size(fd, other, "the file")
+        truncate(fd, nbytes)
+
+    monkeypatch.setattr(os, "ftruncate", overtaken)
+    if fits:
+        fix_size(files.fds[0], 64, "the file")
+    else:
+        with pytest.raises(ConfigError, match="the file has 96 bytes, this worker needs 64"):
+            fix_size(files.fds[0], 64, "the file")
+    assert os.fstat(files.fds[0]).st_size == other
     files.close()
 
 

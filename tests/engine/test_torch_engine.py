@@ -114,6 +114,26 @@ def test_blocks_copied_to_another_engine_continue_the_sequence(decoder: Decoder)
     assert seq.output_ids == generate(make_engine(decoder), [18])[0]
 
 
+def test_engine_on_the_memory_of_another_continues_its_sequence_where_it_lies(decoder: Decoder) -> None:
+    source = make_engine(decoder)
+    destination = TorchEngine(
+        decoder,
+        model_name="tiny",
+        identity="abc",
+        num_blocks=12,
+        block_size=BLOCK_SIZE,
+        make_memory=lambda num_blocks, num_layers, nbytes: source.memory,
+    )
+    assert (destination.spec.num_blocks, destination.spec.max_sequence_tokens) == (12, 12 * BLOCK_SIZE)
+    stepper = Stepper(NUM_BLOCKS, BLOCK_SIZE)
+    seq = stepper.add(prompt(18))
+    entries = [stepper.schedule(seq)]
+    stepper.commit(entries, source.execute(entries))
+    assert max(seq.block_table) >= 12, "block ids are those of the whole memory"
+    stepper.generate(destination, [seq], 8)
+    assert seq.output_ids == generate(make_engine(decoder), [18])[0]
+
+
 def test_several_choices_share_one_prefill(decoder: Decoder) -> None:
     engine, stepper = make_engine(decoder), Stepper(NUM_BLOCKS, BLOCK_SIZE)
     params = SamplingParams(n=3, seed=5, temperature=2.0, logprobs=1)
@@ -215,8 +235,8 @@ def test_load_refuses_what_cannot_work(tmp_path: Path) -> None:
         TorchEngine.load(path, model_name="tiny", kv_bytes=1000)
     with pytest.raises(ConfigError, match="max_model_len: 513 is beyond the model's window of 512"):
         TorchEngine.load(path, model_name="tiny", max_model_len=513)
-    with pytest.raises(ConfigError, match=r"model\.dtype: 'float16' is not one of auto, float32, bfloat16"):
-        TorchEngine.load(path, model_name="tiny", dtype="float16")
+    with pytest.raises(ConfigError, match=r"model\.dtype: 'float8' is not one of auto, float32, bfloat16"):
+        TorchEngine.load(path, model_name="tiny", dtype="float8")
 
 
 def test_auto_type_is_native_bfloat16_or_float32() -> None:

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from penstock.core.errors import ProtocolError
 from penstock.core.ids import BlockId
 from penstock.core.prefix_hash import BlockHash
 from penstock.engine.block_pool import BlockPool
@@ -328,12 +327,3 @@ class World:
         granted = destination.granted.pop(handoff.generation, None) if destination.is_alive else None
         if granted is not None:
             destination.pool.free(granted)
-
-
-def refuses(act: Callable[[], object]) -> bool:
-    """Whether `act` is refused as a peer's fault."""
-    try:
-        act()
-    except ProtocolError:
-        return True
-    return False

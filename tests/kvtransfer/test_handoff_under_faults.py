@@ -1,8 +1,8 @@
 """Both tables against each other over a network that loses, doubles, delays and reorders, with aborts and clock jumps.
 
-Prompts are computed chunk by chunk and layer by layer, with failed steps; grants come in portions, also in the middle of
-a step; links renew as time passes, until a side freezes. Blocks that are free hold poison: a write after the end of a
-hand-off shows as damaged poison, a block sent after its end as a content that is not the ticket's.
+Prompts are computed chunk by chunk and layer by layer, with failed steps; grants come in portions, also in the middle
+of a step; links renew as time passes, until a side freezes. Blocks that are free hold poison: a write after the end of
+a hand-off shows as damaged poison, a block sent after its end as a content that is not the ticket's.
 """
 
 from __future__ import annotations

@@ -155,56 +155,74 @@ def test_hook_that_hears_of_fewer_layers_again_sends_nothing_twice() -> None:
     assert bench.layers(2, 5) == [((0, 1), 4, 1)]
 
 
+class History:
+    """Chunks, grants and failed steps in any order, on one hand-off.
+
+    What may not leave: a layer twice, a block's layers out of order, anything outside the grant or not computed yet, a
+    push above the bound.
+    """
+
+    def __init__(self, seed: int, most: int, least: int) -> None:
+        self.rng, self.most = random.Random(seed), most
+        self.num_blocks = self.rng.randint(1, 10)
+        blocks = [BlockId(n) for n in self.rng.sample(range(99), self.num_blocks)]
+        self.bench = Bench(self.num_blocks, PushSizes(NUM_LAYERS, most, least), blocks)
+        self.sent: Counter[tuple[int, int]] = Counter()
+        self.held, self.granted, self.computed = self.rng.randint(0, self.num_blocks), -1, 0
+        self.num_early = 0  # pushes that left before their chunk's last layer
+
+    def note(self, pieces: list[Piece], stop: int, num_layers: int) -> None:
+        """`stop` blocks are computed below `num_layers`, those before in all."""
+        for ordinals, first, count in pieces:
+            assert len(ordinals) * count <= self.most
+            assert all(self.held <= ordinal < min(self.granted, stop) for ordinal in ordinals)
+            assert first + count <= (num_layers if max(ordinals) >= self.computed else NUM_LAYERS)
+            for ordinal in ordinals:
+                assert all(self.sent[ordinal, layer] == 1 for layer in range(first))
+                self.sent.update((ordinal, layer) for layer in range(first, first + count))
+
+    def maybe_grant(self, stop: int, num_layers: int) -> None:
+        if self.granted < self.num_blocks and self.rng.random() < 0.4:
+            self.grant(self.rng.randint(max(self.granted, self.held), self.num_blocks), stop, num_layers)
+
+    def grant(self, granted: int, stop: int, num_layers: int) -> None:
+        self.granted = granted
+        self.note(self.bench.grant(granted, self.held), stop, num_layers)
+
+    def step(self) -> None:
+        """One chunk; at some layer the step may fail, and is then run again without telling of layers."""
+        stop = self.rng.randint(self.computed, self.num_blocks)
+        fails_at = self.rng.choice([None, self.rng.randint(0, NUM_LAYERS)])
+        self.maybe_grant(self.computed, 0)
+        for layer in range(1, NUM_LAYERS + 1):
+            if layer == fails_at:
+                break
+            self.maybe_grant(stop, layer)
+            pieces = self.bench.layers(stop, layer)
+            self.num_early += len(pieces) if layer < NUM_LAYERS else 0
+            self.note(pieces, stop, layer)
+        if stop > self.computed:
+            self.note(self.bench.ready(stop), stop, NUM_LAYERS)
+            self.computed = stop
+
+    def run(self) -> None:
+        while self.computed < self.num_blocks:
+            self.step()
+        self.grant(self.num_blocks, self.num_blocks, NUM_LAYERS)
+
+
 @pytest.mark.parametrize("most", [1, 2, 4, 7, 1000])
 @pytest.mark.parametrize("least", [1, 3, 12, 1000])
 def test_every_layer_of_every_block_leaves_once_and_in_order_over_random_histories(most: int, least: int) -> None:
-    """Chunks, grants and failed steps in any order. What may not leave: a layer twice, a block out of order within its
-    layers, anything outside the grant or not computed yet, a push above the bound."""
-    by_layers = 0
+    num_early = 0
     for seed in range(60):
-        rng = random.Random(seed)
-        num_blocks = rng.randint(1, 10)
-        bench = Bench(
-            num_blocks, PushSizes(NUM_LAYERS, most, least), [BlockId(n) for n in rng.sample(range(99), num_blocks)]
-        )
-        sent: Counter[tuple[int, int]] = Counter()
-        held, granted, computed = rng.randint(0, num_blocks), -1, 0
-
-        def note(pieces: list[Piece], stop: int, num_layers: int) -> None:
-            """`stop` blocks are computed below `num_layers`, those before in all."""
-            for ordinals, first, count in pieces:
-                assert len(ordinals) * count <= most
-                assert all(held <= ordinal < min(granted, stop) for ordinal in ordinals)
-                assert first + count <= (num_layers if max(ordinals) >= computed else NUM_LAYERS)
-                for ordinal in ordinals:
-                    assert all(sent[ordinal, layer] == 1 for layer in range(first))
-                    sent.update((ordinal, layer) for layer in range(first, first + count))
-
-        def maybe_grant(stop: int, num_layers: int) -> None:
-            nonlocal granted
-            if granted < num_blocks and rng.random() < 0.4:
-                granted = rng.randint(max(granted, held), num_blocks)
-                note(bench.grant(granted, held), stop, num_layers)
-
-        while computed < num_blocks:
-            stop = rng.randint(computed, num_blocks)
-            fails_at = rng.choice([None, rng.randint(0, NUM_LAYERS)])
-            maybe_grant(computed, 0)
-            for layer in range(1, NUM_LAYERS + 1):
-                if layer == fails_at:
-                    break
-                maybe_grant(stop, layer)
-                pieces = bench.layers(stop, layer)
-                by_layers += len(pieces) if layer < NUM_LAYERS else 0
-                note(pieces, stop, layer)
-            if stop > computed:
-                note(bench.ready(stop), stop, NUM_LAYERS)
-                computed = stop
-        granted = num_blocks
-        note(bench.grant(granted, held), num_blocks, NUM_LAYERS)
-        wanted = {(ordinal, layer) for ordinal in range(held, num_blocks) for layer in range(NUM_LAYERS)}
-        assert sent == Counter(wanted), seed
-        assert [done.num_blocks for done in bench.dones] == [num_blocks - held]
-        assert isinstance(bench.effects[-1], SendMessage)
-        assert isinstance(bench.effects[-1].message, Done)
-    assert (by_layers > 0) == (least < 1000)
+        history = History(seed, most, least)
+        history.run()
+        wanted = range(history.held, history.num_blocks)
+        assert history.sent == Counter((ordinal, layer) for ordinal in wanted for layer in range(NUM_LAYERS)), seed
+        assert [done.num_blocks for done in history.bench.dones] == [len(wanted)]
+        last = history.bench.effects[-1]
+        assert isinstance(last, SendMessage)
+        assert isinstance(last.message, Done)
+        num_early += history.num_early
+    assert (num_early > 0) == (least < 1000)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from penstock.core.errors import LayoutMismatch
 from penstock.engine.kv_memory import KVMemory
-from penstock.kvtransfer.layout import BadLayout, CacheLayout, Copy, compatible, plan
+from penstock.kvtransfer.layout import BadLayout, CacheLayout, Copy, Order, compatible, plan
 
 Bytes = npt.NDArray[np.uint8]
 Shards = dict[tuple[int, int], Bytes]  # (shard, ordinal) → the block's bytes
@@ -138,7 +138,9 @@ def moves(draw: st.DrawFn) -> tuple[CacheLayout, CacheLayout, int, range, range]
     layers = sorted(draw(st.tuples(st.integers(0, num_layers), st.integers(0, num_layers))))
     whole = draw(st.booleans())
     source = layout()
-    target = draw(st.sampled_from([source, replace(source, tp=draw(st.sampled_from(degrees))), layout()]))
+    other_order: Order = "head-major" if source.order == "token-major" else "token-major"
+    similar = [source, replace(source, order=other_order), replace(source, tp=draw(st.sampled_from(degrees)))]
+    target = draw(st.sampled_from([*similar, layout(), layout()]))
     if whole:
         return source, target, num_tokens, range(num_tokens), range(num_layers)
     return source, target, num_tokens, range(*tokens), range(*layers)
@@ -198,6 +200,14 @@ def test_wider_target_blocks_take_a_run_for_each_plane() -> None:
     copies = plan(SMALL, replace(SMALL, block_size=8), range(8), range(2))
     assert len(copies) == 2 * 2 * 2  # source blocks, layers, K and V
     assert {copy.nbytes for copy in copies} == {SMALL.plane_bytes}
+
+
+def test_orders_meet_at_the_corners_of_planes() -> None:
+    # The last head of the last token, and the first of the first in the next plane, are neighbours in either order.
+    copies = plan(SMALL, replace(SMALL, order="head-major"), range(4), range(2))
+    units, corners = 2 * 2 * 4 * 4, 2 * 2 - 1
+    assert len(copies) == units - corners
+    assert sorted(copy.nbytes for copy in copies)[-corners - 1 :] == [SMALL.head_bytes] + [2 * SMALL.head_bytes] * 3
 
 
 def test_replicated_source_serves_even_targets_without_crossing() -> None:

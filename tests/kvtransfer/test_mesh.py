@@ -18,7 +18,7 @@ import pytest
 from penstock.core.errors import ConfigError
 from penstock.core.ids import BlockId, SecureIds, WorkerKey, new_ticket
 from penstock.engine.kv_memory import KVMemory
-from penstock.kvtransfer import push_sender
+from penstock.kvtransfer import socket_link
 from penstock.kvtransfer.destination import DestinationTable
 from penstock.kvtransfer.digest import block_digest, combined_digest
 from penstock.kvtransfer.effects import (
@@ -81,16 +81,17 @@ def test_blocks_of_random_bytes_arrive_exactly_and_nothing_else_changes(
 def test_byte_flipped_after_the_digest_is_reported_corrupt(
     cluster: Cluster, transports: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prefill, decode = cluster.pair(transports)
-    victim = bytes(prefill.memory.block(9))
+    victims: list[bytes] = []
 
     def digest_then_flip(block: memoryview) -> bytes:
         digest = block_digest(block)
-        if threading.current_thread().name.startswith("kv-send") and block == victim:
+        if threading.current_thread().name.startswith("kv-send") and block in victims:
             block[100] ^= 1
         return digest
 
-    monkeypatch.setattr(push_sender, "block_digest", digest_then_flip)
+    monkeypatch.setattr(socket_link, "block_digest", digest_then_flip)
+    prefill, decode = cluster.pair(transports)
+    victims.append(bytes(prefill.memory.block(9)))
     ticket = new_ticket(SecureIds())
     accept(decode, prefill, ticket, [0, 1, 2])
     push(prefill, decode, ticket, [8, 9, 10])
@@ -295,7 +296,7 @@ def test_unsafe_settings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="loopback"):
         mesh(runtime_dir=tmp_path, host="0.0.0.0")
     for transports in (("rdma",), ("shm", "rdma"), ()):
-        with pytest.raises(ConfigError, match="transports .* choose from"):
+        with pytest.raises(ConfigError, match="choose from"):
             mesh(runtime_dir=tmp_path, settings=MeshSettings(transports))
     assert list(tmp_path.iterdir()) == []
     memory.close()

@@ -43,7 +43,7 @@ def test_given_blocks_stay_and_others_are_copied(memory: KVMemory, ledger: Ledge
     bulk.receive(spans(0, 1, 3), spans(0, 1, 3), lambda: True)
     assert (bytes(memory.buffer), bulk.copied_bytes) == (before, 0)
     bulk.receive(spans(0, 1, 2, 3), spans(0, 1, 5, 3), lambda: True)
-    assert (memory.block(5), bulk.copied_bytes, bulk.refused) == (before[64:96], 32, 0)
+    assert (bytes(memory.block(5)), bulk.copied_bytes, bulk.refused) == (before[64:96], 32, 0)
     assert bytes(memory.buffer) == before[:160] + before[64:96] + before[192:]
 
 

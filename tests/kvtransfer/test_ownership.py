@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
 
 import pytest
 
@@ -12,7 +13,7 @@ from penstock.core.ids import AttemptKey, BlockId
 from penstock.engine.block_pool import BlockPool
 from penstock.engine.interface import ScheduledSeq
 from penstock.engine.kv_memory import KVMemory
-from penstock.engine.ledger import Entry, Ledger, ledger_bytes
+from penstock.engine.ledger import Ledger, ledger_bytes, tag_of
 from penstock.engine.sequence import Sequence, blocks_for
 from penstock.kvtransfer.bulk import Span
 from penstock.kvtransfer.ownership import Candidates, Ownership, Settled, check_conservation, first_pool, is_given
@@ -218,55 +219,62 @@ def test_without_keeping_prefixes_everything_unshared_goes() -> None:
 # ---- random histories ----
 
 
-def test_random_histories_with_deaths_between_any_two_stores_lose_nothing() -> None:
+def run_worlds(num_seeds: int, make: type[Ownership] = Ownership) -> Counter[str]:
+    """What happened in all of them together."""
     happened: Counter[str] = Counter()
-    for seed in range(200):
-        world = World(seed)
+    for seed in range(num_seeds):
+        world = World(seed, make)
         try:
             world.run(150)
         except BaseException as error:
             error.add_note(f"World({seed}).run(150)")
             raise
         happened += world.happened
+    return happened
+
+
+def test_random_histories_with_deaths_between_any_two_stores_lose_nothing() -> None:
+    happened = run_worlds(200)
     kinds = ("taken", "copied", "shared", "late", "lost", "found", "levelled", "restarted", "given to the dead")
     assert all(happened[kind] > 20 for kind in kinds), happened
     assert happened["killed between two stores"] > 100, happened
 
 
 class KeepsWhatItGave(Ownership):
-    def give(self, block_ids: Iterable[BlockId], to: int, generation: int) -> None:  # type: ignore[override]
-        self._ledger.give(list(block_ids), self._me, to, generation + 1)
+    def give(self, block_ids: SequenceOf[BlockId], to: int, generation: int) -> None:
+        self._ledger.give(block_ids, self._me, to, tag_of(generation))
 
 
 class TakesGiftsTooEarly(Ownership):
-    def settle(self, live: Iterable[int]) -> Settled:
+    def settle(self, live: Iterable[int] | None = None) -> Settled:
         return super().settle([])
 
 
 class ForgetsToPay(Ownership):
-    def take(self, block_ids: Iterable[int], granted: Iterable[BlockId], giver: int, generation: int) -> list[BlockId]:  # type: ignore[override]
-        taken = self._checked(list(block_ids), giver, generation)
+    def take(
+        self, block_ids: SequenceOf[int], granted: SequenceOf[BlockId], giver: int, generation: int
+    ) -> list[BlockId]:
+        taken = self._checked(block_ids, giver, generation)
         self._pool.surrender(granted)
         self._pool.adopt_held(taken)
         return taken
 
-    def settle(self, live: Iterable[int]) -> Settled:
+    def settle(self, live: Iterable[int] | None = None) -> Settled:
         """Looks for gifts with content only."""
-        tags = {generation + 1 for generation in live} | {0}
+        tags = {tag_of(generation) for generation in live or ()} | {0}
         self._pool.adopt([b for b in self._ledger.blocks_of(self._me) if self._is_lost(b, tags)])
         return Settled()
 
 
 class NeverLooks(Ownership):
-    def settle(self, live: Iterable[int]) -> Settled:
+    def settle(self, live: Iterable[int] | None = None) -> Settled:
         return Settled()
 
 
 @pytest.mark.parametrize("planted", [KeepsWhatItGave, TakesGiftsTooEarly, ForgetsToPay, NeverLooks])
 def test_planted_mistake_is_found(planted: type[Ownership]) -> None:
     with pytest.raises((AssertionError, InternalError, ProtocolError)):
-        for seed in range(30):
-            World(seed, planted).run(150)
+        run_worlds(30, planted)
 
 
 def test_conservation_names_a_foreign_block_and_a_lost_one() -> None:
@@ -373,7 +381,3 @@ def test_prefix_that_comes_back_is_copied_within_the_memory_and_decodes_the_same
     assert copied == [0, 4 * memory.block_bytes], "the second time its four full blocks stay at the source"
     assert source.pool.match_prefix(seq.hashes(4)) == seq.block_table[:4]
     memory.close()
-
-
-def test_entry_reads_like_what_it_is() -> None:
-    assert str(Entry(2, 7)) == "Entry(owner=2, tag=7)"

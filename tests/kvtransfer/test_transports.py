@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import socket
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -76,8 +78,7 @@ def test_paired_of_random_spans_moves_every_byte_to_its_place() -> None:
 def _random_spans(rng: random.Random, total: int) -> list[Span]:
     cuts = sorted({0, total, *(rng.randrange(total) for _ in range(rng.randint(0, 5)))})
     return [
-        Span(rng.choice([start, 1000 * at]), stop - start)
-        for at, (start, stop) in enumerate(zip(cuts[:-1], cuts[1:], strict=True))
+        Span(rng.choice([start, 1000 * at]), stop - start) for at, (start, stop) in enumerate(itertools.pairwise(cuts))
     ]
 
 
@@ -129,8 +130,9 @@ def test_exactly_one_side_dials(one: Role, other: Role, expected: bool) -> None:
 class Ends:
     """Both ends of one transport, over two memories with staging behind the blocks."""
 
-    def __init__(self, kind: str) -> None:
-        self.source, self.target = KVMemory(8, 4, 16, 4096), KVMemory(8, 4, 16, 4096)
+    def __init__(self, kind: str, staging_bytes: int = 4096) -> None:
+        self.source, self.target = (KVMemory(8, 4, 16, staging_bytes) for _ in range(2))
+        self._threads: list[threading.Thread] = []
         self.source.region[:] = random.Random(2).randbytes(len(self.source.region))
         if kind == "shm":
             fd = self.source.fileno()
@@ -144,7 +146,14 @@ class Ends:
     sender: Bulk
     receiver: Bulk
 
+    def send_apart(self, spans: list[Span]) -> None:
+        """On a thread of its own, for more bytes than lie in a socket."""
+        self._threads.append(threading.Thread(target=self.sender.send, args=(spans,)))
+        self._threads[-1].start()
+
     def close(self) -> None:
+        for thread in self._threads:
+            thread.join()
         for bulk in (self.sender, self.receiver):
             bulk.stop()
             bulk.close()
@@ -256,7 +265,7 @@ def test_staging_parts_never_overlap_and_all_of_it_can_be_used_over_random_histo
         needed = -(-nbytes // 4096) * 4096
         ranges = sorted((span.offset, span.offset + -(-span.nbytes // 4096) * 4096) for span in taken)
         edges = [(0, 4096), *ranges, (memory.nbytes + memory.staging_bytes, 0)]
-        gaps = [after[0] - before[1] for before, after in zip(edges[:-1], edges[1:], strict=True)]
+        gaps = [after[0] - before[1] for before, after in itertools.pairwise(edges)]
         if max(gaps) < needed:
             with pytest.raises(Unusable):
                 staging.take(nbytes)

@@ -17,7 +17,6 @@ from penstock.kvtransfer.transports.wire import (
     frame,
     read_exact,
     read_frame,
-    receive_exact,
     send_frame,
     send_views,
 )
@@ -111,20 +110,3 @@ def test_views_of_many_sizes_arrive_whole_through_a_small_buffer(
     send_views(left, views)
     thread.join()
     assert found == expected
-
-
-def test_receive_exact_fills_a_view_from_a_blocking_socket_and_says_when_the_stream_ends(
-    pair: tuple[socket.socket, socket.socket],
-) -> None:
-    left, right = pair
-    data = random.Random(5).randbytes(3 << 20)
-    found = bytearray(len(data))
-    thread = threading.Thread(target=send_views, args=(left, [memoryview(data)]))
-    thread.start()
-    receive_exact(right, memoryview(found))
-    thread.join()
-    assert found == data
-    left.sendall(b"abc")
-    left.shutdown(socket.SHUT_WR)
-    with pytest.raises(ConnectionError, match="data connection"):
-        receive_exact(right, memoryview(bytearray(4)))

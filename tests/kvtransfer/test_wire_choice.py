@@ -50,7 +50,7 @@ def test_nothing_is_converted_where_both_caches_hold_the_wire_dtype() -> None:
 @pytest.mark.parametrize(
     ("source", "target", "expected"),
     [
-        ("float32", "float32", ("float32", "bfloat16", "float16", "int8", "fp8_e4m3")),
+        ("float32", "float32", ("float32", "float16", "bfloat16", "int8", "fp8_e4m3")),
         ("bfloat16", "bfloat16", ("bfloat16", "int8", "fp8_e4m3")),
         ("float32", "bfloat16", ("bfloat16", "int8", "fp8_e4m3")),
         ("bfloat16", "float32", ("bfloat16", "int8", "fp8_e4m3")),

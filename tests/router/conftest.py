@@ -63,6 +63,7 @@ class Rig:
 
     key = staticmethod(key_of)
     token_at = staticmethod(token_at)
+    fingerprint = FINGERPRINT
 
     # ---- inputs
 

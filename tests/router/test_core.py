@@ -55,11 +55,11 @@ def test_hello_repeated_is_welcomed_again_and_disturbs_nobody(rig):
 )
 def test_hello_with_other_fingerprint_is_refused_with_the_field_named(rig, field, value):
     rig.join("d0")
-    other = rig.key("d1")
+    other, was = rig.key("d1"), getattr(rig.fingerprint, field)
     rig.hello(other, **{field: value})
     assert rig.sent[other] == []
     (row,) = [row for row in rig.core.status().workers if row.worker_id == "d1"]
-    assert row.state.startswith(f"refused: {field} differs: {value!r} here, {getattr(FINGERPRINT, field)!r} there")
+    assert row.state.startswith(f"refused: {field} differs: {value!r} here, {was!r} there")
 
 
 @pytest.mark.parametrize("changes", [{"dtype": "bfloat16"}, {"block_size": 8}, {"dtype": "float16", "block_size": 32}])

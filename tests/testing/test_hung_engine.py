@@ -17,7 +17,7 @@ def run(victim: str, *, hang_s: float, at_s: float = 0.003, max_step_s: float = 
     """Six requests on 2 + 2 workers; `victim` hangs `at_s` after they came. Until all has long been over."""
     router = RouterConfig(policy="round-robin")
     shape = ClusterShape(num_prefill=2, num_decode=2, num_blocks=64, max_step_s=max_step_s, router=router)
-    cluster = SimCluster(shape, ChaosProfile(), seed=1)
+    cluster = SimCluster(shape, ChaosProfile(by_hand=True), seed=1)
     for i in range(6):
         params = SamplingParams(max_tokens=12, seed=i, ignore_eos=True)
         request = GenerateRequest(f"r{i}", list(range(1, 9 + i)), params, 60.0)

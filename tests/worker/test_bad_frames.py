@@ -7,12 +7,13 @@ import random
 import pytest
 
 from penstock.core.errors import ProtocolError
-from penstock.core.ids import WorkerKey
+from penstock.core.ids import AttemptKey, Ticket, WorkerKey
+from penstock.core.tickets import TicketFacts, prove
 from penstock.decode_node.role import DecodeRole
 from penstock.engine.block_pool import BlockPool
 from penstock.kvtransfer.destination import DestinationTable
 from penstock.kvtransfer.effects import MessageArrived, PeerUp
-from penstock.kvtransfer.source import SourceTable
+from penstock.kvtransfer.source import PushSizes, SourceTable
 from penstock.prefill_node.role import PrefillRole
 from penstock.protocol import codec
 from penstock.protocol.messages import (
@@ -27,18 +28,23 @@ from penstock.protocol.messages import (
     Grant,
     HandoffMessage,
     KvPing,
+    KvProof,
+    KvReady,
     KvRefuse,
+    Measure,
     Offer,
     Output,
     Peer,
     Peers,
     Phases,
     Push,
+    Reached,
     Renew,
     ResetPrefixCache,
     SampledToken,
     StartDecode,
     StartPrefill,
+    Taken,
     ToWorker,
     Welcome,
     pack_ids,
@@ -50,14 +56,22 @@ from penstock.worker.core import CoreEffect, WorkerCore
 from penstock.worker.role import Role, Tell
 
 NUM_FRAMES = 2000
-EPOCH, PEER, TICKET = "a" * 16, WorkerKey("peer", "b" * 16), b"t" * 16
+EPOCH, TICKET = "a" * 16, b"t" * 16
+PEER, ME = WorkerKey("peer", "b" * 16), WorkerKey("w", "0" * 16)
+CLUSTER_KEY = b"k" * 32
 PARAMS = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
 PROMPT = [5, 6, 7, 8, 9]
-START = StartDecode("bad", 1, pack_ids(PROMPT), PARAMS, [ChoiceState(0)], 60.0, TICKET, PEER.worker_id, PEER.epoch)
+PROOFS = {
+    source: prove(CLUSTER_KEY, TicketFacts(Ticket(TICKET), source, other, AttemptKey("bad", 1), pack_ids(PROMPT), 60.0))
+    for source, other in ((PEER, ME), (ME, PEER))
+}
+START = StartDecode(
+    "bad", 1, pack_ids(PROMPT), PARAMS, [ChoiceState(0)], 60.0, TICKET, *PEER, proof=PROOFS[PEER]
+)  # fmt: skip
 COMMANDS: list[ToWorker] = [
     Welcome(),
     Peers([Peer("peer", PEER.epoch, "prefill", "unix:/none")]),
-    StartPrefill("bad", 1, TICKET, pack_ids(PROMPT), PARAMS, PEER.worker_id, PEER.epoch, 60.0),
+    StartPrefill("bad", 1, TICKET, pack_ids(PROMPT), PARAMS, *PEER, 60.0, proof=PROOFS[ME]),
     START,
     Abort("bad", 1),
     Drain(),
@@ -65,10 +79,16 @@ COMMANDS: list[ToWorker] = [
 ]
 HANDOFF: list[HandoffMessage] = [
     KvRefuse("no"),
-    Offer(TICKET, 5, 2),
-    Grant(TICKET, 1, 0),
-    Push(TICKET, 1, 0, 2, [0, 1], [b"d" * 8] * 2, [3, 4]),
-    Done(TICKET, 1, 2, 5, (SampledToken(7),), Phases()),
+    KvProof(b"m" * 16),
+    KvReady("float32"),
+    Offer(TICKET, 5, 2, 4, 1, PROOFS[PEER]),
+    Reached(TICKET, 2),
+    Grant(TICKET, 1, 0, 2),
+    Push(TICKET, 1, 0, 2, [0, 1], b"d" * 16, [3, 4]),
+    Push(TICKET, 1, 0, 2, [0, 1], b"d" * 16, staged=1 << 30),
+    Taken(),
+    Measure(1 << 20),
+    Done(TICKET, 1, 2, 5, (SampledToken(7),), Phases(), b"d" * 16),
     Failed(TICKET, "internal_error", "broken"),
     Ack(TICKET, 1),
     Cancel(TICKET, "cancelled", "gone"),
@@ -100,10 +120,10 @@ class Bench:
     def __init__(self) -> None:
         engine, pool = FakeEngine(num_blocks=256), BlockPool(256, 4)
         roles: list[Role] = [
-            DecodeRole(engine.spec, pool, DestinationTable(5.0)),
-            PrefillRole(engine.spec, pool, SourceTable(5.0, 5.0)),
+            DecodeRole(ME, engine.spec, pool, DestinationTable(5.0), CLUSTER_KEY),
+            PrefillRole(ME, engine.spec, pool, SourceTable(5.0, 5.0, PushSizes(2, 8, 1)), CLUSTER_KEY),
         ]
-        self.core = WorkerCore(WorkerKey("w", "0" * 16), "both", engine, pool, roles, FakeClock())
+        self.core = WorkerCore(ME, "both", engine, pool, roles, FakeClock())
         self.core.on_link(PeerUp(PEER, "test"))
         self.tokens: list[int] = []
         live = StartDecode("live", 1, pack_ids(PROMPT), PARAMS, [ChoiceState(0)], 1e6)
@@ -146,6 +166,7 @@ def test_damaged_commands_change_nothing_for_a_live_request(message: ToWorker) -
 def test_damaged_hand_off_messages_change_nothing_for_a_live_request(message: HandoffMessage) -> None:
     bench, rng, refused = Bench(), random.Random(2), 0
     bench.take(bench.core.on_frame(FromRouter(EPOCH, 2, START)))
+    assert AttemptKey("bad", 1) in bench.core.snapshot().active
     frame = codec.handoff.encode(message)
     for number in range(NUM_FRAMES):
         try:

@@ -37,8 +37,9 @@ class Bench:
     def __init__(self, role: Role = "decode", poison: frozenset[str] = frozenset()) -> None:
         engine = FakeEngine(fails=lambda entry: self.refuses(entry))
         pool = BlockPool(64, 4)
-        roles = [DecodeRole(engine.spec, pool, DestinationTable(5.0))]
-        self.core = WorkerCore(WorkerKey("w", "0" * 16), role, engine, pool, list(roles), FakeClock())
+        me = WorkerKey("w", "0" * 16)
+        roles = [DecodeRole(me, engine.spec, pool, DestinationTable(5.0), b"k" * 32)]
+        self.core = WorkerCore(me, role, engine, pool, list(roles), FakeClock())
         self.poison, self.number = poison, 0
 
     def refuses(self, entry: ScheduledSeq) -> bool:
