@@ -199,7 +199,10 @@ def _real(kinds: Sequence[Kind], moments: Sequence[Moment]) -> Matrix:
         progress(result)
 
     logging.disable(logging.CRITICAL)
-    asyncio.run(run_real(runs, take))
+    try:
+        asyncio.run(run_real(runs, take))
+    finally:
+        logging.disable(logging.NOTSET)
     return matrix
 
 

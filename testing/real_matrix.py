@@ -22,7 +22,8 @@ from .fault_cell import Run, RunFailed, RunResult, make_request
 from .fault_kinds import Kind
 from .fault_moments import Moment
 from .real_cluster import Answered, RealCluster
-from .real_faults import REAL_FAULTS, RealFault
+from .real_fault import RealFault
+from .real_faults import REAL_FAULTS
 from .stub_worker import HOLD_S
 
 NUM_PAIRS = 2
@@ -48,7 +49,7 @@ def plan_real(kinds: Sequence[Kind], moments: Sequence[Moment]) -> list[Run]:
 
 
 async def run_real(runs: Sequence[Run], on_result: Callable[[RunResult], None]) -> None:
-    """Play every run; a cluster that does not come to rest any more is replaced by a new one."""
+    """Play every run; after a failure in a new cluster. Raises RunFailed for one that does not start."""
     waiting = list(runs)
     while waiting:
         async with RealCluster(NUM_PAIRS, random.Random(0)) as cluster:
@@ -128,12 +129,12 @@ class _Play:
             self._ask(request)
             await asyncio.sleep(pause_s)
         if self._run.moment is Moment.BEFORE_ACCEPT:
-            self._strike(*self._any_pair(), time.monotonic())
+            self._strike(self._any_pair(), time.monotonic())
         self._ask(self._request(self._victim_id, PROMPT_TOKENS, OUTPUT_TOKENS))
         await asyncio.sleep(0)  # lets the client submit
         status = self._cluster.router.status()
         if self._run.moment is Moment.QUEUED and status.queued_requests:
-            self._strike(*self._any_pair(), time.monotonic())
+            self._strike(self._any_pair(), time.monotonic())
 
     def _any_pair(self) -> tuple[str, str]:
         number = self._rng.randrange(NUM_PAIRS)
@@ -142,11 +143,11 @@ class _Play:
     def _on_told(self, name: str, facts: dict[str, Any]) -> None:
         if facts.get("request") == self._victim_id and self._fault is None:
             pair: tuple[str, str] = (name, facts["peer"]) if name.startswith("prefill") else (facts["peer"], name)
-            self._strike(*pair, facts["at"])
+            self._strike(pair, facts["at"])
 
-    def _strike(self, prefill: str, decode: str, moment_at: float) -> None:
+    def _strike(self, pair: tuple[str, str], moment_at: float) -> None:
         make, _ = REAL_FAULTS[self._run.kind.name]
-        self._fault = make(self._cluster, Aim(self._run.target, prefill, decode), self._rng)
+        self._fault = make(self._cluster, Aim(self._run.target, *pair), self._rng)
         self._fault.strike()
         self._struck_at = time.monotonic()
         self._late_s = self._struck_at - moment_at
