@@ -106,6 +106,7 @@ class TransferConfig:
     wire_dtype: WireDtypeName = "lossless"  # what travels where cache formats differ; auto may choose 8 bits
     lease_s: float = setting(5.0, 0.5, 600)
     one_pool: bool = False  # all workers keep their blocks in one memory of the supervisor's (`engine.shared_pool`)
+    keep_prefix: bool = True  # with one_pool: copy, not give, what prefill's prefix cache has shown to need again
     key_file: str | None = None  # 64 hex digits that all processes share; None: made in the runtime folder
 
 
@@ -214,6 +215,11 @@ def _check_one_pool(topology: Topology) -> None:
     if topology.transfer.transport not in ("auto", "shm"):
         raise ConfigError(
             f"transfer.one_pool: transport is {topology.transfer.transport}, and one memory needs auto or shm"
+        )
+    if topology.transfer.wire_dtype not in ("lossless", "auto"):
+        raise ConfigError(
+            f"transfer.one_pool: wire_dtype is {topology.transfer.wire_dtype}, and nothing is converted within one "
+            "memory; set wire_dtype to lossless"
         )
 
 

@@ -16,16 +16,21 @@ from ..engine.block_pool import BlockPool
 from ..engine.interface import Engine
 from ..engine.parking import Parking
 from ..kvtransfer.destination import DestinationTable
+from ..kvtransfer.ownership import Ownership
 from ..worker.launch import launch
 from ..worker.role import Role
 from .role import DecodeRole
 
 
-def make_roles(me: WorkerKey, engine: Engine, pool: BlockPool, topology: Topology) -> list[Role]:
+def make_roles(
+    me: WorkerKey, engine: Engine, pool: BlockPool, topology: Topology, ownership: Ownership | None = None
+) -> list[Role]:
     destination, key = DestinationTable(topology.transfer.lease_s), cluster_key(topology)
     parking = Parking(engine.memory, topology.decode.park_bytes, MonotonicClock())
     seats = topology.decode.max_num_seqs
-    return [DecodeRole(me, engine.spec, pool, destination, key, max_running=seats, parking=parking)]
+    return [
+        DecodeRole(me, engine.spec, pool, destination, key, max_running=seats, parking=parking, ownership=ownership)
+    ]
 
 
 def main(topology: Topology, name: str) -> int:

@@ -14,15 +14,15 @@ def local_phases(seq: Sequence, now: float) -> Phases:
     return Phases(queue_s=started - seq.arrival, prefill_s=now - started, cached_tokens=seq.num_cached_tokens)
 
 
-def received_phases(seq: Sequence, done: Done, block_bytes: int, now: float) -> Phases:
+def received_phases(seq: Sequence, done: Done, block_bytes: int, now: float, num_given: int = 0) -> Phases:
     """The prompt was prefilled elsewhere. Both sides start their clocks with the same dispatch, so what prefill does
-    not account for is the hand-off: offer, grant, bytes, verification.
+    not account for is the hand-off: offer, grant, bytes, verification. The bytes of `num_given` blocks have not moved.
     """
     transfer_s = max(0.0, now - seq.arrival - done.phases.queue_s - done.phases.prefill_s)
     return msgspec.structs.replace(
         done.phases,
         transfer_s=transfer_s,
         transferred_blocks=done.num_blocks,
-        transferred_bytes=done.num_blocks * block_bytes,
+        transferred_bytes=(done.num_blocks - num_given) * block_bytes,
         cached_tokens=max(done.phases.cached_tokens, seq.num_cached_tokens),
     )

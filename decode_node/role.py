@@ -43,6 +43,7 @@ from ..kvtransfer.effects import (
     Revoke,
     Revoked,
 )
+from ..kvtransfer.ownership import Ownership
 from ..protocol.messages import (
     Abort,
     AttemptFailed,
@@ -72,7 +73,8 @@ FINAL_CODES = frozenset({"bad_request", "cancelled", "deadline_exceeded"})  # an
 class DecodeRole:
     """Continuous batching over received and locally prefilled sequences.
 
-    `me` and `cluster_key`: tickets for other workers, or made without the key, are refused.
+    `me` and `cluster_key`: tickets for other workers, or made without the key, are refused. `ownership`: takes blocks
+    that peers give which keep theirs in the same memory.
     """
 
     hands_off = False
@@ -87,9 +89,13 @@ class DecodeRole:
         max_running: int = 64,
         max_waiting: int = 1024,
         parking: ParkingSpace | None = None,
+        ownership: Ownership | None = None,
     ) -> None:
         self._me, self._cluster_key = me, cluster_key
         self._spec, self._pool, self._destination, self._max_waiting = spec, pool, destination, max_waiting
+        self._ownership = ownership
+        if ownership is not None:
+            ownership.live = destination.live_generations
         self._preemption = Preemption(pool, parking)
         self._scheduler = DecodeScheduler(pool, max_running, self._preemption)
         self._step_began = 0.0
@@ -196,9 +202,10 @@ class DecodeRole:
                     self._scheduler.incoming.revoke(ticket)
                     self._effects.append(effect)
                 case Received():
-                    self._received(self._by_ticket.pop(effect.ticket), effect.done, now)
+                    self._received(self._by_ticket.pop(effect.ticket), effect, now)
                 case ReceiveFailed():
                     self._receive_failed(effect, now)
+                    self._settle()
                 case _:
                     self._effects.append(effect)
         self._grant_offers(now)
@@ -215,22 +222,43 @@ class DecodeRole:
     def layers_computed(self, entries: list[ScheduledSeq], num_layers: int, now: float) -> None:
         """Nothing leaves from here."""
 
-    def _received(self, group: Group, done: Done, now: float) -> None:
-        lead = group.lead
+    def _received(self, group: Group, effect: Received, now: float) -> None:
+        lead, done = group.lead, effect.done
         self._scheduler.end_receiving(lead)
         self._received_blocks += done.num_blocks
-        if group.state is GroupState.ENDED or len(done.first_tokens) != len(lead.choices):
+        objection = self._take_over(group, effect)
+        if not objection and len(done.first_tokens) != len(lead.choices):
+            objection = f"prefill sent {len(done.first_tokens)} first tokens for {len(lead.choices)} choices"
+        if group.state is GroupState.ENDED or objection:
             release(lead, self._pool)
             if group.state is not GroupState.ENDED:
-                message = f"prefill sent {len(done.first_tokens)} first tokens for {len(lead.choices)} choices"
-                self._end(group, "protocol_error", message, now)
+                self._end(group, "protocol_error", objection, now)
             return
         group.move(GroupState.LIVE)
         lead.num_computed_tokens = lead.num_tokens
         self._preemption.note_handoff(lead.num_tokens, done.phases, now)
         self._scheduler.join(lead)
-        group.phases = received_phases(lead, done, self._pool.block_size * self._spec.bytes_per_token, now)
+        block_bytes = self._pool.block_size * self._spec.bytes_per_token
+        group.phases = received_phases(lead, done, block_bytes, now, len(effect.given))
         self._first_tokens(group, done.first_tokens)
+
+    def _take_over(self, group: Group, effect: Received) -> str:
+        """Blocks that prefill has given stand in for those granted, which are its own before it reads the Ack.
+
+        Returns what is wrong with them; then none is taken.
+        """
+        if not effect.given or self._ownership is None or group.source is None:
+            return ""
+        source, generation = group.source.worker_id, effect.done.generation
+        try:
+            self._ownership.take_over(group.lead.block_table, effect.given, source, generation)
+        except ProtocolError as error:
+            return str(error)
+        return ""
+
+    def _settle(self) -> None:
+        if self._ownership is not None:
+            self._ownership.settle()
 
     def _receive_failed(self, effect: ReceiveFailed, now: float) -> None:
         group = self._by_ticket.pop(effect.ticket)
@@ -324,6 +352,7 @@ class DecodeRole:
     def tick(self, now: float) -> None:
         self._expire(now)
         self._take(self._destination.tick(now), now)
+        self._settle()
 
     def abort_all(self, now: float) -> None:
         for group in list(self._groups.values()):
@@ -348,6 +377,7 @@ class DecodeRole:
 
     def load(self) -> WorkerLoad:
         scheduler = self._scheduler
+        given = self._ownership.num_taken if self._ownership is not None else 0
         return WorkerLoad(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting) + len(scheduler.offers),
@@ -361,7 +391,8 @@ class DecodeRole:
             prefix_hit_tokens=scheduler.hit_tokens,
             prefix_query_tokens=scheduler.queried_tokens,
             transferred_blocks=self._received_blocks,
-            transferred_bytes=self._received_blocks * self._pool.block_size * self._spec.bytes_per_token,
+            transferred_bytes=(self._received_blocks - given) * self._pool.block_size * self._spec.bytes_per_token,
+            given_blocks=given,
             failed_handoffs=self._failed_handoffs,
             stale_messages=self._stale + self._destination.stale,
         )

@@ -10,13 +10,17 @@ from ..core.ids import WorkerKey
 from ..decode_node.main import make_roles as decode_roles
 from ..engine.block_pool import BlockPool
 from ..engine.interface import Engine
+from ..kvtransfer.ownership import Ownership
 from ..prefill_node.main import make_roles as prefill_roles
 from ..worker.launch import launch
 from ..worker.role import Role
 
 
-def make_roles(me: WorkerKey, engine: Engine, pool: BlockPool, topology: Topology) -> list[Role]:
-    return [*decode_roles(me, engine, pool, topology), *prefill_roles(me, engine, pool, topology)]
+def make_roles(
+    me: WorkerKey, engine: Engine, pool: BlockPool, topology: Topology, ownership: Ownership | None = None
+) -> list[Role]:
+    decode, prefill = (make(me, engine, pool, topology, ownership) for make in (decode_roles, prefill_roles))
+    return [*decode, *prefill]
 
 
 def main(topology: Topology, name: str) -> int:

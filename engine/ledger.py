@@ -74,6 +74,10 @@ class Ledger:
         """Every block of `owner`, ascending."""
         return [BlockId(int(block_id)) for block_id in np.flatnonzero(self._owners() == owner)]
 
+    def count(self, owner: int) -> int:
+        """Number of blocks of `owner`."""
+        return int(np.count_nonzero(self._owners() == owner))
+
     def counts(self) -> list[int]:
         """Blocks of each owner, owner 1 first."""
         found = np.bincount(self._owners(), minlength=len(self.shares) + 1)

@@ -56,8 +56,9 @@ _WORKER_COUNTERS = {
     ),
     "penstock_worker_prefix_hit_tokens": ("Prompt tokens found in the prefix cache", "prefix_hit_tokens"),
     "penstock_worker_prefix_query_tokens": ("Prompt tokens looked up in the prefix cache", "prefix_query_tokens"),
-    "penstock_worker_transferred_bytes": ("KV bytes handed over", "transferred_bytes"),
+    "penstock_worker_transferred_bytes": ("KV bytes moved in hand-offs", "transferred_bytes"),
     "penstock_worker_transferred_blocks": ("KV blocks handed over", "transferred_blocks"),
+    "penstock_worker_given_blocks": ("KV blocks handed over where they lay", "given_blocks"),
     "penstock_worker_failed_handoffs": ("Hand-offs that failed", "failed_handoffs"),
     "penstock_worker_stale_messages": ("Messages of ended attempts or lost workers, dropped", "stale_messages"),
 }

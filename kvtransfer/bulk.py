@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from ..core.errors import TransferFailed
+from ..core.errors import ProtocolError, TransferFailed
 from ..core.ids import WorkerKey
 
 MAX_OFFER_BYTES = 32 << 10
@@ -24,6 +24,10 @@ MAX_OFFER_BYTES = 32 << 10
 
 class Unusable(TransferFailed):
     """This transport cannot serve here or with this peer; the text says why and what would help."""
+
+
+class NotTheirs(ProtocolError):
+    """The source's bytes of this push are another worker's by now: its hand-off was withdrawn. Others go on."""
 
 
 class Span(NamedTuple):

@@ -152,6 +152,7 @@ class DestinationTable:
             message = f"{len(event.corrupt)} blocks differ from their digest, the first is ordinal {event.corrupt[0]}"
             return self._fail(event.ticket, incoming, ChecksumMismatch.code, message, now)
         incoming.digests.update(zip(event.ordinals, event.digests, strict=True))
+        incoming.given.update(event.given)
         return self._maybe_complete(event.ticket, incoming, now)
 
     def on_revoked(self, event: Revoked, now: float) -> list[DestinationEffect]:
@@ -200,6 +201,10 @@ class DestinationTable:
 
     def active(self) -> list[Ticket]:
         return list(self._incoming)
+
+    def live_generations(self) -> list[int]:
+        """Of every grant that has not ended: what a source gives under it may still be named by a push."""
+        return [item.generation for item in self._incoming.values() if item.granted is not None]
 
     @property
     def num_receiving(self) -> int:
@@ -327,7 +332,8 @@ class DestinationTable:
         if b"".join(incoming.digests[ordinal] for ordinal in ordinals) != done.digests:
             return self._fail(ticket, incoming, ChecksumMismatch.code, "what came is not what Done speaks of", now)
         ack = Ack(ticket=ticket, generation=incoming.generation)
-        return [SendMessage(incoming.peer, ack), *self._end(ticket, incoming, ack, now), Received(ticket, done)]
+        received = Received(ticket, done, incoming.given)
+        return [SendMessage(incoming.peer, ack), *self._end(ticket, incoming, ack, now), received]
 
     def _grant_again(self, now: float) -> list[DestinationEffect]:
         """Where nothing has come for a while: without it both sides would wait for ever."""

@@ -6,7 +6,8 @@ them out on the link to the peer, and what happens there comes back as events.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from ..core.ids import BlockId, Ticket, WorkerKey
 from ..protocol.messages import Done, HandoffMessage
@@ -112,10 +113,14 @@ class Advanced:
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """Every block is here and verified. The blocks are the role's."""
+    """Every block is here and verified. The blocks are the role's.
+
+    `given`: ordinal → block of the source, given under Done's generation, that holds it in place of the granted one.
+    """
 
     ticket: Ticket
     done: Done
+    given: Mapping[int, BlockId] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +166,8 @@ class MessageArrived:
 class BlocksArrived:
     """Destination: these ordinals (all layers) are in their blocks, or `corrupt` ones did not match their digest.
 
-    `digests`: for each of `ordinals` what Done must say of it.
+    `digests`: for each of `ordinals` what Done must say of it. `given`: (ordinal, block) where a block of the source,
+    which it has given to this worker, holds the ordinal in place of the granted one.
     """
 
     peer: WorkerKey
@@ -170,6 +176,7 @@ class BlocksArrived:
     ordinals: tuple[int, ...]
     corrupt: tuple[int, ...] = ()
     digests: tuple[bytes, ...] = ()
+    given: tuple[tuple[int, BlockId], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,12 +27,14 @@ from ..core.errors import ProtocolError, TransferFailed
 from ..core.ids import IdSource, SecureIds, WorkerKey
 from ..protocol.codec import handoff
 from ..protocol.messages import HandoffMessage, KvHello, KvProof, KvReady, KvRefuse, Measure, Peer
-from .bulk import Bulk, LinkFacts
+from .bulk import Bulk, LinkFacts, Unusable
 from .figures import MEASURED_BYTES, NO_FIGURES, LinkFigures, answer_measure, can_measure, measure
 from .identity import Identity, boot_id, region_bytes, same_user
 from .linking import SOURCE_ROLES
 from .session import Session
 from .transports.address import KvAddress
+from .transports.owner import NAME as OWNER
+from .transports.owner import OwnerTransport
 from .transports.shm import MappedPool, ShmBulk
 from .transports.tcp import Rendezvous, TcpBulk, tune
 from .transports.wire import MAX_HELLO_BYTES, Deadline, read_body, read_frame, read_header_and_fd, send_frame
@@ -168,7 +170,8 @@ def _conclude_dialing(link: Established, me: Identity, mine: KvHello, deadline: 
 
         with _stopped_at(deadline, link.bulk):
             link.figures = measure(link.bulk, me.staging, link.hello, ask)
-    link.wire_dtype = negotiate(me.fingerprint, link.hello.fingerprint, me.wire_dtype, link.figures)
+    if link.transport != OWNER:  # there the formats are one, and blocks stay where they are
+        link.wire_dtype = negotiate(me.fingerprint, link.hello.fingerprint, me.wire_dtype, link.figures)
     send_frame(link.control, KvReady(wire_dtype=link.wire_dtype), link.session)
     _expect(link.control, deadline, KvReady, link.session)
 
@@ -219,6 +222,7 @@ def answer(control: socket.socket, me: Identity, rendezvous: Rendezvous, timeout
 _REASONS = {
     "shm": "same host and user, memory mapped over the Unix socket",
     "tcp": "chosen by the peer",
+    OWNER: "both keep their blocks in one memory; a block changes its owner",
 }
 
 
@@ -262,6 +266,8 @@ def _choose(me: Identity, hello: KvHello, control: socket.socket) -> tuple[str, 
             obstacles.append(f"{name} is not allowed, or not reachable, for the peer")
         elif name == "shm" and (obstacle := _shm_obstacle(me, hello, control)):
             obstacles.append(f"no shared memory: {obstacle}")
+        elif name == OWNER and (obstacle := _owner_obstacle(me, hello)):
+            obstacles.append(f"no change of owner: {obstacle}")
         else:
             return name, "; ".join(obstacles) or _REASONS.get(name, "asked for by name")
     return "", f"{list(me.transports)} here, {hello.transports} there; {'; '.join(obstacles)}"
@@ -291,6 +297,19 @@ def _shm_obstacle(me: Identity, hello: KvHello, control: socket.socket) -> str |
         return "not a Unix socket of the same user"
     if me.role in SOURCE_ROLES and me.pool_fd() is None:
         return "this system has no memfd"
+    return None
+
+
+def _owner_obstacle(me: Identity, hello: KvHello) -> str | None:
+    """Why blocks cannot stay where they are on this link; such a link copies, as any other."""
+    transport = me.libraries[OWNER]
+    assert isinstance(transport, OwnerTransport)
+    if not me.fingerprint.is_same_format(hello.fingerprint):
+        return "the cache formats differ"
+    try:
+        transport.peer_number(WorkerKey(hello.worker_id, hello.epoch), hello.offers.get(OWNER, b""))
+    except Unusable as err:
+        return str(err)
     return None
 
 

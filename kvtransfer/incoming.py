@@ -42,6 +42,7 @@ class Incoming:
     generation: int = 0
     granted: Granting | None = None
     digests: dict[int, bytes] = field(default_factory=dict)
+    given: dict[int, BlockId] = field(default_factory=dict)  # ordinal → the source's block that holds it
     said_at: float = 0.0  # the last grant, or the last block after it
     done: Done | None = None
     failure: tuple[str, str] = ("", "")

@@ -31,6 +31,7 @@ from .linking import dials
 from .listener import Listener
 from .socket_link import LinkTimes, SocketLink
 from .staging import StagingArea
+from .transports.owner import OwnerTransport
 from .transports.tcp import Rendezvous
 from .transports.wire import shut
 
@@ -61,7 +62,7 @@ class SocketMesh(Mesh):
     """A `Mesh` over sockets. `on_event` is called from the links' threads and from `perform`: it must only queue.
 
     `settings`: what may carry blocks, and in which form; `times`: when a silent peer is given up.
-    `memory` must outlive `close`.
+    `memory` must outlive `close`. `owner`: the transport of that name, where workers keep their blocks in one memory.
     """
 
     def __init__(
@@ -77,8 +78,9 @@ class SocketMesh(Mesh):
         settings: MeshSettings = DEFAULT_SETTINGS,
         times: LinkTimes = DEFAULT_TIMES,
         host: str = "127.0.0.1",
+        owner: OwnerTransport | None = None,
     ) -> None:
-        libraries = _open_libraries(settings.transports, key, memory)
+        libraries = _open_libraries(settings.transports, key, memory, owner)
         self._me = Identity(
             key,
             role,
@@ -281,15 +283,18 @@ class SocketMesh(Mesh):
             thread.join()
 
 
-def _open_libraries(names: tuple[str, ...], key: WorkerKey, memory: KVMemory) -> dict[str, Transport]:
+def _open_libraries(
+    names: tuple[str, ...], key: WorkerKey, memory: KVMemory, owner: OwnerTransport | None
+) -> dict[str, Transport]:
     """Register the memory with every library that may be asked to move it. Raises ConfigError for one that cannot."""
     from .transports.catalog import LIBRARIES, open_transport
 
-    unknown = [name for name in names if name not in TRANSPORTS and name not in LIBRARIES]
+    ours: dict[str, Transport] = {} if owner is None else {owner.name: owner}
+    unknown = [name for name in names if name not in (*TRANSPORTS, *LIBRARIES, *ours)]
     if unknown or not names:
-        raise ConfigError(f"transports {list(names)}: choose from {[*TRANSPORTS, *LIBRARIES]}")
+        raise ConfigError(f"transports {list(names)}: choose from {[*ours, *TRANSPORTS, *LIBRARIES]}")
     try:
-        return {name: open_transport(name, memory, key) for name in names if name in LIBRARIES}
+        return ours | {name: open_transport(name, memory, key) for name in names if name in LIBRARIES}
     except Unusable as err:
         raise ConfigError(f"transfer.transport: {err}") from err
 

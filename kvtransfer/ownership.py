@@ -17,7 +17,7 @@ Losses leave workers above or below their share; who is above gives free blocks 
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..core.errors import InternalError, ProtocolError
@@ -27,6 +27,7 @@ from ..core.recent import RecentSet
 from ..engine.block_pool import BlockPool
 from ..engine.ledger import Ledger, tag_of
 
+TRANSPORT = "owner"  # a link between two workers that keep their blocks in one memory
 MAX_REMEMBERED = 1 << 16  # hashes of blocks given away: of a gigabyte of cache and more
 
 
@@ -62,13 +63,25 @@ def is_given(ledger: Ledger, block_id: int, me: int, generation: int) -> bool:
 class Ownership:
     """One worker's side of all exchanges, over its own `pool`; on the thread that owns the pool.
 
-    `keep_prefix`: see `choose`. `refused` counts pushes that named blocks which were not given to us.
+    `keep_prefix`: see `choose`. `number_of`: the number of a worker by its id; may raise ProtocolError. `live`: what
+    `settle` leaves alone; the decode role sets it. `refused` counts pushes that named blocks which were not given to
+    us, `num_given` and `num_taken` blocks.
     """
 
-    def __init__(self, ledger: Ledger, pool: BlockPool, me: int, *, keep_prefix: bool = True) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        pool: BlockPool,
+        me: int,
+        *,
+        keep_prefix: bool = True,
+        number_of: Callable[[str], int] | None = None,
+    ) -> None:
         self._ledger, self._pool, self._me, self._keep_prefix = ledger, pool, me, keep_prefix
         self._given_before: RecentSet[BlockHash] = RecentSet(MAX_REMEMBERED)
-        self.refused = 0
+        self._number_of = number_of or _nobody
+        self.live: Callable[[], Iterable[int]] = tuple
+        self.refused = self.num_given = self.num_taken = 0
 
     # ---- source ----
 
@@ -89,6 +102,13 @@ class Ownership:
         """
         self._pool.surrender(block_ids)
         self._ledger.give(block_ids, self._me, to, tag_of(generation))
+        self.num_given += len(block_ids)
+
+    def hand_over(self, candidates: Candidates, peer: str, generation: int) -> set[BlockId]:
+        """Give worker `peer` what may go, under this grant of its; the blocks that are gone. The rest stays."""
+        given = self.choose(candidates)
+        self.give(given, self._number_of(peer), generation)
+        return set(given)
 
     # ---- destination ----
 
@@ -105,18 +125,28 @@ class Ownership:
         self._pool.surrender(granted)
         self._pool.adopt_held(taken)
         self._ledger.give(granted, self._me, giver)
+        self.num_taken += len(taken)
         return taken
+
+    def take_over(self, table: list[BlockId], given: Mapping[int, BlockId], peer: str, generation: int) -> None:
+        """What worker `peer` gave (ordinal → block) stands in `table` for the blocks granted. Raises as `take`."""
+        granted = [table[ordinal] for ordinal in given]
+        taken = self.take(list(given.values()), granted, self._number_of(peer), generation)
+        for ordinal, block_id in zip(given, taken, strict=True):
+            table[ordinal] = block_id
 
     # ---- both ----
 
-    def settle(self, live: Iterable[int]) -> Settled:
+    def settle(self, live: Iterable[int] | None = None) -> Settled:
         """Take as free what is ours and in no pool, and give what is above our share to those below theirs.
 
         `live`: generations of all our grants that have not ended; what was given under them is left for its Push.
         """
-        tags = {tag_of(generation) for generation in live}
-        found = [block_id for block_id in self._ledger.blocks_of(self._me) if self._is_lost(block_id, tags)]
-        self._pool.adopt(found)
+        found: list[BlockId] = []
+        if self._ledger.count(self._me) != self._pool.num_blocks:  # a pool has nothing but its owner's blocks
+            tags = {tag_of(generation) for generation in (self.live() if live is None else live)}
+            found = [block_id for block_id in self._ledger.blocks_of(self._me) if self._is_lost(block_id, tags)]
+            self._pool.adopt(found)
         return Settled(len(found), self._level())
 
     @property
@@ -169,6 +199,10 @@ class Ownership:
                 self._ledger.give(leaving, self._me, owner)
                 left -= num_blocks
         return surplus - left
+
+
+def _nobody(worker_id: str) -> int:
+    raise ProtocolError(f"worker {worker_id} has no number here")
 
 
 def check_conservation(ledger: Ledger, pools: Mapping[int, BlockPool], *, at_rest: bool = False) -> None:

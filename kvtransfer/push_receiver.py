@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from ..core.errors import ProtocolError
 from ..core.ids import BlockId, Ticket, WorkerKey
 from ..engine.kv_memory import KVMemory
 from ..protocol.messages import KvHello, Push, Taken
 from .acceptance import Acceptances, Outcome, check_push, digest_at
-from .bulk import Bulk, Span
+from .bulk import Bulk, NotTheirs, Span
 from .conversion import Decoder
 from .digest import Digest, block_digest
 from .effects import BlocksArrived, Revoked
@@ -19,6 +20,10 @@ from .outbox import Outbox
 from .push_sender import layers_span
 
 logger = logging.getLogger(__name__)
+
+IsGiven = Callable[[int, int], bool]
+Given = Mapping[int, BlockId]  # ordinal → the source's block
+NO_GIFTS: Given = MappingProxyType({})
 
 MAX_QUEUED = 4096  # announced pushes that have not been taken
 _WARM_BYTES = 512 << 10
@@ -37,7 +42,10 @@ class PushReceiver:
         on_event: OnEvent,
         reply: Callable[[Taken], None],
         digest: Digest = block_digest,
+        is_given: IsGiven | None = None,
     ) -> None:
+        """`is_given(block, generation)`: the source has given it to this worker, so its bytes stay where they are."""
+        self._is_given = is_given
         self._peer, self._hello, self._memory, self._bulk, self._decoder = peer, hello, memory, bulk, decoder
         self._on_event, self._reply, self._digest = on_event, reply, digest
         self._announced: Outbox[Push] = Outbox(MAX_QUEUED)
@@ -79,15 +87,21 @@ class PushReceiver:
         if claim is None:
             self._bulk.discard(source)
             return
-        blocks = [BlockId(claim.table[ordinal]) for ordinal in push.ordinals]
+        given = given_blocks(push, self._memory.num_layers, self._is_given)
+        blocks = [given.get(ordinal, claim.table[ordinal]) for ordinal in push.ordinals]
         target = [layers_span(self._memory, block, *layers) for block in blocks]
         corrupt: list[int] = []
         for part in self._parts(len(blocks), target[0].nbytes):
-            self._bulk.receive(source[part], target[part], lambda: self.acceptances.is_wanted(push))
+            try:
+                self._bulk.receive(source[part], target[part], lambda: self.acceptances.is_wanted(push))
+            except NotTheirs as err:
+                logger.info("a push that its source has withdrawn: %s", err)
+                corrupt += push.ordinals[part]
+                continue
             views = [self._memory.block(block, *layers) for block in blocks[part]]
             corrupt += corrupt_ordinals(push, views, self._digest, part.start)
         logger.debug("%s", _arrival(push))
-        self._tell(push, self.acceptances.finish(push), corrupt)
+        self._tell(push, self.acceptances.finish(push), corrupt, given)
 
     def _parts(self, count: int, nbytes: int) -> list[slice]:
         """A stream comes as it was sent; what is read comes in parts that stay in the caches until they are checked."""
@@ -113,11 +127,11 @@ class PushReceiver:
         """Both pools have one format, so a layer has one size."""
         return layers_span(self._memory, BlockId(slot), push.first_layer, push.num_layers)
 
-    def _tell(self, push: Push, outcome: Outcome, corrupt: list[int]) -> None:
+    def _tell(self, push: Push, outcome: Outcome, corrupt: list[int], given: Given = NO_GIFTS) -> None:
         if outcome.revoked:
             self._on_event(Revoked(self._peer, Ticket(push.ticket)))
         elif outcome.arrived or corrupt:
-            self._on_event(arrived_event(self._peer, push, outcome, corrupt))
+            self._on_event(arrived_event(self._peer, push, outcome, corrupt, given))
 
 
 def _arrival(push: Push) -> str:
@@ -130,7 +144,17 @@ def corrupt_ordinals(push: Push, views: list[memoryview], digest: Digest = block
     return [push.ordinals[at] for at, view in enumerate(views, first) if digest(view) != digest_at(push, at)]
 
 
-def arrived_event(peer: WorkerKey, push: Push, outcome: Outcome, corrupt: list[int]) -> BlocksArrived:
+def given_blocks(push: Push, num_layers: int, is_given: IsGiven | None) -> dict[int, BlockId]:
+    """Ordinal → block, of the blocks that this push gives away. A block changes its owner whole, or is copied."""
+    if is_given is None or push.num_layers != num_layers:
+        return {}
+    pairs = zip(push.ordinals, push.source_slots, strict=True)
+    return {ordinal: BlockId(slot) for ordinal, slot in pairs if is_given(slot, push.generation)}
+
+
+def arrived_event(
+    peer: WorkerKey, push: Push, outcome: Outcome, corrupt: list[int], given: Given = NO_GIFTS
+) -> BlocksArrived:
     """What the destination's table hears of a push that was written."""
     good = [at for at, ordinal in enumerate(outcome.arrived) if ordinal not in corrupt]
     return BlocksArrived(
@@ -140,4 +164,5 @@ def arrived_event(peer: WorkerKey, push: Push, outcome: Outcome, corrupt: list[i
         tuple(outcome.arrived[at] for at in good),
         tuple(corrupt),
         tuple(outcome.digests[at] for at in good),
+        tuple((outcome.arrived[at], given[outcome.arrived[at]]) for at in good if outcome.arrived[at] in given),
     )

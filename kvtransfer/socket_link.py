@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 
 from ..core.errors import ProtocolError, TransferFailed
 from ..core.ids import Ticket
@@ -53,11 +54,13 @@ from .linking import DESTINATION_ROLES, SOURCE_ROLES
 from .outbox import Outbox
 from .push_receiver import PushReceiver
 from .push_sender import PushSender
+from .transports.owner import OwnerBulk
 from .transports.wire import Liveness, read_frame, send_frame, shut
 
 logger = logging.getLogger(__name__)
 
 MAX_RENEWED = 65536  # tickets in one Renew
+MAX_RENEWED = 65536  # tickets in one Renew, its bound
 MAX_QUEUED = 16384  # messages waiting for the writer; a peer that lets so many pile up is as good as gone
 
 
@@ -89,7 +92,15 @@ class SocketLink:
         digest = block_digest if me.digests else no_digest
         self._sender = PushSender(me.memory, self._bulk, encoder, self._put, digest)
         self._receiver = PushReceiver(
-            self.peer, established.hello, me.memory, self._bulk, decoder, on_event, self._put, digest
+            self.peer,
+            established.hello,
+            me.memory,
+            self._bulk,
+            decoder,
+            on_event,
+            self._put,
+            digest,
+            self._bulk.is_given if isinstance(self._bulk, OwnerBulk) else None,
         )
         self._lock = threading.Lock()
         self._why = ""
@@ -205,7 +216,8 @@ class SocketLink:
 
     def _tickets(self) -> list[bytes]:
         with self._lock:
-            return [*self._alive][:65536]
+            tickets: list[bytes] = [*islice(self._alive, MAX_RENEWED)]
+            return tickets
 
     def _note_alive(self, ticket: Ticket, is_alive: bool) -> None:
         with self._lock:

@@ -12,16 +12,19 @@ from ..core.config import Topology
 from ..core.ids import WorkerKey
 from ..engine.block_pool import BlockPool
 from ..engine.interface import Engine
+from ..kvtransfer.ownership import Ownership
 from ..kvtransfer.source import PushSizes, SourceTable
 from ..worker.launch import launch
 from ..worker.role import Role
 from .role import PrefillRole
 
 
-def make_roles(me: WorkerKey, engine: Engine, pool: BlockPool, topology: Topology) -> list[Role]:
+def make_roles(
+    me: WorkerKey, engine: Engine, pool: BlockPool, topology: Topology, ownership: Ownership | None = None
+) -> list[Role]:
     spec, lease_s = engine.spec, topology.transfer.lease_s
     source = SourceTable(lease_s, lease_s, PushSizes.of(spec.fingerprint.num_layers, spec.layer_bytes))
-    return [PrefillRole(me, spec, pool, source, cluster_key(topology))]
+    return [PrefillRole(me, spec, pool, source, cluster_key(topology), ownership=ownership)]
 
 
 def main(topology: Topology, name: str) -> int:

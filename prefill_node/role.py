@@ -23,7 +23,9 @@ from ..core.tickets import TicketFacts, is_proven
 from ..engine.block_pool import BlockPool
 from ..engine.interface import EngineSpec, ScheduledSeq
 from ..engine.sequence import Sequence, blocks_for
-from ..kvtransfer.effects import LinkEvent, MessageArrived, PeerLost, PeerUp, SourceEffect, SourceEnded
+from ..kvtransfer.effects import LinkEvent, MessageArrived, PeerLost, PeerUp, SendBlocks, SourceEffect, SourceEnded
+from ..kvtransfer.ownership import TRANSPORT as OWNER
+from ..kvtransfer.ownership import Candidates, Ownership
 from ..kvtransfer.source import HandoffPlan, SourceTable
 from ..protocol.messages import (
     Abort,
@@ -57,7 +59,8 @@ class PrefillTask:
 class PrefillRole:
     """Chunked prefill under a token budget, first come first served, with a hand-off queue behind it.
 
-    `me` and `cluster_key`: tickets for other workers, or made without the key, are refused.
+    `me` and `cluster_key`: tickets for other workers, or made without the key, are refused. `ownership`: gives blocks
+    to peers that keep theirs in the same memory. A gift is for good, so nothing leaves for them before all is computed.
     """
 
     hands_off = True
@@ -70,6 +73,7 @@ class PrefillRole:
         source: SourceTable,
         cluster_key: bytes,
         max_waiting: int = 1024,
+        ownership: Ownership | None = None,
     ) -> None:
         self._me, self._cluster_key = me, cluster_key
         self._spec, self._pool, self._source, self._max_waiting = spec, pool, source, max_waiting
@@ -77,7 +81,8 @@ class PrefillRole:
         self._by_ticket: dict[Ticket, PrefillTask] = {}
         self._waiting: deque[PrefillTask] = deque()
         self._computing: list[PrefillTask] = []
-        self._peers: set[WorkerKey] = set()
+        self._ownership = ownership
+        self._peers: dict[WorkerKey, str] = {}  # linked, by which transport
         self._recent = RecentSet[AttemptKey](4096)
         self._effects: list[Effect] = []
         self._stale = 0
@@ -151,10 +156,10 @@ class PrefillRole:
 
     def on_link(self, event: LinkEvent, now: float) -> None:
         match event:
-            case PeerUp(peer=peer):
-                self._peers.add(peer)
+            case PeerUp(peer=peer, transport=transport):
+                self._peers[peer] = transport
             case PeerLost(peer=peer):
-                self._peers.discard(peer)
+                self._peers.pop(peer, None)
                 self._take(self._source.peer_lost(peer, now))
                 for task in [t for t in self._waiting if t.decode == peer]:
                     self._fail(task, NodeLost.code, f"decode worker {peer} is gone: {event.reason}", now)
@@ -167,8 +172,29 @@ class PrefillRole:
         for effect in effects:
             if isinstance(effect, SourceEnded):
                 self._end(self._by_ticket[effect.ticket], effect.code, effect.message)
-            else:
-                self._effects.append(effect)
+                self._settle()
+                continue
+            if isinstance(effect, SendBlocks):
+                self._give(effect)
+            self._effects.append(effect)
+
+    def _gives_to(self, peer: WorkerKey) -> bool:
+        return self._ownership is not None and self._peers.get(peer) == OWNER
+
+    def _give(self, effect: SendBlocks) -> None:
+        """What of these blocks need not stay becomes the peer's, before the push that says so is on its way."""
+        is_whole = effect.num_layers == self._spec.fingerprint.num_layers
+        if self._ownership is None or not is_whole or not self._gives_to(effect.peer):
+            return
+        seq, first, size = self._by_ticket[effect.ticket].seq, effect.ordinals[0], self._pool.block_size
+        hashes = seq.hashes(size)[first : first + len(effect.block_ids)]
+        candidates = Candidates(effect.block_ids, hashes, max(0, seq.num_cached_tokens // size - first))
+        gone = self._ownership.hand_over(candidates, effect.peer.worker_id, effect.generation)
+        seq.block_table = [block_id for block_id in seq.block_table if block_id not in gone]
+
+    def _settle(self) -> None:
+        if self._ownership is not None:
+            self._ownership.settle()
 
     def _fail(self, task: PrefillTask, code: str, message: str, now: float) -> None:
         if task.opened:
@@ -233,7 +259,7 @@ class PrefillRole:
     def layers_computed(self, entries: list[ScheduledSeq], num_layers: int, now: float) -> None:
         for entry in entries:
             task = self._tasks.get(entry.seq.key)
-            if task is not None and task.seq is entry.seq:
+            if task is not None and task.seq is entry.seq and not self._gives_to(task.decode):
                 table = self._table_after(entry)
                 self._take(self._source.layers_computed(task.ticket, table, num_layers, now))
 
@@ -249,7 +275,8 @@ class PrefillRole:
         publish_computed(seq, self._pool)
         if not sampled:
             num_full = seq.num_computed_tokens // self._pool.block_size
-            self._take(self._source.blocks_ready(task.ticket, seq.block_table[:num_full], now))
+            if not self._gives_to(task.decode):
+                self._take(self._source.blocks_ready(task.ticket, seq.block_table[:num_full], now))
             return
         self._computing.remove(task)
         self._take(self._source.seal(task.ticket, seq.block_table, tokens, self._phases(seq, now), now))
@@ -270,6 +297,7 @@ class PrefillRole:
     def tick(self, now: float) -> None:
         self._expire(now)
         self._take(self._source.tick(now))
+        self._settle()
 
     def abort_all(self, now: float) -> None:
         for task in list(self._tasks.values()):

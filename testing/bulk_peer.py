@@ -16,11 +16,12 @@ import random
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import xxhash
 
@@ -58,6 +59,7 @@ class Peer:
         self._ends: dict[str, End] = {}
         self._links: dict[str, Link] = {}
         self._jobs: dict[str, Future[float]] = {}
+        self._connecting = ThreadPoolExecutor(2, "bulk-connect")
 
     def do(self, command: Command) -> object:
         name = f"do_{command.pop('do')}"
@@ -99,6 +101,7 @@ class Peer:
         self,
         end: str,
         link: str,
+        job: str,
         peer: tuple[str, str],
         session: str,
         is_dialer: bool,
@@ -106,10 +109,15 @@ class Peer:
         timeout_s: float = 10.0,
         peer_bytes: int = 0,
     ) -> None:
+        """Both ends connect at the same time, perhaps in one process: so this is a job, too."""
         mine = self._ends[end]
         nbytes = peer_bytes or len(mine.memory.region)
         facts = LinkFacts(WorkerKey(end, "-"), WorkerKey(*peer), bytes.fromhex(session), is_dialer, nbytes, timeout_s)
-        self._links[link] = Link(mine.transport.connect(facts, base64.b64decode(offer)))
+
+        def connect() -> None:
+            self._links[link] = Link(mine.transport.connect(facts, base64.b64decode(offer)))
+
+        self._jobs[job] = self._connecting.submit(_timed, connect)
 
     def do_start(
         self,
@@ -146,7 +154,9 @@ class Peer:
         return time.monotonic() - started
 
     def do_close(self, link: str) -> None:
-        gone = self._links.pop(link)
+        gone = self._links.pop(link, None)
+        if gone is None:
+            return
         gone.bulk.stop()
         for thread in gone.threads.values():
             thread.shutdown()
@@ -171,6 +181,7 @@ class Peer:
         return time.process_time() - before
 
     def do_quit(self) -> None:
+        self._connecting.shutdown()
         for link in list(self._links):
             self.do_close(link)
         for end in list(self._ends):
@@ -188,6 +199,15 @@ def main() -> None:
     says = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     peer = Peer(Path(sys.argv[1]))
+    try:
+        _converse(peer, says)
+    except BaseException:
+        # Threads of transports that nobody closes any more would keep the process.
+        traceback.print_exc()
+        os._exit(1)
+
+
+def _converse(peer: Peer, says: TextIO) -> None:
     for line in sys.stdin:
         command = json.loads(line)
         is_last = command["do"] == "quit"

@@ -31,6 +31,7 @@ from .fake_engine import FakeEngine
 from .history import HistoryWriter
 from .invariants import InvariantBroken, guarded
 from .journal import Journal
+from .sim_memory import SimMemory
 from .sim_network import SimNetwork
 from .sim_parking import SimParking
 from .sim_worker import CLUSTER_KEY, SimWorker, WorkerSizes
@@ -66,6 +67,8 @@ class ClusterShape:
     early_s: float = 5.0
     park_blocks: int = 0  # host memory of each decode worker
     park_copy_s: float = 0.0  # what copying a sequence seems to take
+    one_pool: bool = False  # all workers keep their blocks in one memory, and give them to each other
+    keep_prefix: bool = True
     lease_s: float = 2.0
     restart_s: float = 0.5
     max_step_s: float = 60.0
@@ -112,17 +115,18 @@ class SimCluster:
         self.events = EventQueue(self.clock)
         self.faults: Counter[str] = Counter()
         self.journal = Journal(history)
+        self.network = SimNetwork(self.events, profile, self.rng, self.faults)
         self.watch = Watch(
             self.clock,
             self.journal,
             shape.router,
+            profile,
+            self.network.silent_ends,
             lease_s=shape.lease_s,
-            is_perfect=profile.is_perfect,
-            keeps_order=profile.keeps_order,
             max_step_s=shape.max_step_s,
         )
-        self.network = SimNetwork(self.events, profile, self.rng, self.faults)
         self.network.check_copy, self.network.check_leaving = self._check_copy, self.watch.leaves
+        self.network.check_gift = self._check_gift
         self.network.trace = self.say if trace is not None else None
         self.tap = Tap()
         self._trace = trace
@@ -131,6 +135,10 @@ class SimCluster:
         self._wires: dict[WorkerKey, tuple[Wire, Wire]] = {}
         self.is_calm = False
         self._num_ticks = 0
+        self._memory: SimMemory | None = None
+        if shape.one_pool:
+            self._memory = SimMemory(shape.roles(), shape.num_blocks, shape.block_size, shape.keep_prefix)
+            self.watch.blocks.check_memory = self._memory.check
         for name, role in shape.roles().items():
             self.start_worker(name, role)
         self.events.after(ROUTER_TICK_S, self._tick_router, is_awaited=False)
@@ -153,6 +161,7 @@ class SimCluster:
             self._on_exit,
             self.shape.sizes(),
             self._make_parking,
+            self._memory.join(worker_id) if self._memory is not None else None,
         )
         self.say(f"{tell(key)} starts")
 
@@ -169,6 +178,7 @@ class SimCluster:
             shape.num_blocks,
             shape.block_size,
             weights=weights,
+            memory=self._memory.blocks if self._memory is not None else None,
             step_s=shape.step_s,
             fails=self._fails if role == "prefill" and self.profile.engine_fail else None,
         )
@@ -188,6 +198,7 @@ class SimCluster:
         self.faults["kill"] += 1
         self.say(f"{tell(worker.key)} is killed")
         worker.kill()
+        self._leave_memory(worker)
         if tell_router:
             self._perform(self.router.worker_lost(worker_id, "killed"))
         self.events.after(self.shape.restart_s, lambda: self.start_worker(worker_id, worker.role))
@@ -220,7 +231,12 @@ class SimCluster:
         self.say(f"{tell(worker.key)} has drained and ends")
         if self.profile.is_lossless:
             check_empty(worker, "I15", "when it ends")
+        self._leave_memory(worker)
         self.events.after(self.shape.restart_s, lambda: self.start_worker(worker.key.worker_id, worker.role))
+
+    def _leave_memory(self, worker: SimWorker) -> None:
+        if self._memory is not None:
+            self._memory.leave(worker.key.worker_id)
 
     def calm(self) -> None:
         """No more faults: what was lost must now be made good."""
@@ -341,6 +357,11 @@ class SimCluster:
     def _check_copy(self, source: InprocMesh, target: InprocMesh, push: Push, slot: int, block: int) -> None:
         self.watch.blocks.writes(self._owner_of(source), self._owner_of(target), push, slot, block)
 
+    def _check_gift(self, target: InprocMesh, push: Push, ordinal: int, block: int) -> None:
+        assert self._memory is not None
+        self._memory.check_gift(target.owner, block)
+        self.watch.blocks.stays(self._owner_of(target), push, ordinal, block)
+
     @property
     def is_quiet(self) -> bool:
         """Nothing is on its way, nobody works, and no request is open."""
@@ -354,8 +375,10 @@ class SimCluster:
         """After the last request: all is back, no timer finds anything more, and a router that drains refuses."""
         self.watch.check_at_rest(self.router, list(self.workers.values()))
         self.clock.advance(LONG_S)
-        for worker in self.workers.values():
+        for worker in [*self.workers.values()] * (2 if self._memory is not None else 1):  # one gives, the other finds
             self.watch.check_timers(worker)
+        if self._memory is not None:
+            self._memory.check_at_rest()
         self._check_refuses()
 
     def _check_refuses(self) -> None:

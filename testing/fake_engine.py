@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Iterable
-from collections.abc import Sequence as Items
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 
 import xxhash
@@ -24,8 +23,8 @@ from ..protocol.messages import Fingerprint, SampledToken, TokenLogprob
 from ..protocol.sampling import SamplingParams
 
 _MASK = (1 << 64) - 1
-_SLOT_BYTES = 8
-_VOCAB_SIZE, _NUM_LAYERS, _EOS = 1000, 2, frozenset({0})
+SLOT_BYTES = 8
+_VOCAB_SIZE, NUM_LAYERS, _EOS = 1000, 2, frozenset({0})
 
 
 def _mix(value: int) -> int:
@@ -48,7 +47,7 @@ def _extend(values: array[int], token_ids: Iterable[int], layer: int, salt: int)
         values.append(value)
 
 
-def kv_values(token_ids: Iterable[int], num_layers: int = _NUM_LAYERS, salt: int = 0) -> list[array[int]]:
+def kv_values(token_ids: Iterable[int], num_layers: int = NUM_LAYERS, salt: int = 0) -> list[array[int]]:
     """What each layer of a cache must hold of these tokens: 64-bit values, one for each."""
     columns = [array("Q") for _ in range(num_layers)]
     tokens = list(token_ids)
@@ -57,7 +56,7 @@ def kv_values(token_ids: Iterable[int], num_layers: int = _NUM_LAYERS, salt: int
     return columns
 
 
-def _touched(state: int, params: SamplingParams, output_ids: Items[int]) -> int:
+def _touched(state: int, params: SamplingParams, output_ids: Sequence[int]) -> int:
     """Penalties and biases change what is drawn: a request that is served with another's shows it."""
     if params.has_penalties:
         state = _mix(state ^ sum(map(_mix, output_ids)) & _MASK)
@@ -67,7 +66,7 @@ def _touched(state: int, params: SamplingParams, output_ids: Items[int]) -> int:
 
 
 def _draw(
-    state: int, params: SamplingParams, choice: int, output_ids: Items[int], vocab_size: int, eos: frozenset[int]
+    state: int, params: SamplingParams, choice: int, output_ids: Sequence[int], vocab_size: int, eos: frozenset[int]
 ) -> SampledToken:
     """The token after a sequence whose cache folds to `state`: greedy from that alone, else with the request's seed."""
     index = len(output_ids)
@@ -95,7 +94,7 @@ class FakeEngine:
         self,
         num_blocks: int = 64,
         block_size: int = 4,
-        num_layers: int = _NUM_LAYERS,
+        num_layers: int = NUM_LAYERS,
         vocab_size: int = _VOCAB_SIZE,
         *,
         model: str = "fake",
@@ -109,7 +108,7 @@ class FakeEngine:
         fingerprint = Fingerprint(model, weights, "u64", num_layers, 1, 1, block_size, "block-major")
         self._step_s, self._token_s, self._fails = step_s, token_s, fails
         self._salt = 0 if weights == "fake" else xxhash.xxh3_64_intdigest(weights.encode())
-        self.memory = memory or KVMemory(num_blocks, num_layers, block_size * _SLOT_BYTES)
+        self.memory = memory or KVMemory(num_blocks, num_layers, block_size * SLOT_BYTES)
         self._slots = self.memory.buffer.cast("Q")
         self.spec = EngineSpec(
             fingerprint=fingerprint,
@@ -118,7 +117,7 @@ class FakeEngine:
             max_sequence_tokens=min(num_blocks * block_size, max_model_len),
             vocab_size=vocab_size,
             eos_token_ids=_EOS,
-            bytes_per_token=num_layers * _SLOT_BYTES,
+            bytes_per_token=num_layers * SLOT_BYTES,
         )
 
     def cost_s(self, batch: list[ScheduledSeq]) -> float:
@@ -138,14 +137,14 @@ class FakeEngine:
     def rest(self) -> None:
         """Nothing is held."""
 
-    def read(self, block_table: Items[int], layer: int, num_tokens: int) -> bytes:
+    def read(self, block_table: Sequence[int], layer: int, num_tokens: int) -> bytes:
         """What the cache holds of the first `num_tokens` tokens of a sequence with this table, in one layer."""
         size, slots = self.spec.block_size, self._slots
         starts = islice(self._starts(block_table, layer), -(-num_tokens // size))
         parts = (slots[start : start + size] for start in starts)
-        return b"".join(parts)[: num_tokens * _SLOT_BYTES]
+        return b"".join(parts)[: num_tokens * SLOT_BYTES]
 
-    def _starts(self, block_table: Items[int], layer: int) -> Iterable[int]:
+    def _starts(self, block_table: Sequence[int], layer: int) -> Iterable[int]:
         """Where each block's slots of one layer begin."""
         size, num_layers = self.spec.block_size, self.memory.num_layers
         return ((block * num_layers + layer) * size for block in block_table)
@@ -180,7 +179,7 @@ def expected_run(
     choice: int = 0,
     *,
     vocab_size: int = _VOCAB_SIZE,
-    num_layers: int = _NUM_LAYERS,
+    num_layers: int = NUM_LAYERS,
 ) -> tuple[list[SampledToken], str]:
     """(tokens, finish reason) of a fault-free run of FakeEngine with nobody beside it, computed without a cache."""
     output: list[SampledToken] = []
@@ -206,7 +205,7 @@ def expected_tokens(
     choice: int = 0,
     *,
     vocab_size: int = _VOCAB_SIZE,
-    num_layers: int = _NUM_LAYERS,
+    num_layers: int = NUM_LAYERS,
 ) -> tuple[list[int], str]:
     """(token ids, finish reason) of the same run."""
     tokens, reason = expected_run(prompt_ids, params, choice, vocab_size=vocab_size, num_layers=num_layers)

@@ -261,11 +261,11 @@ def table(verdicts: list[Verdict]) -> str:
 
 HEAD = """# Parity: disaggregated against colocated
 
-What `python -m penstock.testing.parity --write` found with SmolLM2-135M-Instruct in float32: the same requests on one worker that
-does both phases, and on separate workers with the feature in play, over real links (shared memory unless the row names another
-transport). Tokens and finish reasons are compared, stop strings applied, and the logprobs of equal tokens. Rows in which the cache
-itself is converted to fewer bits say how far the answer may differ; a row counts only if its feature was really in play.
-`tests/e2e/test_parity_matrix.py` runs the same cases.
+What `python -m penstock.testing.parity --write` found with SmolLM2-135M-Instruct in float32: the same requests on one
+worker that does both phases, and on separate workers with the feature in play, over real links (shared memory unless
+the row names another transport). Tokens and finish reasons are compared, stop strings applied, and the logprobs of
+equal tokens. Rows in which the cache itself is converted to fewer bits say how far the answer may differ; a row counts
+only if its feature was really in play. `tests/e2e/test_parity_matrix.py` runs the same cases.
 
 """
 
@@ -285,9 +285,8 @@ def usable_transports() -> tuple[str, ...]:
 
 def main(argv: list[str] | None = None) -> int:
     """0 when every case holds."""
-    parser = argparse.ArgumentParser(
-        prog="python -m penstock.testing.parity", description=(__doc__ or "").splitlines()[0]
-    )
+    description = (__doc__ or "").splitlines()[0]
+    parser = argparse.ArgumentParser(prog="python -m penstock.testing.parity", description=description)
     parser.add_argument("--write", action="store_true", help="write the table to docs/PARITY.md")
     args = parser.parse_args(argv)
     from ..models import store
@@ -300,9 +299,8 @@ def main(argv: list[str] | None = None) -> int:
             verdicts.append(matrix.run(case))
             sys.stderr.write(f"{case.feature}: {'ok' if verdicts[-1].is_ok else 'differs'}\n")
     if args.write:
-        (Path(__file__).parent.parent / "docs" / "PARITY.md").write_text(
-            HEAD + table(verdicts) + "\n", encoding="utf-8"
-        )
+        page = Path(__file__).parent.parent / "docs" / "PARITY.md"
+        page.write_text(HEAD + table(verdicts) + "\n", encoding="utf-8")
     sys.stdout.write(table(verdicts) + "\n")
     return int(not all(verdict.is_ok for verdict in verdicts))
 

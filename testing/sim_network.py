@@ -23,13 +23,15 @@ from .tap import Crossing, Tap
 RECONNECT_S = 0.1
 Pair = tuple[WorkerKey, WorkerKey]
 CopyCheck = Callable[[InprocMesh, InprocMesh, Push, int, int], None]
+GiftCheck = Callable[[InprocMesh, Push, int, int], None]
 LeaveCheck = Callable[[WorkerKey, HandoffMessage, int], None]
 
 
 class SimNetwork(InprocNetwork):
     """Plans each delivery on the event queue.
 
-    `check_copy(source, target, push, slot, block)` runs before a block is written, `check_leaving(source, message,
+    `check_copy(source, target, push, slot, block)` runs before a block is written, `check_gift(target, push, ordinal,
+    block)` when one that was given is found in its place, `check_leaving(source, message,
     num_layers)` before a message goes on its way.
     """
 
@@ -41,6 +43,7 @@ class SimNetwork(InprocNetwork):
         self.is_calm = False
         self.tap = Tap()
         self.check_copy: CopyCheck | None = None
+        self.check_gift: GiftCheck | None = None
         self.check_leaving: LeaveCheck | None = None
         self.trace: Callable[[str], None] | None = None
 
@@ -118,6 +121,11 @@ class SimNetwork(InprocNetwork):
 
     # ---- copying ----
 
+    def stay(self, target: InprocMesh, push: Push, ordinal: int, block: int) -> None:
+        self._faults["given block"] += 1
+        if self.check_gift is not None:
+            self.check_gift(target, push, ordinal, block)
+
     def move(self, source: InprocMesh, target: InprocMesh, push: Push, slot: int, block: int) -> None:
         if self.check_copy is not None:
             self.check_copy(source, target, push, slot, block)
@@ -144,5 +152,5 @@ class SimNetwork(InprocNetwork):
 
     def silent_ends(self, source: WorkerKey, active: list[Ticket]) -> list[bytes]:
         """Tickets that `source` has given up without a word to their destination."""
-        offered = (tickets for (owner, _), tickets in self._open_offers.items() if owner == source)
-        return sorted(set().union(*offered) - set(active))
+        offered = [tickets for (owner, _), tickets in self._open_offers.items() if tickets and owner == source]
+        return sorted(set().union(*offered) - set(active)) if offered else []

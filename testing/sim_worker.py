@@ -31,6 +31,7 @@ from ..worker.turn_watch import MAX_STEP_S, TurnWatch
 from .events import EventQueue
 from .fake_engine import FakeEngine
 from .invariants import InvariantBroken, broken
+from .sim_memory import MemoryShare
 from .sim_network import SimNetwork
 
 HEARTBEAT_S = 0.25
@@ -68,11 +69,14 @@ class Observer(Protocol):
 
     def beats(self, worker: SimWorker, beat: Heartbeat) -> None: ...
 
-    def turned(self, worker: SimWorker, *, has_ticked: bool) -> None: ...
+    def turned(self, worker: SimWorker, *, has_ticked: bool, is_changed: bool) -> None: ...
 
 
 class SimWorker:
-    """An incarnation. `to_router` carries its frames; `on_exit` hears when a drained worker has ended."""
+    """An incarnation. `to_router` carries its frames; `on_exit` hears when a drained worker has ended.
+
+    `share`: its place in the memory of all workers; without, it has one of its own.
+    """
 
     def __init__(
         self,
@@ -86,10 +90,12 @@ class SimWorker:
         on_exit: Callable[[SimWorker], None],
         sizes: WorkerSizes,
         make_parking: MakeParking,
+        share: MemoryShare | None = None,
     ) -> None:
         self.key, self.role, self.engine = key, role, engine
         self._events, self._to_router, self._observer, self._on_exit = events, to_router, observer, on_exit
-        self.pool = BlockPool(engine.spec.num_blocks, engine.spec.block_size)
+        self._ownership = share.ownership if share is not None else None
+        self.pool = share.pool if share is not None else BlockPool(engine.spec.num_blocks, engine.spec.block_size)
         self.max_early = sizes.max_early
         pushes = PushSizes(engine.spec.fingerprint.num_layers, most=6, least=1 + len(key.epoch.strip("01234567")) % 3)
         self.source = SourceTable(sizes.lease_s, sizes.lease_s, pushes)
@@ -100,6 +106,8 @@ class SimWorker:
             key, role, engine, self.pool, roles, events.clock, max_batch_tokens=sizes.max_batch_tokens
         )
         self.mesh = InprocMesh(key, role, engine.spec.fingerprint, engine.memory, self._on_link, network)
+        if share is not None:
+            self.mesh.ledger, self.mesh.owner = share.ledger, share.number
         self._network = network
         self._turns = TurnWatch(events.clock, sizes.max_step_s)
         self._heartbeat = HeartbeatBuilder(self._turns)
@@ -120,10 +128,13 @@ class SimWorker:
         key, spec, pool = self.key, self.engine.spec, self.pool
         if self.role != "prefill":
             bounds, parking = (sizes.max_running, sizes.max_waiting), make_parking(self.engine.memory, pool)
-            self.decode = DecodeRole(key, spec, pool, self.destination, CLUSTER_KEY, *bounds, parking=parking)
+            self.decode = DecodeRole(
+                key, spec, pool, self.destination, CLUSTER_KEY, *bounds, parking=parking, ownership=self._ownership
+            )
             roles.append(self.decode)
         if self.role != "decode":
-            roles.append(PrefillRole(key, spec, pool, self.source, CLUSTER_KEY, sizes.max_waiting))
+            waiting, owner = sizes.max_waiting, self._ownership
+            roles.append(PrefillRole(key, spec, pool, self.source, CLUSTER_KEY, waiting, ownership=owner))
         return roles
 
     # ---- the process's threads ----
@@ -235,16 +246,19 @@ class SimWorker:
         if self._is_busy or not self.is_alive or self._is_frozen:
             return
         self._note_turn()
+        is_changed = bool(self._inbox)
         while self._inbox:
             self._perform(self._observer.hears(self, self._inbox.popleft()))
         try:
-            self._perform(self.core.tick())
+            timed_out = self.core.tick()
+            self._perform(timed_out)
             batch, effects = self.core.begin_step()
         except Exception as error:
             raise broken("I9", self.key, "a timer or the scheduler is fatal", error) from error
         self._observer.scheduled(self, [entry for _, entry in batch])
         self._perform(effects)
-        self._observer.turned(self, has_ticked=True)
+        is_changed = is_changed or bool(timed_out or effects or batch)
+        self._observer.turned(self, has_ticked=True, is_changed=is_changed)
         if batch:
             self._is_busy = True
             self._events.after(self.engine.cost_s([e for _, e in batch]), lambda: self._finish(batch))
@@ -268,7 +282,7 @@ class SimWorker:
         except Exception as error:
             raise broken("I9", self.key, "a step is fatal", error) from error
         self._perform(effects)
-        self._observer.turned(self, has_ticked=False)
+        self._observer.turned(self, has_ticked=False, is_changed=True)
         self._turn()
 
     def _on_layers(self, batch: list[tuple[RoleCode, ScheduledSeq]], num_layers: int) -> None:

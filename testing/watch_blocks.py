@@ -6,7 +6,7 @@ Knows the messages, the effects and the pools; digests, tables of the hand-off a
 from __future__ import annotations
 
 from array import array
-from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..core.ids import BlockId, Ticket, WorkerKey
@@ -27,6 +27,10 @@ class _Incoming:
     table: tuple[BlockId, ...] = ()
     num_tokens: int = 0
     generations: dict[BlockId, int] = field(default_factory=dict)
+    given: dict[int, BlockId] = field(default_factory=dict)  # ordinal → the source's block, found in its place
+
+    def final_table(self) -> tuple[BlockId, ...]:
+        return tuple(self.given.get(ordinal, block) for ordinal, block in enumerate(self.table))
 
 
 @dataclass(slots=True)
@@ -47,17 +51,22 @@ class BlockWatch:
         self._outgoing: dict[tuple[WorkerKey, Ticket], _Outgoing] = {}
         self._acknowledged: set[tuple[WorkerKey, Ticket]] = set()
         self._num_turns = 0
+        self.check_memory: Callable[[], None] | None = None  # where all workers share one
 
     # ---- I4 ----
 
-    def turned(self, worker: SimWorker) -> None:
-        """The owners of every block are recounted; places, hashes and tables every now and then, and on any doubt.
+    def turned(self, worker: SimWorker, *, is_changed: bool) -> None:
+        """Where something happened, the owners of every block are recounted; every now and then, and on any doubt, also
+        places, hashes and tables.
 
-        That loses nothing: a wrong owner stays wrong until someone frees, which recounts, and the rest does not heal.
+        That loses nothing: a wrong owner is seen at once, and what is wrong in the rest does not heal by itself.
         """
         self._num_turns += 1
-        if not _is_balanced(worker.pool, worker) or self._num_turns % FULL_AUDIT_EVERY == 0:
+        is_due = self._num_turns % FULL_AUDIT_EVERY == 0
+        if is_due or (is_changed and not _is_balanced(worker.pool, worker)):
             self.audit(worker)
+        if self.check_memory is not None:
+            self.check_memory()
 
     def audit(self, worker: SimWorker) -> None:
         with guarded("I4", worker.key, "blocks"):
@@ -101,14 +110,28 @@ class BlockWatch:
         if target is not None:
             incoming = self._incoming.get((target.key, ticket))
             generation = incoming.generations.get(block_id) if incoming is not None else None
-            is_open = ticket in target.destination.active() and target.pool.ref_count(block_id) == 1
+            is_held = block_id in target.pool and target.pool.ref_count(block_id) == 1
+            is_open = ticket in target.destination.active() and is_held
             if not is_open or generation != target.pool.generation(block_id):
                 raise InvariantBroken(f"I5 {target.key}: write into block {block} that its hand-off does not own")
         if source is not None and ticket in source.source.active():
             outgoing = self._outgoing.get((source.key, ticket))
             generation = outgoing.generations.get(slot_id) if outgoing is not None else None
-            if source.pool.ref_count(slot_id) < 1 or generation != source.pool.generation(slot_id):
+            if (
+                slot_id not in source.pool
+                or source.pool.ref_count(slot_id) < 1
+                or generation != source.pool.generation(slot_id)
+            ):
                 raise InvariantBroken(f"I5 {source.key}: block {slot} was freed before its hand-off ended")
+
+    def stays(self, target: SimWorker | None, push: Push, ordinal: int, block: int) -> None:
+        """A block changes its owner only for a live hand-off, and only one that has not come otherwise."""
+        if target is None:
+            return
+        incoming = self._incoming.get((target.key, Ticket(push.ticket)))
+        if incoming is None or Ticket(push.ticket) not in target.destination.active() or ordinal in incoming.given:
+            raise InvariantBroken(f"I5 {target.key}: block {block} stays for a hand-off that does not wait for it")
+        incoming.given[ordinal] = BlockId(block)
 
     # ---- I6 ----
 
@@ -133,7 +156,7 @@ class BlockWatch:
         if ticket not in self._kv:
             self._kv[ticket] = kv_values(self._tokens[ticket], worker.engine.memory.num_layers)
         for layer, column in enumerate(self._kv[ticket]):
-            found = worker.engine.read(incoming.table, layer, incoming.num_tokens)
+            found = worker.engine.read(incoming.final_table(), layer, incoming.num_tokens)
             if found != column.tobytes():
                 token = _first_difference(found, column.tobytes())
                 raise InvariantBroken(
@@ -143,7 +166,11 @@ class BlockWatch:
 
 def _is_balanced(pool: BlockPool, worker: SimWorker) -> bool:
     """Every reference has an owner, every owner a reference, and the others can be allocated."""
-    held = Counter(block for role in worker.core.roles for table in role.owners() for block in table)
+    held: dict[BlockId, int] = {}
+    for role in worker.core.roles:
+        for table in role.owners():
+            for block in table:
+                held[block] = held.get(block, 0) + 1
     return len(held) + pool.num_free_blocks == pool.num_blocks and all(
         pool.ref_count(block) == count for block, count in held.items()
     )

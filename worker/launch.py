@@ -17,8 +17,10 @@ from ..engine.core_share import MAX_WORKERS, CoreShare, SharingEngine
 from ..engine.interface import Engine
 from ..engine.kv_memory import DEFAULT_KV_BYTES
 from ..kvtransfer.effects import LinkEvent
+from ..kvtransfer.identity import boot_id
 from ..kvtransfer.link import Mesh
 from ..kvtransfer.mesh import TRANSPORTS, MeshSettings, SocketMesh
+from ..kvtransfer.ownership import Ownership
 from ..kvtransfer.socket_link import LinkTimes
 from .core import WorkerCore
 from .membership import Membership
@@ -31,7 +33,7 @@ log = logging.getLogger(__name__)
 LOAD_S = 60.0
 CORES_FILE = "cores"  # in the runtime folder; see engine.core_share
 
-MakeRoles = Callable[[WorkerKey, Engine, BlockPool, Topology], list[Role]]
+MakeRoles = Callable[[WorkerKey, Engine, BlockPool, Topology, Ownership | None], list[Role]]
 
 
 def launch(topology: Topology, name: str, make_roles: MakeRoles) -> int:
@@ -49,8 +51,9 @@ def launch(topology: Topology, name: str, make_roles: MakeRoles) -> int:
     engine = load_engine(topology, spec, membership)
     turns = TurnWatch(MonotonicClock(), topology.liveness.max_step_s)
     make_core = partial(_make_core, topology, spec, key, make_roles, membership)
+    make_mesh = partial(_make_mesh, topology, spec, key, turns, membership)
     try:
-        return run_worker(who, engine, make_core, partial(_make_mesh, topology, spec, key, turns), turns)
+        return run_worker(who, engine, make_core, make_mesh, turns)
     finally:
         if membership is not None:
             membership.close()
@@ -90,8 +93,10 @@ def _make_core(
     engine: Engine,
     clock: Clock,
 ) -> WorkerCore:
+    ownership: Ownership | None = None
     if membership is not None:
         pool = membership.first_pool(engine.spec.block_size)
+        ownership = membership.ownership(pool, keep_prefix=topology.transfer.keep_prefix)
     else:
         pool = BlockPool(engine.spec.num_blocks, engine.spec.block_size)
     return WorkerCore(
@@ -99,7 +104,7 @@ def _make_core(
         spec.role,
         engine,
         pool,
-        make_roles(key, engine, pool, topology),
+        make_roles(key, engine, pool, topology, ownership),
         clock,
         max_batch_tokens=spec.config.max_num_batched_tokens,
         max_batch_seqs=spec.config.max_num_seqs,
@@ -111,10 +116,13 @@ def _make_mesh(
     spec: WorkerSpec,
     key: WorkerKey,
     turns: TurnWatch,
+    membership: Membership | None,
     engine: Engine,
     on_event: Callable[[LinkEvent], None],
 ) -> Mesh:
     chosen = topology.transfer.transport
+    owner = membership.transport(engine.memory, boot_id()) if membership is not None else None
+    transports = TRANSPORTS if chosen == "auto" else (chosen,)
     return SocketMesh(
         key,
         spec.role,
@@ -123,6 +131,7 @@ def _make_mesh(
         on_event,
         runtime_dir=Path(topology.runtime_dir),
         cluster_key=cluster_key(topology),
-        settings=MeshSettings(TRANSPORTS if chosen == "auto" else (chosen,), topology.transfer.wire_dtype),
+        settings=MeshSettings(transports if owner is None else (owner.name, *transports), topology.transfer.wire_dtype),
         times=LinkTimes(renew_s=topology.transfer.lease_s / 5, is_stalled=turns.is_stalled),
+        owner=owner,
     )

@@ -10,7 +10,8 @@ from ..engine.block_pool import BlockPool
 from ..engine.kv_memory import DEFAULT_KV_BYTES, KVMemory, blocks_in
 from ..engine.shared_files import inherited_fds
 from ..engine.shared_pool import SharedPool
-from ..kvtransfer.ownership import first_pool
+from ..kvtransfer.ownership import Ownership, first_pool
+from ..kvtransfer.transports.owner import OwnerTransport
 
 
 class Membership:
@@ -50,6 +51,14 @@ class Membership:
     def first_pool(self, block_size: int) -> BlockPool:
         """All blocks that are this worker's now, those of an incarnation before it included; all free."""
         return first_pool(self.pool.ledger, self.number, block_size)
+
+    def ownership(self, pool: BlockPool, *, keep_prefix: bool) -> Ownership:
+        """This worker's side of all exchanges over its `pool`."""
+        return Ownership(self.pool.ledger, pool, self.number, keep_prefix=keep_prefix, number_of=self.number_of)
+
+    def transport(self, memory: KVMemory, host_id: str) -> OwnerTransport:
+        """Links on which blocks stay where they are. `host_id` names this boot of this machine."""
+        return OwnerTransport(memory, self.pool.ledger, self.number, host_id)
 
     def close(self) -> None:
         """Idempotent."""

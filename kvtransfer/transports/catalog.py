@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import Literal
 from ...core.ids import WorkerKey
 from ...engine.kv_memory import KVMemory
 from ..bulk import Transport, Unusable
+from .owner import NAME as OWNER
 
 LIBRARIES: tuple[str, ...] = ("nixl", "ucx", "gloo", "nccl", "cuda_ipc")
-ALL = ("shm", "tcp", *LIBRARIES)
+ALL = ("shm", "tcp", OWNER, *LIBRARIES)
 
 MemoryKind = Literal["cpu", "cuda"]
 
@@ -29,6 +31,8 @@ def available(name: str) -> str | None:
     """None when `name` can be used here, else why not and what would help. Loads nothing, so it may be too hopeful."""
     if name not in ALL:
         return f"no such transport; choose from {', '.join(ALL)}"
+    if name == OWNER and not hasattr(os, "memfd_create"):
+        return "this system has no memory files (Linux has)"
     if name in ("nixl", "ucx") and sys.platform != "linux":
         return "it works on Linux only; use tcp"
     if name == "nixl" and not (_is_installed("nixl_cu12") or _is_installed("nixl")):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from ...core.errors import ProtocolError
 from ...core.ids import Ticket, WorkerKey
 from ...engine.kv_memory import KVMemory
+from ...engine.ledger import Ledger
 from ...protocol.messages import Done, Fingerprint, HandoffMessage, Peer, Push, Renew, Role
 from ..acceptance import Acceptances, check_push
 from ..digest import block_digest
@@ -33,7 +34,9 @@ from ..effects import (
 )
 from ..link import Mesh, OnEvent
 from ..linking import dials
-from ..push_receiver import arrived_event, corrupt_ordinals
+from ..ownership import TRANSPORT as OWNER
+from ..ownership import is_given
+from ..push_receiver import arrived_event, corrupt_ordinals, given_blocks
 from ..vouching import Vouchers
 
 TRANSPORT = "inproc"
@@ -60,6 +63,7 @@ class Delivery:
 class _InprocLink:
     number: int
     acceptances: Acceptances
+    transport: str
     vouchers: Vouchers = field(default_factory=Vouchers)
     alive: dict[Ticket, None] = field(default_factory=dict)  # named to the peer by every renewal
 
@@ -89,6 +93,9 @@ class InprocNetwork:
         """Copy what `push` says of one block; a place to look on, or to spoil the bytes."""
         layers = (push.first_layer, push.num_layers)
         target.memory.block(block, *layers)[:] = source.memory.block(slot, *layers)
+
+    def stay(self, target: InprocMesh, push: Push, ordinal: int, block: int) -> None:
+        """A block that `push` gives away is where it belongs; a place to look on."""
 
     # ---- running ----
 
@@ -152,7 +159,10 @@ class InprocNetwork:
 
 @dataclass(slots=True)
 class InprocMesh(Mesh):
-    """A `Mesh` on an `InprocNetwork`. Listed workers on the network with an equal fingerprint are linked at once."""
+    """A `Mesh` on an `InprocNetwork`. Listed workers on the network with an equal fingerprint are linked at once.
+
+    `ledger`, `owner`: this worker is that owner of a memory it shares with others, and has only links to such.
+    """
 
     key: WorkerKey
     role: Role
@@ -160,6 +170,8 @@ class InprocMesh(Mesh):
     memory: KVMemory
     on_event: OnEvent
     network: InprocNetwork
+    ledger: Ledger | None = None
+    owner: int = 0
     _links: dict[WorkerKey, _InprocLink] = field(default_factory=dict)
     _peers: list[Peer] = field(default_factory=list)
     _closed: bool = False
@@ -175,7 +187,7 @@ class InprocMesh(Mesh):
 
     @property
     def transports(self) -> list[str]:
-        return [TRANSPORT]
+        return [self._transport]
 
     def set_peers(self, peers: list[Peer]) -> None:
         gone = {_key(peer) for peer in self._peers} - {_key(peer) for peer in peers}
@@ -215,7 +227,7 @@ class InprocMesh(Mesh):
                 self._send(peer, link, Renew(tickets=list(link.alive)))
 
     def linked(self) -> list[tuple[WorkerKey, str]]:
-        return [(key, TRANSPORT) for key in sorted(self._links)]
+        return [(key, link.transport) for key, link in sorted(self._links.items(), key=lambda item: item[0])]
 
     def drop_links(self) -> None:
         for peer in list(self._links):
@@ -238,6 +250,8 @@ class InprocMesh(Mesh):
             wanted = dials(self.role, self.key.worker_id, peer) and _key(peer) not in self._links
             if other is None or not wanted or self.fingerprint != other.fingerprint:
                 continue
+            if self.ledger is not other.ledger:
+                continue
             number = self.network.next_link()
             other.attach(self.key, number)
             self.attach(other.key, number)
@@ -246,8 +260,8 @@ class InprocMesh(Mesh):
         """A new link begins; what is left of an older one ends first."""
         if peer in self._links:
             self.lose(peer, "the peer has opened a newer link")
-        self._links[peer] = _InprocLink(number, Acceptances(self.memory.num_layers))
-        self.network.post(self, PeerUp(peer, TRANSPORT))
+        self._links[peer] = _InprocLink(number, Acceptances(self.memory.num_layers), self._transport)
+        self.network.post(self, PeerUp(peer, self._transport))
 
     def lose(self, peer: WorkerKey, reason: str) -> None:
         """This end of the link is over."""
@@ -283,6 +297,10 @@ class InprocMesh(Mesh):
 
     # ---- inside ----
 
+    @property
+    def _transport(self) -> str:
+        return TRANSPORT if self.ledger is None else OWNER
+
     def _drop(self, peer: WorkerKey, reason: str) -> None:
         link = self._links[peer]
         self.network.send(Delivery(self.key, peer, link.number, LinkEnd(reason)))
@@ -307,24 +325,40 @@ class InprocMesh(Mesh):
 
     def _receive_push(self, peer: WorkerKey, link: _InprocLink, push: Push) -> None:
         source = self.network.find(peer)
-        if source is None:
+        if source is None and self.ledger is None:
             return  # its memory died with it
+        num_blocks = self.memory.num_blocks if source is None else source.memory.num_blocks
         try:
-            check_push(push, source.memory.num_blocks, self.memory.num_layers)
+            check_push(push, num_blocks, self.memory.num_layers)
         except ProtocolError as err:
             self._drop(peer, str(err))
             return
         claim = link.acceptances.claim(push)
         if claim is None:
             return
-        blocks = [claim.table[ordinal] for ordinal in push.ordinals]
-        for slot, block in zip(push.source_slots, blocks, strict=True):
-            self.network.move(source, self, push, slot, block)
+        given = given_blocks(push, self.memory.num_layers, self._is_given if self.ledger is not None else None)
+        blocks = [given.get(ordinal, claim.table[ordinal]) for ordinal in push.ordinals]
+        lost: set[int] = set()
+        for ordinal, slot, block in zip(push.ordinals, push.source_slots, blocks, strict=True):
+            if ordinal in given:
+                self.network.stay(self, push, ordinal, block)
+            elif source is None or not source.owns(slot):
+                lost.add(ordinal)
+            else:
+                self.network.move(source, self, push, slot, block)
         views = [self.memory.block(block, push.first_layer, push.num_layers) for block in blocks]
-        corrupt = corrupt_ordinals(push, views)
+        corrupt = sorted(lost.union(corrupt_ordinals(push, views)))
         outcome = link.acceptances.finish(push)
         if outcome.arrived or corrupt:
-            self.network.post(self, arrived_event(peer, push, outcome, corrupt))
+            self.network.post(self, arrived_event(peer, push, outcome, corrupt, given))
+
+    def owns(self, block_id: int) -> bool:
+        """The block is this worker's to be read; always, where nothing is shared."""
+        return self.ledger is None or self.ledger.entry(block_id).owner == self.owner
+
+    def _is_given(self, block_id: int, generation: int) -> bool:
+        assert self.ledger is not None
+        return is_given(self.ledger, block_id, self.owner, generation)
 
 
 def _key(peer: Peer) -> WorkerKey:

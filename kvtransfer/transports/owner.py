@@ -14,12 +14,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ...core.errors import ProtocolError, TransferFailed
+from ...core.ids import WorkerKey
 from ...engine.kv_memory import KVMemory
 from ...engine.ledger import Ledger
-from ..bulk import Bulk, LinkFacts, Span, Transport, Unusable
+from ..bulk import Bulk, LinkFacts, NotTheirs, Span, Transport, Unusable
+from ..ownership import TRANSPORT, is_given
 from .runs import paired
 
-NAME = "owner"
+NAME = TRANSPORT
 _COPY_BYTES = 4 << 20  # a revoked ticket waits for one copy of this size at most
 _OFFER = struct.Struct("<QQII")  # device and inode of the memory file, owner number, length of the host's id
 
@@ -40,7 +42,10 @@ class OwnerBulk(Bulk):
         """Everything is where the peer looks for it."""
 
     def receive(self, source: Sequence[Span], target: Sequence[Span], wanted: Callable[[], bool]) -> None:
-        """Raises ProtocolError for a span outside the memory, or of a block that has another owner than it must."""
+        """Raises ProtocolError for a span outside the memory, NotTheirs for a block that has another owner than said.
+
+        The latter is no breach: a source that has withdrawn this push may have given its blocks to others meanwhile.
+        """
         region = self._memory.region
         for start, stop, nbytes in paired(source, target, _COPY_BYTES):
             if self._stopped.is_set():
@@ -53,6 +58,10 @@ class OwnerBulk(Bulk):
                 # numpy lets other threads run during a large copy; see shm.
                 np.copyto(np.frombuffer(region, np.uint8, nbytes, stop), np.frombuffer(region, np.uint8, nbytes, start))
                 self.copied_bytes += nbytes
+
+    def is_given(self, block_id: int, generation: int) -> bool:
+        """The block was given to this worker under its grant; raises ProtocolError for one outside the memory."""
+        return is_given(self._ledger, block_id, self._me, generation)
 
     def discard(self, source: Sequence[Span]) -> None:
         """Nothing has been sent."""
@@ -73,7 +82,7 @@ class OwnerBulk(Bulk):
             found = self._ledger.entry(block_id).owner
             if found != owner:
                 self.refused += 1
-                raise ProtocolError(f"block {block_id} is worker {found}'s, it must be worker {owner}'s")
+                raise NotTheirs(f"block {block_id} is worker {found}'s, it must be worker {owner}'s")
 
 
 class OwnerTransport(Transport):
@@ -94,15 +103,19 @@ class OwnerTransport(Transport):
 
     def connect(self, facts: LinkFacts, peer_offer: bytes) -> Bulk:
         """Raises Unusable unless the peer maps the same memory as another owner."""
+        return OwnerBulk(self._memory, self._ledger, self._me, self.peer_number(facts.peer, peer_offer))
+
+    def peer_number(self, key: WorkerKey, peer_offer: bytes) -> int:
+        """Which owner of the same memory the peer is; raises Unusable when it is none."""
         mine = self.offer()
         if len(peer_offer) != len(mine):
             raise Unusable(f"owner: an offer of {len(peer_offer)} bytes; one of this host has {len(mine)}")
         device, inode, peer, length = _OFFER.unpack_from(peer_offer)
         if _OFFER.pack(device, inode, self._me, length) + peer_offer[_OFFER.size :] != mine:
-            raise Unusable(f"owner: {facts.peer} maps another memory; only workers of one cluster share one")
+            raise Unusable(f"owner: {key} maps another memory; only workers of one cluster share one")
         if peer == self._me or not self._ledger.is_owner(peer):
-            raise Unusable(f"owner: {facts.peer} calls itself worker {peer}, this is {self._me}")
-        return OwnerBulk(self._memory, self._ledger, self._me, peer)
+            raise Unusable(f"owner: {key} calls itself worker {peer}, this is {self._me}")
+        return int(peer)
 
     def close(self) -> None:
         """Nothing is registered."""

@@ -36,6 +36,14 @@ WAIT_S = 10.0
 CLUSTER_KEY = b"one cluster"
 
 
+def layer_bytes_of(fingerprint: Fingerprint) -> int:
+    """One layer of one block, where the dtype is one that can be converted."""
+    item_bytes = {"float32": 4, "bfloat16": 2, "float16": 2}.get(fingerprint.dtype)
+    if item_bytes is None:
+        return LAYER_BYTES
+    return 2 * fingerprint.block_size * fingerprint.num_kv_heads * fingerprint.head_dim * item_bytes
+
+
 @dataclass
 class Worker:
     mesh: SocketMesh
@@ -74,8 +82,9 @@ class Cluster:
         is_stalled: Callable[[], bool] = lambda: False,
         staging_bytes: int = 0,
         wire_dtype: str = "lossless",
+        digests: bool = True,
     ) -> Worker:
-        memory = KVMemory(NUM_BLOCKS, FINGERPRINT.num_layers, LAYER_BYTES, staging_bytes)
+        memory = KVMemory(NUM_BLOCKS, fingerprint.num_layers, layer_bytes_of(fingerprint), staging_bytes)
         events: queue.SimpleQueue[LinkEvent] = queue.SimpleQueue()
         key = WorkerKey(worker_id, new_epoch(SecureIds()))
         mesh = SocketMesh(
@@ -86,7 +95,7 @@ class Cluster:
             events.put,
             runtime_dir=self.runtime_dir,
             cluster_key=cluster_key,
-            settings=MeshSettings(transports, wire_dtype),
+            settings=MeshSettings(transports, wire_dtype, digests),
             times=LinkTimes(liveness_s, min(0.3, liveness_s / 5), renew_s, is_stalled),
         )
         self.workers.append(Worker(mesh, memory, key, role, events))
@@ -164,14 +173,14 @@ class Handmade:
         return cls(sock, theirs, Session(key, mine, theirs, is_dialer=True))
 
     @classmethod
-    def link(cls, worker: Worker, worker_id: str = "mallory", **changes: Any) -> Handmade:
+    def link(cls, worker: Worker, worker_id: str = "mallory", wire_dtype: str = "", **changes: Any) -> Handmade:
         """A link that is up."""
         hand = cls.meet(worker, worker_id, **changes)
         proof = read_frame(hand.sock, Deadline(WAIT_S))
         assert isinstance(proof, KvProof)
         assert hand.session.is_proven(proof.mac)
         send_frame(hand.sock, KvProof(mac=hand.session.proof))
-        hand.send(KvReady())
+        hand.send(KvReady(wire_dtype=wire_dtype))
         assert hand.read() == KvReady()
         worker.wait_for(PeerUp)
         return hand
@@ -185,9 +194,12 @@ class Handmade:
         data = body + _mac(self.session._mine, self.session._sent, body)
         self.sock.sendall(len(data).to_bytes(4, "little") + data)
 
+    def read_any(self) -> HandoffMessage:
+        return read_frame(self.sock, Deadline(WAIT_S), self.session)
+
     def read(self) -> HandoffMessage:
         """The next message that is no ping."""
-        while isinstance(message := read_frame(self.sock, Deadline(WAIT_S), self.session), KvPing):
+        while isinstance(message := self.read_any(), KvPing):
             continue
         return message
 
