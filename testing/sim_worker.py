@@ -30,7 +30,7 @@ from ..worker.role import Tell
 from ..worker.turn_watch import MAX_STEP_S, TurnWatch
 from .events import EventQueue
 from .fake_engine import FakeEngine
-from .invariants import broken
+from .invariants import InvariantBroken, broken
 from .sim_memory import MemoryShare
 from .sim_network import SimNetwork
 
@@ -112,6 +112,7 @@ class SimWorker:
         self._turns = TurnWatch(events.clock, sizes.max_step_s)
         self._heartbeat = HeartbeatBuilder(self._turns)
         self._inbox: deque[FromRouter | LinkEvent] = deque()
+        self._failure: Exception | None = None  # within a step
         self._router_epoch: str | None = None
         self._is_busy = self._is_draining = False
         self._turned_at = events.clock.now()
@@ -273,7 +274,11 @@ class SimWorker:
         self._is_busy = False
         try:
             results = self.core.compute(batch, lambda layers: self._on_layers(batch, layers))
+            if self._failure is not None:
+                raise self._failure
             effects = self.core.end_step(batch, results)
+        except InvariantBroken:
+            raise
         except Exception as error:
             raise broken("I9", self.key, "a step is fatal", error) from error
         self._perform(effects)
@@ -281,8 +286,18 @@ class SimWorker:
         self._turn()
 
     def _on_layers(self, batch: list[tuple[RoleCode, ScheduledSeq]], num_layers: int) -> None:
+        try:
+            self._go_on_within(batch, num_layers)
+        except Exception as error:
+            self._failure = self._failure or error  # the core takes it for the engine's and goes on
+            raise
+
+    def _go_on_within(self, batch: list[tuple[RoleCode, ScheduledSeq]], num_layers: int) -> None:
+        tables = [(entry.seq.key, list(entry.seq.block_table)) for _, entry in batch]
         for item in self.core.take_within_step(batch, self._inbox):
             self._perform(self._observer.hears(self, item))
+            if tables != [(entry.seq.key, entry.seq.block_table) for _, entry in batch]:
+                raise InvariantBroken(f"I4 {self.key}: {item} changed the blocks of the batch within its step")
         self._perform(self.core.layers_computed(batch, num_layers))
 
     def _exit(self) -> None:
