@@ -1,4 +1,4 @@
-"""One memory for all workers: the answers are those of any other cluster, not a byte moves, and no block is ever lost."""
+"""One memory for all workers: the answers are those of any other cluster, not a byte moves, no block is ever lost."""
 
 from __future__ import annotations
 
@@ -57,9 +57,7 @@ def test_prompts_that_come_once_are_handed_over_where_they_lie(
     assert "a block changes its owner" in cluster.log.read_text()
 
 
-def test_prefix_that_comes_back_is_copied_and_the_answer_stays_the_same(
-    cluster: Serving, tokenizer: Tokenizer
-) -> None:
+def test_prefix_that_comes_back_is_copied_and_the_answer_stays_the_same(cluster: Serving, tokenizer: Tokenizer) -> None:
     shared = tokenizer.encode("The same long opening is found again by whoever computes it. " * 6)
     tails = [tokenizer.encode(f"Number {number} asks:") for number in range(4)]
     first = [cluster.post("/v1/completions", body_of(shared + tail)) for tail in tails]
