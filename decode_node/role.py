@@ -222,9 +222,6 @@ class DecodeRole:
     def layers_computed(self, entries: list[ScheduledSeq], num_layers: int, now: float) -> None:
         """Nothing leaves from here."""
 
-    def on_grant(self, event: MessageArrived, now: float) -> None:
-        """Nothing leaves from here."""
-
     def _received(self, group: Group, effect: Received, now: float) -> None:
         lead, done = group.lead, effect.done
         self._scheduler.end_receiving(lead)

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 
 from ..core.errors import ProtocolError, TransferFailed
 from ..core.ids import Ticket
@@ -59,6 +60,7 @@ from .transports.wire import Liveness, read_frame, send_frame, shut
 logger = logging.getLogger(__name__)
 
 MAX_RENEWED = 65536  # tickets in one Renew
+MAX_RENEWED = 65536  # tickets in one Renew, its bound
 MAX_QUEUED = 16384  # messages waiting for the writer; a peer that lets so many pile up is as good as gone
 
 
@@ -214,7 +216,8 @@ class SocketLink:
 
     def _tickets(self) -> list[bytes]:
         with self._lock:
-            return [*self._alive][:65536]
+            tickets: list[bytes] = [*islice(self._alive, MAX_RENEWED)]
+            return tickets
 
     def _note_alive(self, ticket: Ticket, is_alive: bool) -> None:
         with self._lock:

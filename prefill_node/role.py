@@ -263,9 +263,6 @@ class PrefillRole:
                 table = self._table_after(entry)
                 self._take(self._source.layers_computed(task.ticket, table, num_layers, now))
 
-    def on_grant(self, event: MessageArrived, now: float) -> None:
-        self._take(self._source.on_message(event.peer, event.message, now))
-
     def commit(self, computed: list[Computed], now: float) -> None:
         for entry, tokens in computed:
             task = self._tasks.get(entry.seq.key)

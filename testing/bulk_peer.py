@@ -16,11 +16,12 @@ import random
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 import xxhash
 
@@ -38,8 +39,17 @@ Command = dict[str, Any]
 class End:
     """One worker, as far as a transport sees it."""
 
-    memory: KVMemory
+    memory: KVMemory  # or a DeviceMemory, which looks alike to a transport
     transport: Transport
+
+    def write(self, data: bytes) -> None:
+        if isinstance(self.memory, KVMemory):
+            self.memory.region[:] = data
+        else:
+            self.memory.write(data)
+
+    def read(self) -> bytes | memoryview:
+        return self.memory.region if isinstance(self.memory, KVMemory) else self.memory.read()
 
 
 @dataclass
@@ -58,6 +68,7 @@ class Peer:
         self._ends: dict[str, End] = {}
         self._links: dict[str, Link] = {}
         self._jobs: dict[str, Future[float]] = {}
+        self._connecting = ThreadPoolExecutor(2, "bulk-connect")
 
     def do(self, command: Command) -> object:
         name = f"do_{command.pop('do')}"
@@ -65,9 +76,9 @@ class Peer:
 
     # ---- workers ----
 
-    def do_open(self, end: str, transport: str, nbytes: int, epoch: str) -> str:
+    def do_open(self, end: str, transport: str, nbytes: int, epoch: str, device: int | None = None) -> str:
         """The offer of a new worker with a memory of its own, in base64."""
-        memory, key = KVMemory(nbytes // 4096, 1, 4096), WorkerKey(end, epoch)
+        memory, key = _make_memory(nbytes, device), WorkerKey(end, epoch)
         try:
             made = (
                 open_transport(transport, memory, key)
@@ -81,11 +92,11 @@ class Peer:
         return base64.b64encode(made.offer()).decode()
 
     def do_fill(self, end: str, seed: int) -> None:
-        memory = self._ends[end].memory
-        memory.region[:] = random.Random(seed).randbytes(len(memory.region))
+        mine = self._ends[end]
+        mine.write(random.Random(seed).randbytes(mine.memory.nbytes))
 
     def do_digest(self, end: str) -> str:
-        return xxhash.xxh3_64_hexdigest(self._ends[end].memory.region)
+        return xxhash.xxh3_64_hexdigest(self._ends[end].read())
 
     def do_shut(self, end: str) -> None:
         gone = self._ends.pop(end)
@@ -99,6 +110,7 @@ class Peer:
         self,
         end: str,
         link: str,
+        job: str,
         peer: tuple[str, str],
         session: str,
         is_dialer: bool,
@@ -106,10 +118,15 @@ class Peer:
         timeout_s: float = 10.0,
         peer_bytes: int = 0,
     ) -> None:
+        """Both ends connect at the same time, perhaps in one process: so this is a job, too."""
         mine = self._ends[end]
-        nbytes = peer_bytes or len(mine.memory.region)
+        nbytes = peer_bytes or mine.memory.nbytes
         facts = LinkFacts(WorkerKey(end, "-"), WorkerKey(*peer), bytes.fromhex(session), is_dialer, nbytes, timeout_s)
-        self._links[link] = Link(mine.transport.connect(facts, base64.b64decode(offer)))
+
+        def connect() -> None:
+            self._links[link] = Link(mine.transport.connect(facts, base64.b64decode(offer)))
+
+        self._jobs[job] = self._connecting.submit(_timed, connect)
 
     def do_start(
         self,
@@ -146,7 +163,9 @@ class Peer:
         return time.monotonic() - started
 
     def do_close(self, link: str) -> None:
-        gone = self._links.pop(link)
+        gone = self._links.pop(link, None)
+        if gone is None:
+            return
         gone.bulk.stop()
         for thread in gone.threads.values():
             thread.shutdown()
@@ -171,10 +190,19 @@ class Peer:
         return time.process_time() - before
 
     def do_quit(self) -> None:
+        self._connecting.shutdown()
         for link in list(self._links):
             self.do_close(link)
         for end in list(self._ends):
             self.do_shut(end)
+
+
+def _make_memory(nbytes: int, device: int | None) -> KVMemory:
+    if device is None:
+        return KVMemory(nbytes // 4096, 1, 4096)
+    from .device_memory import DeviceMemory
+
+    return cast(KVMemory, DeviceMemory(nbytes, device))
 
 
 def _timed(work: Callable[[], None]) -> float:
@@ -188,6 +216,18 @@ def main() -> None:
     says = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     peer = Peer(Path(sys.argv[1]))
+    is_over = False
+    try:
+        _converse(peer, says)
+        is_over = True
+    finally:
+        if not is_over:
+            # Threads of transports that nobody closes any more would keep the process.
+            traceback.print_exc()
+            os._exit(1)
+
+
+def _converse(peer: Peer, says: TextIO) -> None:
     for line in sys.stdin:
         command = json.loads(line)
         is_last = command["do"] == "quit"

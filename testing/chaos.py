@@ -74,7 +74,7 @@ class ChaosProfile:
             drains=int(maybe(rng.randint(1, 2))),
             replay=maybe(rng.choice([0.01, 0.1])),
             replay_s=rng.choice([0.02, 0.5, 3.0]),
-            unknown=maybe(0.02),
+            unknown=maybe(rng.choice([0.02, 0.3])),
         )
 
 

@@ -115,16 +115,16 @@ class SimCluster:
         self.events = EventQueue(self.clock)
         self.faults: Counter[str] = Counter()
         self.journal = Journal(history)
+        self.network = SimNetwork(self.events, profile, self.rng, self.faults)
         self.watch = Watch(
             self.clock,
             self.journal,
             shape.router,
+            profile,
+            self.network.silent_ends,
             lease_s=shape.lease_s,
-            is_perfect=profile.is_perfect,
-            keeps_order=profile.keeps_order,
             max_step_s=shape.max_step_s,
         )
-        self.network = SimNetwork(self.events, profile, self.rng, self.faults)
         self.network.check_copy, self.network.check_leaving = self._check_copy, self.watch.leaves
         self.network.check_gift = self._check_gift
         self.network.trace = self.say if trace is not None else None
@@ -132,6 +132,7 @@ class SimCluster:
         self._trace = trace
         self.router = RouterCore(shape.router, self.clock, self._ids, CLUSTER_KEY)
         self.workers: dict[str, SimWorker] = {}
+        self._engines: list[FakeEngine] = []  # of all incarnations
         self._wires: dict[WorkerKey, tuple[Wire, Wire]] = {}
         self.is_calm = False
         self._num_ticks = 0
@@ -142,6 +143,11 @@ class SimCluster:
         for name, role in shape.roles().items():
             self.start_worker(name, role)
         self.events.after(ROUTER_TICK_S, self._tick_router, is_awaited=False)
+
+    def close(self) -> None:
+        """Give the memory of all incarnations back."""
+        for engine in self._engines:
+            engine.close()
 
     # ---- workers ----
 
@@ -163,6 +169,7 @@ class SimCluster:
             self._make_parking,
             self._memory.join(worker_id) if self._memory is not None else None,
         )
+        self._engines.append(self.workers[worker_id].engine)
         self.say(f"{tell(key)} starts")
 
     def _make_parking(self, memory: KVMemory, pool: BlockPool) -> SimParking:

@@ -59,13 +59,13 @@ def flip_a_bit(views: list[memoryview], rng: random.Random) -> None:
     view[rng.randrange(len(view))] ^= 1 << rng.randrange(8)
 
 
-def swap_two_blocks(views: list[memoryview], rng: random.Random) -> None:
+def exchange_two_blocks(views: list[memoryview], rng: random.Random) -> None:
     one, other = rng.sample(views, 2)
     kept = bytes(one)
     one[:], other[:] = bytes(other), kept
 
 
-def swap_two_pieces(views: list[memoryview], rng: random.Random) -> None:
+def exchange_two_pieces(views: list[memoryview], rng: random.Random) -> None:
     """Two equally long pieces of one block change places, as layers that were mixed up."""
     view = rng.choice(views)
     length = len(view) // 4
@@ -81,7 +81,7 @@ def lose_the_end(views: list[memoryview], rng: random.Random) -> None:
     view[at:] = bytes(len(view) - at)
 
 
-SPOILERS: tuple[Spoil, ...] = (flip_a_bit, swap_two_blocks, swap_two_pieces, lose_the_end)
+SPOILERS: tuple[Spoil, ...] = (flip_a_bit, exchange_two_blocks, exchange_two_pieces, lose_the_end)
 
 
 @dataclass

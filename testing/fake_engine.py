@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Iterable
-from collections.abc import Sequence as Items
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 
 import xxhash
@@ -57,7 +56,7 @@ def kv_values(token_ids: Iterable[int], num_layers: int = NUM_LAYERS, salt: int 
     return columns
 
 
-def _touched(state: int, params: SamplingParams, output_ids: Items[int]) -> int:
+def _touched(state: int, params: SamplingParams, output_ids: Sequence[int]) -> int:
     """Penalties and biases change what is drawn: a request that is served with another's shows it."""
     if params.has_penalties:
         state = _mix(state ^ sum(map(_mix, output_ids)) & _MASK)
@@ -67,7 +66,7 @@ def _touched(state: int, params: SamplingParams, output_ids: Items[int]) -> int:
 
 
 def _draw(
-    state: int, params: SamplingParams, choice: int, output_ids: Items[int], vocab_size: int, eos: frozenset[int]
+    state: int, params: SamplingParams, choice: int, output_ids: Sequence[int], vocab_size: int, eos: frozenset[int]
 ) -> SampledToken:
     """The token after a sequence whose cache folds to `state`: greedy from that alone, else with the request's seed."""
     index = len(output_ids)
@@ -80,7 +79,7 @@ def _draw(
             token_id = (token_id + 1) % vocab_size
     if params.logprobs is None:
         return SampledToken(token_id)
-    top = tuple((_mix(state + rank) % vocab_size, -float(rank)) for rank in range(params.logprobs))
+    top = tuple((_mix(state + place) % vocab_size, -float(place)) for place in range(params.logprobs))
     return SampledToken(token_id, TokenLogprob(-math.log1p(state % 1000), top))
 
 
@@ -138,14 +137,19 @@ class FakeEngine:
     def rest(self) -> None:
         """Nothing is held."""
 
-    def read(self, block_table: Items[int], layer: int, num_tokens: int) -> bytes:
+    def close(self) -> None:
+        """Give the memory back. Idempotent."""
+        self._slots.release()
+        self.memory.close()
+
+    def read(self, block_table: Sequence[int], layer: int, num_tokens: int) -> bytes:
         """What the cache holds of the first `num_tokens` tokens of a sequence with this table, in one layer."""
         size, slots = self.spec.block_size, self._slots
         starts = islice(self._starts(block_table, layer), -(-num_tokens // size))
         parts = (slots[start : start + size] for start in starts)
         return b"".join(parts)[: num_tokens * SLOT_BYTES]
 
-    def _starts(self, block_table: Items[int], layer: int) -> Iterable[int]:
+    def _starts(self, block_table: Sequence[int], layer: int) -> Iterable[int]:
         """Where each block's slots of one layer begin."""
         size, num_layers = self.spec.block_size, self.memory.num_layers
         return ((block * num_layers + layer) * size for block in block_table)

@@ -117,8 +117,7 @@ class _Play:
     def close(self) -> None:
         if self._fault is not None:
             self._fault.close()
-        for worker in self._cluster.workers.values():
-            worker.engine.memory.close()
+        self._cluster.close()
 
     # ---- the story ----
 
@@ -150,7 +149,7 @@ class _Play:
 
     def _submit_victim(self) -> None:
         self._watch.submitting()
-        self._submit(_request(VICTIM, self._rng, PROMPT_TOKENS, OUTPUT_TOKENS))
+        self._submit(make_request(VICTIM, self._rng, PROMPT_TOKENS, OUTPUT_TOKENS))
         self._watch.submitted(self._cluster.router.status().queued_requests)
 
     def _submit(self, request: GenerateRequest) -> None:
@@ -180,7 +179,7 @@ class _Play:
                 raise RunFailed(f"the fault did not happen: {self._fault.verify()}")
             for _ in range(2 * self._run.num_pairs):
                 self._submit(
-                    _request(f"provoke-{number}", self._rng, self._rng.randint(4, 30), self._rng.randint(2, 12))
+                    make_request(f"provoke-{number}", self._rng, self._rng.randint(4, 30), self._rng.randint(2, 12))
                 )
                 number += 1
                 self._wait(0.03 * self._rng.random())
@@ -189,7 +188,7 @@ class _Play:
     def _serve_more(self) -> None:
         names = ["after-0", "after-1"]
         for name in names:
-            self._submit(_request(name, self._rng, 18, 3))
+            self._submit(make_request(name, self._rng, 18, 3))
         self._until(self._all_ended, TIMEOUT_S + 1, "a request after the fault hangs")
         for name in names:
             record = self._cluster.journal.records.get(name)
@@ -254,7 +253,7 @@ class _Play:
 # ---- requests ----
 
 
-def _request(request_id: str, rng: random.Random, num_prompt: int, num_output: int, n: int = 1) -> GenerateRequest:
+def make_request(request_id: str, rng: random.Random, num_prompt: int, num_output: int, n: int = 1) -> GenerateRequest:
     prompt = [rng.randrange(1, 1000) for _ in range(num_prompt)]
     temperature = rng.choice([0.0, 1.0])
     params = SamplingParams(
@@ -272,7 +271,7 @@ def _others(run: Run, rng: random.Random) -> list[tuple[float, GenerateRequest]]
         sizes = [(0.0, 8, 40, 1)] * (2 * run.num_pairs)  # they take all seats for a while
     else:
         sizes = [(0.0, 14, 8, 1), (0.004, 6, 6, 2), (0.03, 9, 6, 1)]
-    return [(delay_s, _request(f"other-{i}", rng, *size)) for i, (delay_s, *size) in enumerate(sizes)]
+    return [(delay_s, make_request(f"other-{i}", rng, *size)) for i, (delay_s, *size) in enumerate(sizes)]
 
 
 def _victim_delay_s(moment: Moment) -> float:

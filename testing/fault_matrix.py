@@ -14,6 +14,7 @@ happen.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import logging
 import sys
@@ -28,6 +29,8 @@ from typing import TypeVar
 from .fault_cell import Run, RunResult, run_once
 from .fault_kinds import KINDS, Kind
 from .fault_moments import Moment
+from .real_faults import why_impossible
+from .real_matrix import plan_real, run_real
 
 SEVERITY = ("ok", "resumed", "error", "failed")
 STAR = (
@@ -165,14 +168,39 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"no {'kind' if not kinds else 'moment'} has that in its name; there are: {names}\n")
         return 2
     start = time.perf_counter()
-    runs = plan(kinds, moments)
-    matrix = run_all(runs, args.processes, _Progress(len(runs)))
+    matrix = _real(kinds, moments) if args.real else _virtual(kinds, moments, args.processes)
     for result in matrix.failures[:MAX_FAILURES]:
         sys.stdout.write(f"FAIL  {result.run.name}: {result.why}\n")
     sys.stdout.write(f"{render(matrix, kinds, moments)}\n\n{summarise(matrix, time.perf_counter() - start)}\n")
     if args.json is not None:
         args.json.write_text(json.dumps(as_json(matrix), indent=1) + "\n", encoding="utf-8")
     return int(bool(matrix.failures))
+
+
+def _virtual(kinds: Sequence[Kind], moments: Sequence[Moment], processes: int) -> Matrix:
+    runs = plan(kinds, moments)
+    return run_all(runs, processes, _Progress(len(runs)))
+
+
+def _real(kinds: Sequence[Kind], moments: Sequence[Moment]) -> Matrix:
+    """The cells that real processes allow; the others with their reason."""
+    matrix, possible = Matrix(), []
+    for kind in kinds:
+        if why := why_impossible(kind.name):
+            matrix.reasons.update({(kind.name, moment.value): why for moment in moments})
+            sys.stderr.write(f"SKIPPED  {kind.name}: {why}\n")
+        else:
+            possible.append(kind)
+    runs = plan_real(possible, moments)
+    progress = _Progress(len(runs))
+
+    def take(result: RunResult) -> None:
+        matrix.add(result)
+        progress(result)
+
+    logging.disable(logging.CRITICAL)
+    asyncio.run(run_real(runs, take))
+    return matrix
 
 
 T = TypeVar("T")
@@ -193,6 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--kind", metavar="K", help="kinds with this in their name")
     parser.add_argument("--moment", metavar="M", help="moments with this in their name")
+    parser.add_argument("--real", action="store_true", help="with real processes, on this machine's clock")
     parser.add_argument("--processes", type=int, default=1, help="how many runs side by side (default 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every run there")
     return parser

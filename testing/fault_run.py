@@ -11,12 +11,13 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..worker.fault_signal import ENABLED
 from .live_streams import LiveStreams, StreamRecord, undisturbed
 from .process_facts import ProcessFacts, facts_of, shared_memory_files
-from .process_faults import FaultKind, Struck, noticed_after_s, strike, thaw, wait_until
+from .process_faults import FaultKind, Struck, lines_since, noticed_after_s, strike, thaw, wait_until
 from .serving import Serving
 
 ENVIRONMENT = {ENABLED: "1"}  # for `serving`: the workers must obey
@@ -62,6 +63,13 @@ class Moment:
     unstranded_s: float | None = None
     recovered_s: float | None = None
 
+    def __str__(self) -> str:
+        seen = "" if self.struck.kind is FaultKind.LINK else f"noticed {_s(self.noticed_s)}, "
+        return (
+            f"{self.struck.kind} {self.struck.victim} under {self.live_streams} streams: {seen}"
+            f"no stranded block after {_s(self.unstranded_s)}, whole again after {_s(self.recovered_s)}"
+        )
+
 
 @dataclass(slots=True)
 class FaultResult:
@@ -72,6 +80,7 @@ class FaultResult:
     records: list[StreamRecord] = field(default_factory=list)
     leaks: dict[str, dict[str, int]] = field(default_factory=dict)  # process → what has grown
     shared_memory_left: list[str] = field(default_factory=list)
+    times_lost: int = 0  # how often the router gave a worker up
     seconds: float = 0.0
 
 
@@ -81,11 +90,13 @@ def make_bodies(count: int, max_tokens: int, seed: int) -> list[Body]:
     return [_body(number, max_tokens, rng) for number in range(count)]
 
 
+def _sentence(rng: random.Random) -> str:
+    words = (rng.choice(_OPENINGS), rng.choice(_VERBS), str(rng.randint(2, 99)), rng.choice(_THINGS))
+    return f"{' '.join(words)} {rng.choice(_PLACES)}."
+
+
 def _body(number: int, max_tokens: int, rng: random.Random) -> Body:
-    sentences = [
-        f"{rng.choice(_OPENINGS)} {rng.choice(_VERBS)} {rng.randint(2, 99)} {rng.choice(_THINGS)} {rng.choice(_PLACES)}."
-        for _ in range(rng.choice((1, 1, 2, 3, 5, 8, 12)))
-    ]
+    sentences = [_sentence(rng) for _ in range(rng.choice((1, 1, 2, 3, 5, 8, 12)))]
     kinds: tuple[Body, ...] = (
         {"temperature": 0},
         {"temperature": 0.8, "top_p": 0.95, "seed": number},
@@ -112,6 +123,7 @@ def run_faults(cluster: Serving, plan: FaultPlan, tell: Tell = lambda _: None) -
     tell(f"{len(bodies)} bodies answered undisturbed")
     cluster.wait_rest()
     facts, files = _facts(cluster), shared_memory_files()
+    log_offset = cluster.log.stat().st_size
     streams = LiveStreams(cluster, bodies, plan.streams, plan.seed)
     streams.start()
     try:
@@ -119,6 +131,7 @@ def run_faults(cluster: Serving, plan: FaultPlan, tell: Tell = lambda _: None) -
     finally:
         streams.stop()
     result.records = streams.records
+    result.times_lost = len(lines_since(cluster, log_offset, r" router .*worker \S+ lost: "))
     wait_whole(cluster)
     cluster.wait_rest(60)
     result.leaks = _leaks(cluster, facts)
@@ -140,10 +153,7 @@ def _strike_all(cluster: Serving, plan: FaultPlan, streams: LiveStreams, result:
         time.sleep(rng.random() * LONGEST_PAUSE_S)
         moment = _strike_one(cluster, kind, name, streams.num_streaming(), rng.uniform(*plan.freeze_s))
         result.moments.append(moment)
-        tell(
-            f"{number + 1}/{plan.moments} {kind} {name} under {moment.live_streams} streams: "
-            f"noticed {_s(moment.noticed_s)}, no stranded block after {_s(moment.unstranded_s)}, whole again after {_s(moment.recovered_s)}"
-        )
+        tell(f"{number + 1}/{plan.moments} {moment}")
 
 
 def _strike_one(cluster: Serving, kind: FaultKind, name: str, live_streams: int, freeze_s: float) -> Moment:
@@ -211,8 +221,6 @@ def _facts(cluster: Serving) -> dict[str, ProcessFacts]:
 
 def _router_pid(cluster: Serving, workers: set[int]) -> int:
     """The supervisor's one child that is no worker."""
-    from pathlib import Path
-
     tasks = Path("/proc", str(cluster.process.pid), "task").glob("*/children")
     (router,) = {int(pid) for task in tasks for pid in task.read_text().split()} - workers
     return router

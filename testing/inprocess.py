@@ -21,14 +21,14 @@ from ..engine.block_pool import BlockPool
 from ..engine.interface import Engine, ScheduledSeq
 from ..engine.parking import Parking
 from ..kvtransfer.destination import DestinationTable
-from ..kvtransfer.effects import LinkEvent, MessageArrived
+from ..kvtransfer.effects import LinkEvent
 from ..kvtransfer.link import Mesh
 from ..kvtransfer.mesh import MeshSettings, SocketMesh
 from ..kvtransfer.socket_link import LinkTimes
 from ..kvtransfer.source import PushSizes, SourceTable
 from ..kvtransfer.transports.inproc import InprocMesh, InprocNetwork
 from ..prefill_node.role import PrefillRole
-from ..protocol.messages import FromRouter, FromWorker, Grant, Heartbeat, Role, SampledToken
+from ..protocol.messages import FromRouter, FromWorker, Heartbeat, Role, SampledToken
 from ..router.config import RouterConfig
 from ..router.core import RouterCore
 from ..router.effects import Deliver, Effect, End, Send
@@ -104,16 +104,19 @@ class _Worker:
                 case _:
                     self.mesh.perform(effect)
 
+    def _handle(self, item: FromRouter | LinkEvent, tell: Callable[[FromWorker], None]) -> None:
+        if isinstance(item, FromRouter):
+            self.received = max(self.received, item.number)
+            self.perform(self.core.on_frame(item), tell)
+        else:
+            self.perform(self.core.on_link(item), tell)
+
     def turn(self, tell: Callable[[FromWorker], None]) -> bool:
         """Handle what has arrived and run one step; False when there was nothing to do."""
         progressed = False
         while self._deferred or not self.inbox.empty():
             item = self._deferred.popleft() if self._deferred else self.inbox.get_nowait()
-            if isinstance(item, FromRouter):
-                self.received = max(self.received, item.number)
-                self.perform(self.core.on_frame(item), tell)
-            else:
-                self.perform(self.core.on_link(item), tell)
+            self._handle(item, tell)
             progressed = True
         self.perform(self.core.tick(), tell)
         batch, effects = self.core.begin_step()
@@ -130,11 +133,9 @@ class _Worker:
         self, batch: list[tuple[RoleCode, ScheduledSeq]], num_layers: int, tell: Callable[[FromWorker], None]
     ) -> None:
         while not self.inbox.empty():
-            item = self.inbox.get_nowait()
-            if isinstance(item, MessageArrived) and isinstance(item.message, Grant):
-                self.perform(self.core.on_grant(item), tell)
-            else:
-                self._deferred.append(item)
+            self._deferred.append(self.inbox.get_nowait())
+        for item in self.core.take_within_step(batch, self._deferred):
+            self._handle(item, tell)
         self.perform(self.core.layers_computed(batch, num_layers), tell)
 
 

@@ -24,7 +24,7 @@ INVARIANTS = {
     "I9": "late, doubled and unknown messages are ignored and counted, never fatal",
     "I10": "a client that does not read delays nobody else",
     "I11": "every queue and table has a bound and keeps it",
-    "I12": "no work starts after its deadline",
+    "I12": "no work starts after its deadline, nor for an attempt that has ended",
     "I13": "ready means that a request sent now would be worked on",
     "I14": "retries keep their budget, a caller's fault is never blamed on a worker, both legs start or none",
     "I15": "whoever drains gets nothing new, finishes the old, and leaves nothing behind",

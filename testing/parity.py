@@ -299,8 +299,8 @@ def main(argv: list[str] | None = None) -> int:
             verdicts.append(matrix.run(case))
             sys.stderr.write(f"{case.feature}: {'ok' if verdicts[-1].is_ok else 'differs'}\n")
     if args.write:
-        page = Path(__file__).parent.parent / "docs" / "PARITY.md"
-        page.write_text(HEAD + table(verdicts) + "\n", encoding="utf-8")
+        document = Path(__file__).parent.parent / "docs" / "PARITY.md"
+        document.write_text(HEAD + table(verdicts) + "\n", encoding="utf-8")
     sys.stdout.write(table(verdicts) + "\n")
     return int(not all(verdict.is_ok for verdict in verdicts))
 

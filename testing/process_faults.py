@@ -55,7 +55,7 @@ def strike(kind: FaultKind, cluster: Serving, row: dict[str, Any]) -> Struck:
     seen: dict[FaultKind, Callable[[], bool]] = {
         FaultKind.KILL: lambda: is_gone(pid),
         FaultKind.FREEZE: lambda: state_of(pid) == "T",
-        FaultKind.LINK: lambda: bool(_lines(cluster, struck, rf" {name} .*{DROPPED}")),
+        FaultKind.LINK: lambda: bool(lines_since(cluster, struck.log_offset, rf" {name} .*{DROPPED}")),
     }
     if not wait_until(seen[kind], VERIFY_S):
         raise NotStruck(f"{kind} of {name} (pid {pid}, state {state_of(pid)!r}) was not seen within {VERIFY_S:g} s")
@@ -71,7 +71,7 @@ def thaw(struck: Struck) -> None:
 
 def noticed_after_s(cluster: Serving, struck: Struck) -> float | None:
     """Seconds until the router logged that the victim is lost; None when it never did."""
-    lines = _lines(cluster, struck, rf" router .*worker {struck.victim}@{struck.epoch[:6]}\w* lost: ")
+    lines = lines_since(cluster, struck.log_offset, rf" router .*worker {struck.victim}@{struck.epoch[:6]}\w* lost: ")
     if not lines:
         return None
     stamp = datetime.strptime(lines[0].split()[0], "%H:%M:%S.%f").replace(  # a time of day alone
@@ -90,9 +90,9 @@ def wait_until(is_so: Callable[[], bool], timeout_s: float) -> bool:
     return True
 
 
-def _lines(cluster: Serving, struck: Struck, pattern: str) -> list[str]:
-    """Lines of the cluster's log since the strike that contain the pattern."""
+def lines_since(cluster: Serving, offset: int, pattern: str) -> list[str]:
+    """Lines of the cluster's log from `offset` (bytes) on that contain the pattern."""
     with cluster.log.open("rb") as file:
-        file.seek(struck.log_offset)
+        file.seek(offset)
         text = file.read().decode(errors="replace")
     return [line for line in text.splitlines() if re.search(pattern, line)]

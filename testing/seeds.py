@@ -6,7 +6,7 @@ import logging
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -45,16 +45,22 @@ def run_seed(
     history: HistoryWriter | None = None,
 ) -> Outcome | Failure:
     """The outcome of one seed, or what broke. `plant` holds a bug in place while it runs, which `bug` names."""
+    try:
+        with quiet(), plant():
+            return run_scenario_beside_alone(draw_scenario(seed), trace, history)
+    except Exception as error:  # noqa: BLE001  a crash of the system under test is a finding like any other
+        return _failure(seed, bug, error)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Nothing is logged meanwhile: faults are what is wanted here."""
+    before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with plant():
-            return run_scenario_beside_alone(draw_scenario(seed), trace, history)
-    except Exception as error:
-        # A crash of the system under test is a finding like any other; the text is all that is kept of it.
-        logging.getLogger(__name__).debug("seed %d", seed, exc_info=True)
-        return _failure(seed, bug, error)
+        yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 
 def _failure(seed: int, bug: str | None, error: Exception) -> Failure:

@@ -152,5 +152,5 @@ class SimNetwork(InprocNetwork):
 
     def silent_ends(self, source: WorkerKey, active: list[Ticket]) -> list[bytes]:
         """Tickets that `source` has given up without a word to their destination."""
-        offered = (tickets for (owner, _), tickets in self._open_offers.items() if owner == source)
-        return sorted(set().union(*offered) - set(active))
+        offered = [tickets for (owner, _), tickets in self._open_offers.items() if tickets and owner == source]
+        return sorted(set().union(*offered) - set(active)) if offered else []

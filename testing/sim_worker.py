@@ -17,11 +17,11 @@ from ..engine.interface import ScheduledSeq
 from ..engine.kv_memory import KVMemory
 from ..engine.parking import ParkingSpace
 from ..kvtransfer.destination import DestinationTable
-from ..kvtransfer.effects import LinkEvent, MessageArrived
+from ..kvtransfer.effects import LinkEvent
 from ..kvtransfer.source import PushSizes, SourceTable
 from ..kvtransfer.transports.inproc import InprocMesh
 from ..prefill_node.role import PrefillRole
-from ..protocol.messages import FromRouter, FromWorker, Goodbye, Grant, Heartbeat, Role, ToRouter
+from ..protocol.messages import FromRouter, FromWorker, Goodbye, Heartbeat, Role, ToRouter
 from ..worker.core import CoreEffect, SetPeers, WorkerCore
 from ..worker.heartbeat import HeartbeatBuilder
 from ..worker.process import hello_of
@@ -69,7 +69,7 @@ class Observer(Protocol):
 
     def beats(self, worker: SimWorker, beat: Heartbeat) -> None: ...
 
-    def turned(self, worker: SimWorker, *, has_ticked: bool) -> None: ...
+    def turned(self, worker: SimWorker, *, has_ticked: bool, is_changed: bool) -> None: ...
 
 
 class SimWorker:
@@ -245,16 +245,19 @@ class SimWorker:
         if self._is_busy or not self.is_alive or self._is_frozen:
             return
         self._note_turn()
+        is_changed = bool(self._inbox)
         while self._inbox:
             self._perform(self._observer.hears(self, self._inbox.popleft()))
         try:
-            self._perform(self.core.tick())
+            timed_out = self.core.tick()
+            self._perform(timed_out)
             batch, effects = self.core.begin_step()
         except Exception as error:
             raise broken("I9", self.key, "a timer or the scheduler is fatal", error) from error
         self._observer.scheduled(self, [entry for _, entry in batch])
         self._perform(effects)
-        self._observer.turned(self, has_ticked=True)
+        is_changed = is_changed or bool(timed_out or effects or batch)
+        self._observer.turned(self, has_ticked=True, is_changed=is_changed)
         if batch:
             self._is_busy = True
             self._events.after(self.engine.cost_s([e for _, e in batch]), lambda: self._finish(batch))
@@ -274,15 +277,12 @@ class SimWorker:
         except Exception as error:
             raise broken("I9", self.key, "a step is fatal", error) from error
         self._perform(effects)
-        self._observer.turned(self, has_ticked=False)
+        self._observer.turned(self, has_ticked=False, is_changed=True)
         self._turn()
 
     def _on_layers(self, batch: list[tuple[RoleCode, ScheduledSeq]], num_layers: int) -> None:
-        grants = [item for item in self._inbox if isinstance(item, MessageArrived) and isinstance(item.message, Grant)]
-        for item in grants:
-            self._inbox.remove(item)
-            self._observer.heard(self, item)
-            self._perform(self.core.on_grant(item))
+        for item in self.core.take_within_step(batch, self._inbox):
+            self._perform(self._observer.hears(self, item))
         self._perform(self.core.layers_computed(batch, num_layers))
 
     def _exit(self) -> None:

@@ -19,6 +19,7 @@ from .scenario import Outcome
 from .seeds import Failure, run_seed, run_seeds
 
 PROGRESS_S = 2.0
+MAX_SHOWN = 20  # failures; the others are only counted
 
 
 def _tell(line: str) -> None:
@@ -39,7 +40,8 @@ class Tally:
     def take(self, result: Outcome | Failure) -> None:
         if isinstance(result, Failure):
             self.failures.append(result)
-            sys.stdout.write(f"{result}\n")
+            if len(self.failures) <= MAX_SHOWN:
+                sys.stdout.write(f"{result}\n")
         else:
             self.outcomes += 1
             self.requests += result.num_requests

@@ -14,7 +14,8 @@ from .story import tell
 def situation(router: RouterCore, workers: Iterable[SimWorker], journal: Journal) -> Iterator[str]:
     """Lines about the router, each worker's pool and hand-offs, and each request that has not ended."""
     status = router.status()
-    yield f"router: {status.active_requests} requests active, {status.queued_requests} queued; {status.why_not_ready or 'ready'}"
+    requests = f"{status.active_requests} requests active, {status.queued_requests} queued"
+    yield f"router: {requests}; {status.why_not_ready or 'ready'}"
     rows = {row.worker_id: row.state for row in status.workers}
     for worker in workers:
         yield from _worker_lines(worker, rows.get(worker.key.worker_id, "unknown"))

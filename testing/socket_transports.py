@@ -1,4 +1,4 @@
-"""Shared memory and TCP as a `Transport`: in the product the handshake makes their links, tests want them like the others.
+"""Shared memory and TCP as a `Transport`: in the product the handshake makes their links; tests treat all alike.
 
 `SocketTransport("shm" | "tcp" | "tls", …)` listens on a Unix socket in `folder`, or on loopback.
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..core.ids import Ticket, WorkerKey
 from ..engine.interface import ScheduledSeq
@@ -24,6 +24,7 @@ from ..router.core import RouterCore
 from ..router.effects import Effect, Send
 from ..router.interface import GenerateRequest
 from ..worker.core import CoreEffect
+from .chaos import ChaosProfile
 from .clock import FakeClock
 from .invariants import InvariantBroken, broken, guarded
 from .journal import Journal
@@ -39,7 +40,8 @@ FULL_ROUTER_AUDIT_EVERY = 16
 class Watch:
     """One for a cluster. Every check raises InvariantBroken at the event that broke the promise, or soon behind it.
 
-    `is_perfect`: no fault ever happens. `keeps_order`: messages of one sender arrive in order.
+    `silent_ends` names the hand-offs that a worker has given up without a word: of all that it has offered, given those
+    that are alive there.
     """
 
     def __init__(
@@ -47,18 +49,18 @@ class Watch:
         clock: FakeClock,
         journal: Journal,
         config: RouterConfig,
+        profile: ChaosProfile,
+        silent_ends: Callable[[WorkerKey, list[Ticket]], list[bytes]],
         *,
         lease_s: float,
-        is_perfect: bool,
-        keeps_order: bool,
         max_step_s: float,
     ) -> None:
-        self._journal = journal
+        self._journal, self._silent_ends = journal, silent_ends
         self.blocks = BlockWatch()
         self.leases = LeaseWatch(clock, lease_s)
         self.deadlines = DeadlineWatch(clock)
         self.health = HealthWatch(clock, config.worker_timeout_s, max_step_s)
-        self.routing = RouterWatch(config, is_perfect, keeps_order)
+        self.routing = RouterWatch(config, profile)
         self._num_router_events = 0
 
     # ---- clients and router ----
@@ -150,10 +152,14 @@ class Watch:
     def beats(self, worker: SimWorker, beat: Heartbeat) -> None:
         self.health.beats(worker, beat)
 
-    def turned(self, worker: SimWorker, *, has_ticked: bool) -> None:
-        self.blocks.turned(worker)
+    def turned(self, worker: SimWorker, *, has_ticked: bool, is_changed: bool) -> None:
+        """`is_changed`: something was heard, done or begun in this turn."""
+        self.blocks.turned(worker, is_changed=is_changed)
         if has_ticked:
             self.leases.turned(worker)
+        silent = self._silent_ends(worker.key, worker.source.active())
+        if silent:
+            raise InvariantBroken(f"I8 {worker.key}: gave up hand-off {silent[0].hex()[:8]} and told nobody")
         if worker.destination.num_early > worker.max_early:
             raise InvariantBroken(f"I11 {worker.key}: keeps {worker.destination.num_early} early offers")
 

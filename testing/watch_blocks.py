@@ -6,7 +6,6 @@ Knows the messages, the effects and the pools; digests, tables of the hand-off a
 from __future__ import annotations
 
 from array import array
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -56,13 +55,15 @@ class BlockWatch:
 
     # ---- I4 ----
 
-    def turned(self, worker: SimWorker) -> None:
-        """The owners of every block are recounted; places, hashes and tables every now and then, and on any doubt.
+    def turned(self, worker: SimWorker, *, is_changed: bool) -> None:
+        """Where something happened, the owners of every block are recounted; every now and then, and on any doubt, also
+        places, hashes and tables.
 
-        That loses nothing: a wrong owner stays wrong until someone frees, which recounts, and the rest does not heal.
+        That loses nothing: a wrong owner is seen at once, and what is wrong in the rest does not heal by itself.
         """
         self._num_turns += 1
-        if not _is_balanced(worker.pool, worker) or self._num_turns % FULL_AUDIT_EVERY == 0:
+        is_due = self._num_turns % FULL_AUDIT_EVERY == 0
+        if is_due or (is_changed and not _is_balanced(worker.pool, worker)):
             self.audit(worker)
         if self.check_memory is not None:
             self.check_memory()
@@ -165,7 +166,11 @@ class BlockWatch:
 
 def _is_balanced(pool: BlockPool, worker: SimWorker) -> bool:
     """Every reference has an owner, every owner a reference, and the others can be allocated."""
-    held = Counter(block for role in worker.core.roles for table in role.owners() for block in table)
+    held: dict[BlockId, int] = {}
+    for role in worker.core.roles:
+        for table in role.owners():
+            for block in table:
+                held[block] = held.get(block, 0) + 1
     return len(held) + pool.num_free_blocks == pool.num_blocks and all(
         pool.ref_count(block) == count for block, count in held.items()
     )

@@ -11,16 +11,17 @@ from ..protocol.messages import AttemptFailed, FromWorker, Heartbeat, PrefillEnd
 from ..router.config import RouterConfig
 from ..router.core import RouterCore
 from ..router.effects import Deliver, Effect, Send
+from .chaos import ChaosProfile
 from .invariants import InvariantBroken, guarded
 
 CALLERS_FAULT = frozenset({"bad_request", "deadline_exceeded"})
 
 
 class RouterWatch:
-    """`is_perfect`: nothing is ever lost, late or dead, so nothing may be tried twice."""
+    """Where the profile forbids faults, it also forbids their consequences."""
 
-    def __init__(self, config: RouterConfig, is_perfect: bool, keeps_order: bool) -> None:
-        self._config, self._is_perfect, self._keeps_order = config, is_perfect, keeps_order
+    def __init__(self, config: RouterConfig, profile: ChaosProfile) -> None:
+        self._config, self._profile = config, profile
         self._tries: Counter[str] = Counter()  # in a row without a new token
         self._last_attempt: dict[str, int] = {}
         self._tickets: set[bytes] = set()
@@ -91,8 +92,10 @@ class RouterWatch:
     ) -> None:
         """`is_over`: the request that the frame is about had ended before it came."""
         key, body = WorkerKey(frame.worker_id, frame.epoch), frame.body
-        if isinstance(body, Heartbeat) and body.state == "draining" and self._keeps_order:
+        if isinstance(body, Heartbeat) and body.state == "draining" and self._profile.keeps_order:
             self._draining.add(key)
+        if self._profile.is_lossless and router.counters.broken_streams:
+            raise InvariantBroken(f"I3 router: a stream of {key} broke though no message was lost, doubled or late")
         if not isinstance(body, AttemptFailed | PrefillEnded):
             return
         if _is_callers_fault(frame):
@@ -105,7 +108,7 @@ class RouterWatch:
                 raise InvariantBroken(f"I14 router: {body.request_id} failed by {body.code}, and the router {what}")
             return
         is_current = not is_over and body.attempt == self._last_attempt.get(body.request_id)
-        if self._is_perfect and is_current and (isinstance(body, AttemptFailed) or not body.ok):
+        if self._profile.is_perfect and is_current and (isinstance(body, AttemptFailed) or not body.ok):
             raise InvariantBroken(
                 f"I14 {key}: {body.request_id} fails by {body.code} where nothing is lost: {body.message}"
             )

@@ -65,7 +65,7 @@ class LeaseWatch:
 
 
 class DeadlineWatch:
-    """I12: neither the router nor a worker starts something whose time is over."""
+    """I12: neither the router nor a worker starts something whose time is over, or which has ended."""
 
     def __init__(self, clock: FakeClock) -> None:
         self._clock = clock
@@ -95,6 +95,8 @@ class DeadlineWatch:
             self._attempts[key] = max(self._attempts.get(key, 0.0), self._clock.now() + body.timeout_s)
 
     def scheduled(self, worker: SimWorker, entry: ScheduledSeq) -> None:
+        if not any(entry.seq.key in role.active() for role in worker.core.roles):
+            raise InvariantBroken(f"I12 {worker.key}: computes {entry.seq.key}, which has ended here")
         deadline = self._attempts.get((worker.key, entry.seq.key))
         if deadline is not None and self._clock.now() >= deadline:
             raise InvariantBroken(f"I12 {worker.key}: computes {entry.seq.key} after its deadline")

@@ -132,4 +132,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         for report in terminalreporter.stats.get("skipped", [])
     )
     listed = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common())
-    terminalreporter.write_line(f"skipped {sum(reasons.values())} tests{': ' + listed if listed else ''}")
+    loud = {"yellow": True, "bold": True} if reasons else {}
+    terminalreporter.write_line(f"skipped {sum(reasons.values())} tests{': ' + listed if listed else ''}", **loud)

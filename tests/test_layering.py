@@ -37,6 +37,7 @@ HOME = {
     "triton": "kernels",
     "ucxx": "kvtransfer",
     "nixl": "kvtransfer",
+    "nixl_cu12": "kvtransfer",
     "huggingface_hub": "models",
 }
 TEST_ONLY = {"transformers", "openai", "pytest", "hypothesis", "gguf", "jsonschema"}
@@ -54,6 +55,7 @@ TORCH_FREE = [
     "kvtransfer/wire_choice.py",
     "kvtransfer/source.py",
     "kvtransfer/destination.py",
+    "kvtransfer/transports/",
     "engine/block_pool.py",
     "engine/sequence.py",
     "engine/interface.py",
@@ -227,7 +229,7 @@ def test_torch_free_modules_load_without_torch(product_sources: dict[str, str]) 
     code = (
         "import importlib, sys\n"
         "for name in sys.argv[1:]: importlib.import_module(name)\n"
-        "heavy = sorted({'torch', 'transformers', 'triton'} & set(sys.modules))\n"
+        "heavy = sorted({'torch', 'transformers', 'triton', 'ucxx', 'nixl', 'nixl_cu12'} & set(sys.modules))\n"
         "assert not heavy, heavy\n"
     )
     done = subprocess.run([sys.executable, "-c", code, *modules], capture_output=True, text=True, check=False)

@@ -21,6 +21,9 @@ INSTALL_NAME = {
     "yaml": "pyyaml",
     "prometheus_client": "prometheus-client",
     "huggingface_hub": "huggingface-hub",
+    "ucxx": "ucxx-cu12",
+    "nixl": "nixl-cu12",
+    "nixl_cu12": "nixl-cu12",
 }
 
 

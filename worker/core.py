@@ -9,7 +9,8 @@ time.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import msgspec
@@ -19,7 +20,7 @@ from ..core.errors import InternalError, ServeError
 from ..core.ids import AttemptKey, WorkerKey
 from ..engine.block_pool import BlockPool
 from ..engine.interface import Engine, ScheduledSeq
-from ..kvtransfer.effects import LinkEvent, MessageArrived
+from ..kvtransfer.effects import LinkEvent
 from ..protocol.messages import (
     AttemptFailed,
     Drain,
@@ -38,6 +39,7 @@ from ..protocol.messages import (
 )
 from ..protocol.messages import Role as RoleName
 from .role import Budget, Computed, Effect, Role, Tell
+from .within_step import Item, take_now
 
 log = logging.getLogger(__name__)
 
@@ -152,13 +154,12 @@ class WorkerCore:
     ) -> list[tuple[SampledToken, ...] | ServeError]:
         """Run the batch; an error of the whole is narrowed down to the entries that cause it.
 
-        `on_layers(n)` is called within the step for a batch that something leaves from; it may call `layers_computed`
-        and `on_grant`, and nothing else here.
+        `on_layers(n)` is called within the step: it may call `layers_computed`, and handle what `take_within_step`
+        gives.
         """
         entries = [entry for _, entry in batch]
-        hook = on_layers if any(role.hands_off for role, _ in batch) else None
         try:
-            return list(self.engine.execute(entries, hook))
+            return list(self.engine.execute(entries, on_layers))
         except Exception:
             log.exception("a step of %d sequences failed; running them one by one", len(entries))
         return [self._compute_alone(entry) for entry in entries]
@@ -172,19 +173,17 @@ class WorkerCore:
             log.exception("request %s failed in its step", entry.seq.key)
             return InternalError("the step of this request failed; the worker's log has the cause")
 
+    def take_within_step(self, batch: list[tuple[Role, ScheduledSeq]], waiting: deque[Item]) -> Iterator[Item]:
+        """Take out of `waiting` what may be handled while `batch` is computed: by `on_frame` or `on_link`, at once."""
+        computing = {entry.seq.key for _, entry in batch}
+        return take_now(waiting, self._router_epoch, computing, self.role_name != "decode")
+
     def layers_computed(self, batch: list[tuple[Role, ScheduledSeq]], num_layers: int) -> list[CoreEffect]:
         """Within the step: so many layers of its new KV are in the cache."""
         now = self._clock.now()
         for role in self.roles:
             if role.hands_off:
                 role.layers_computed([entry for owner, entry in batch if owner is role], num_layers, now)
-        return self._collect()
-
-    def on_grant(self, event: MessageArrived) -> list[CoreEffect]:
-        """Within the step: a Grant has arrived, and what it allows may leave at once."""
-        for role in self.roles:
-            if role.hands_off:
-                role.on_grant(event, self._clock.now())
         return self._collect()
 
     def end_step(

@@ -67,7 +67,7 @@ def load_engine(topology: Topology, spec: WorkerSpec, membership: Membership | N
 
     pool = spec.config
     path, slot = Path(topology.runtime_dir) / CORES_FILE, topology.workers().index(spec) % MAX_WORKERS
-    share = CoreShare(path, slot, torch.get_num_threads(), MonotonicClock())
+    share = CoreShare(path, slot, pool.threads or torch.get_num_threads(), MonotonicClock())
     # Loading takes its share like a step: the workers that serve meanwhile must not wait for each other's threads.
     torch.set_num_threads(share.begin(LOAD_S))
     engine = TorchEngine.load(
@@ -78,7 +78,6 @@ def load_engine(topology: Topology, spec: WorkerSpec, membership: Membership | N
         kv_bytes=pool.kv_cache_bytes or DEFAULT_KV_BYTES,
         block_size=pool.block_size or topology.block_size,
         max_model_len=topology.model.max_model_len,
-        num_threads=pool.threads,
         make_memory=membership.make_memory if membership is not None else None,
     )
     share.rest()

@@ -22,10 +22,10 @@ from ..core.clock import Clock, MonotonicClock
 from ..core.errors import InternalError, ProtocolError
 from ..core.ids import WorkerKey
 from ..engine.interface import Engine, ScheduledSeq
-from ..kvtransfer.effects import LinkEvent, MessageArrived
+from ..kvtransfer.effects import LinkEvent
 from ..kvtransfer.link import Mesh
 from ..protocol import codec
-from ..protocol.messages import FromRouter, FromWorker, Goodbye, Grant, Hello, Role, ToRouter
+from ..protocol.messages import FromRouter, FromWorker, Goodbye, Hello, Role, ToRouter
 from ..protocol.sockets import WorkerSocket
 from .core import CoreEffect, SetPeers, Snapshot, WorkerCore
 from .fault_signal import obey_fault_signals
@@ -143,7 +143,7 @@ class WorkerLoop:
         self._turns, self._drain_s = turns, drain_s
         self._next_tick = clock.now()
         self._drain_until: float | None = None
-        self._deferred: deque[FromRouter | LinkEvent] = deque()  # came within a step, and is no grant
+        self._deferred: deque[FromRouter | LinkEvent] = deque()  # came within a step, and has to wait for its end
 
     def drain(self) -> None:
         """Take nothing new and end when all is done, or after `drain_s`. Safe to call from a signal handler."""
@@ -202,14 +202,14 @@ class WorkerLoop:
         return True
 
     def _on_layers(self, batch: list[tuple[RoleCode, ScheduledSeq]], num_layers: int) -> None:
-        """Within a step: what is computed and granted leaves while the next layer is computed."""
+        """Within a step: what is computed and granted leaves while the next layer is computed, and hand-offs go on."""
         while not self._inbox.empty():
             item = self._inbox.get_nowait()
-            if isinstance(item, MessageArrived) and isinstance(item.message, Grant):
-                self._perform(self._core.on_grant(item))
-            elif item is not None:
+            if item is not None:
                 self._deferred.append(item)
         log.debug("%d layers computed", num_layers)
+        for item in self._core.take_within_step(batch, self._deferred):
+            self._on_item(item)
         self._perform(self._core.layers_computed(batch, num_layers))
 
     def _perform(self, effects: list[CoreEffect]) -> None:

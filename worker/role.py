@@ -12,7 +12,7 @@ from typing import Protocol
 from ..core.errors import ServeError
 from ..core.ids import AttemptKey, BlockId
 from ..engine.interface import ScheduledSeq
-from ..kvtransfer.effects import LinkEffect, LinkEvent, MessageArrived
+from ..kvtransfer.effects import LinkEffect, LinkEvent
 from ..protocol.messages import SampledToken, ToRouter, ToWorker, WorkerLoad
 
 
@@ -50,10 +50,6 @@ class Role(Protocol):
 
     def layers_computed(self, entries: list[ScheduledSeq], num_layers: int, now: float) -> None:
         """Within the step: the first `num_layers` layers of these entries are in the cache."""
-        ...
-
-    def on_grant(self, event: MessageArrived, now: float) -> None:
-        """Within the step: a peer has granted blocks, which may leave at once. Nothing else of the state may change."""
         ...
 
     def commit(self, computed: list[Computed], now: float) -> None:

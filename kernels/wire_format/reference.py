@@ -35,11 +35,13 @@ def _decode_block(row: torch.Tensor, shape: torch.Size, dtype: torch.dtype, wire
     if not is_scaled(wire_dtype):
         return saturated(row.view(_FLOATS[wire_dtype]).view(shape), dtype)
     codes, scales = row[: shape.numel()].view(shape), row[shape.numel() :].clone().view(torch.float32)
-    out = torch.empty(shape, dtype=dtype)
+    out, largest = torch.empty(shape, dtype=dtype), torch.finfo(dtype).max
     for part in range(2):
         for head in range(shape[2]):
             scale = scales[part * shape[2] + head]
-            out[part, :, head] = saturated(_numbers(wire_dtype)[codes[part, :, head].long()] * scale, dtype)
+            # The largest float32 times its own rounded scale may be infinite.
+            values = _numbers(wire_dtype)[codes[part, :, head].long()] * scale
+            out[part, :, head] = values.clamp(-largest, largest).to(dtype)
     return out
 
 

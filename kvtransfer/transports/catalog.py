@@ -1,4 +1,4 @@
-"""Transports by name: which can be used here, and which of them two workers take. Libraries are imported when asked for."""
+"""Transports by name: which can be used here, and which one two workers take. Libraries are imported when asked for."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def open_transport(name: str, memory: KVMemory, me: WorkerKey, host: str = "127.
 def choose(mine: tuple[str, ...], theirs: tuple[str, ...], same_host: bool, kind: MemoryKind) -> tuple[str, str]:
     """(name, why), from what each side allows; the name is empty where there is none.
 
-    What only a person can have asked for (`ucx`, `gloo`, `nccl`) goes first, in the order of `mine`; then our preference.
+    What only a person can have asked for (`ucx`, `gloo`, `nccl`) goes first, in the order of `mine`, then PREFERENCE.
     """
     asked_for = [name for name in mine if name not in PREFERENCE[kind]]
     obstacles: list[str] = []

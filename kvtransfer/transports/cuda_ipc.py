@@ -23,7 +23,7 @@ from ...core.ids import WorkerKey
 from ...engine.kv_memory import KVMemory
 from ..bulk import Bulk, LinkFacts, Span, Transport, Unusable
 from ..identity import boot_id
-from .library import PIECE_BYTES, decode_offer, encode_offer, library_errors, require_inside
+from .library import PIECE_BYTES, decode_offer, encode_offer, library_errors, region_bytes, require_inside
 from .process_group import GPU_HELP, device_bytes, flat_bytes
 from .runs import paired
 
@@ -54,7 +54,7 @@ class CudaIpcTransport(Transport):
             handle, offset = self._driver.export(memory.address)
         except (OSError, TransferFailed) as err:
             raise Unusable(f"cuda_ipc: {err}; {GPU_HELP}, and memory made without expandable segments") from err
-        self._offer = encode_offer(IpcOffer(handle, offset, len(memory.region), boot_id() or "unknown"))
+        self._offer = encode_offer(IpcOffer(handle, offset, region_bytes(memory), boot_id() or "unknown"))
 
     def offer(self) -> bytes:
         return self._offer
@@ -84,7 +84,7 @@ class CudaIpcBulk(Bulk):
         self._driver, self._base = driver, base
         self._mine: torch.Tensor | None = flat_bytes(memory)
         self._theirs: torch.Tensor | None = device_bytes(base + offer.offset, offer.nbytes, driver.device)
-        self._stream = torch.cuda.Stream(driver.device)
+        self._stream: Any = torch.cuda.Stream(driver.device)  # type: ignore[no-untyped-call]
         self._stopped = threading.Event()
 
     def send(self, spans: Sequence[Span]) -> None:
@@ -97,6 +97,7 @@ class CudaIpcBulk(Bulk):
     def receive(self, source: Sequence[Span], target: Sequence[Span], wanted: Callable[[], bool]) -> None:
         import torch
 
+        cuda: Any = torch.cuda
         mine, theirs = self._mine, self._theirs
         if mine is None or theirs is None:
             raise TransferFailed("the link is over")
@@ -107,9 +108,9 @@ class CudaIpcBulk(Bulk):
                 raise TransferFailed("the link is over")
             if not wanted():
                 break
-            with library_errors("cuda_ipc: copying"), torch.cuda.stream(self._stream):
+            with library_errors("cuda_ipc: copying"), cuda.stream(self._stream):
                 mine[stop : stop + nbytes].copy_(theirs[start : start + nbytes], non_blocking=True)
-                copied = torch.cuda.Event()
+                copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 copied.record(self._stream)
                 copied.synchronize()
 

@@ -11,6 +11,7 @@ from typing import TypeVar
 import msgspec
 
 from ...core.errors import TransferFailed
+from ...engine.kv_memory import KVMemory
 from ..bulk import MAX_OFFER_BYTES, LinkFacts, Span, Unusable
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -61,6 +62,11 @@ def decode_offer(data: bytes, kind: type[T], facts: LinkFacts) -> T:
         return msgspec.msgpack.decode(data, type=kind)
     except (msgspec.DecodeError, msgspec.ValidationError) as err:
         raise TransferFailed(f"the offer of {facts.peer} is not a {kind.__name__}: {err}") from err
+
+
+def region_bytes(memory: KVMemory) -> int:
+    """Size of what is registered: blocks and staging."""
+    return memory.nbytes + memory.staging_bytes
 
 
 def require_inside(spans: list[Span], nbytes: int, whose: str) -> None:

@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,29 +36,52 @@ _FIRST_CHECKS, _LONGEST_CHECK_PAUSE_S = 200, 0.001
 Pairs = Sequence[tuple[int, int, int]]  # (address of the peer, our address, number of bytes)
 
 
-class NixlAgent:
-    """Thread-safe. `kind`: "DRAM" or "VRAM". Every error of the library becomes TransferFailed."""
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Memory of ours that the library may write to: `kind` is "DRAM" or "VRAM", `device` counts within it."""
 
-    def __init__(self, name: str, kind: str, regions: Sequence[tuple[int, int, int]]) -> None:
-        """Register `regions` of (address, number of bytes, device). Raises Unusable when the library cannot serve."""
-        self._nixl = _load()
-        self.name, self._kind = name, kind
+    address: int
+    nbytes: int
+    kind: str = "DRAM"
+    device: int = 0
+
+
+class NixlAgent:
+    """Thread-safe. Every error of the library becomes TransferFailed."""
+
+    def __init__(self, name: str, regions: Sequence[Region]) -> None:
+        """Raises Unusable when the library cannot serve."""
+        nixl = _load()
+        self.name = name
         self._lock = threading.Lock()
+        self._registered: dict[Region, Any] = {}
+        self._kept: list[object] = []
         self._left_over: list[Any] = []  # transfers that the library would not let go of
         self._busy_until, self._closed = 0.0, False
         self._nudge = threading.Event()
         try:
-            self._agent, self._registered = self._make(regions)
+            with library_errors("making a NIXL agent"):
+                config = nixl.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
+                self._agent = nixl.nixl_agent(name, config)
+            for region in regions:
+                self.register(region)
         except TransferFailed as err:
             raise Unusable(f"nixl: {err}") from err
         self._thread = threading.Thread(target=self._progress, name=f"kv-nixl-{name}")
         self._thread.start()
 
-    def _make(self, regions: Sequence[tuple[int, int, int]]) -> tuple[Any, Any]:
-        with library_errors("making a NIXL agent"):
-            config = self._nixl.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
-            agent = self._nixl.nixl_agent(self.name, config)
-            return agent, agent.register_memory([(*region, "") for region in regions], self._kind)
+    def register(self, region: Region) -> None:
+        with self._lock, library_errors("registering memory with NIXL"):
+            rows = [(region.address, region.nbytes, region.device, "")]
+            self._registered[region] = self._agent.register_memory(rows, region.kind)
+
+    def deregister(self, region: Region) -> None:
+        with self._lock, library_errors("deregistering memory with NIXL"):
+            self._agent.deregister_memory(self._registered.pop(region))
+
+    def keep(self, memory: object) -> None:
+        """Hold on to memory that an abandoned read may still be written to, until the agent is gone."""
+        self._kept.append(memory)
 
     @property
     def metadata(self) -> bytes:
@@ -78,11 +102,17 @@ class NixlAgent:
             with library_errors(f"removing NIXL agent {name}"):
                 self._agent.remove_remote_agent(name)
 
-    def read(self, name: str, pairs: Pairs, check: Callable[[], None]) -> None:
-        """Copy from the peer to us. `check` raises to give up; then the transfer is abandoned."""
+    def read(
+        self, name: str, pairs: Pairs, check: Callable[[], None], like: Region, posted: Callable[[], None]
+    ) -> None:
+        """Copy from the peer to us, where memory is of the kind of `like`; `posted` is called once it is on its way.
+
+        `check` raises to give up. The transfer is abandoned then, and bytes may still be written: nothing cancels it.
+        """
         with self._lock, library_errors(f"reading from NIXL agent {name}"):
-            handle = self._agent.initialize_xfer("READ", *self._descriptors(pairs), name)
+            handle = self._agent.initialize_xfer("READ", *self._descriptors(pairs, like), name)
             state = self._agent.transfer(handle)
+            posted()
         try:
             state = self._settle(handle, state, check)
         finally:
@@ -105,17 +135,20 @@ class NixlAgent:
         self._thread.join()
         with self._lock, contextlib.suppress(TransferFailed), library_errors("closing a NIXL agent"):
             self._let_go()
-            self._agent.deregister_memory(self._registered)
-        del self._agent, self._registered
+            for registered in self._registered.values():
+                self._agent.deregister_memory(registered)
+        del self._agent
+        self._registered.clear()
+        self._kept.clear()
 
     # ---- one read ----
 
-    def _descriptors(self, pairs: Pairs) -> tuple[Any, Any]:
+    def _descriptors(self, pairs: Pairs, like: Region) -> tuple[Any, Any]:
+        """Ours and theirs."""
         theirs, ours, sizes = np.array(pairs, np.uint64).T
-        device = np.zeros_like(sizes)
-        lists = (np.stack([start, sizes, device], axis=1) for start in (ours, theirs))
-        local, remote = (self._agent.get_xfer_descs(rows, self._kind) for rows in lists)
-        return local, remote
+        device = np.full_like(sizes, like.device)
+        local, remote = (np.stack([start, sizes, device], axis=1) for start in (ours, theirs))
+        return self._agent.get_xfer_descs(local, like.kind), self._agent.get_xfer_descs(remote, like.kind)
 
     def _settle(self, handle: Any, state: str, check: Callable[[], None]) -> str:
         """The state in which the transfer ends; sleeps between looks, longer each time."""
@@ -169,12 +202,9 @@ def _load() -> Any:
     raises, root = logging.raiseExceptions, logging.getLogger()
     handlers, level = root.handlers[:], root.level
     try:
-        import nixl_cu12 as nixl
-    except ImportError:
-        try:
-            import nixl
-        except ImportError as err:
-            raise Unusable(f"nixl is not installed ({err}); {HELP}") from err
+        nixl = _import()
+    except (ImportError, OSError) as err:
+        raise Unusable(f"nixl is not installed or cannot be loaded ({err}); {HELP}") from err
     finally:
         # Importing it sets the whole process's logging up.
         logging.raiseExceptions, root.handlers[:] = raises, handlers
@@ -184,3 +214,15 @@ def _load() -> Any:
     own.propagate = True
     own.setLevel(logging.WARNING)
     return nixl
+
+
+def _import() -> Any:
+    """By the name of the wheel for CUDA 12, or of the package that picks a wheel."""
+    try:
+        import nixl_cu12
+
+        return nixl_cu12
+    except ImportError:
+        import nixl
+
+        return nixl

@@ -1,7 +1,7 @@
 """Spans as messages of bounded size, for libraries that send one buffer at a time.
 
-Both ends cut the same number of bytes at the same places, whatever their spans are. A piece that is contiguous in memory
-is a view of it; of other pieces one copy is made, because a message costs such a library more than the copy.
+Both ends cut the same number of bytes at the same places, whatever their spans are. A piece that is contiguous in
+memory is a view of it; of other pieces one copy is made, because a message costs such a library more than the copy.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
     open      a store on loopback, through which the two ends of a link find each other; its address is the offer
     connect   both ends make the group, the listener with rank 0 in its own store, and exchange a few bytes
     send      a message for each piece, matched by order
-    stop      nccl: abort. gloo cannot abort, but a receive that times out closes its connections: such a one is posted
+    stop      nccl: abort. gloo cannot, but a receive that times out closes its connections: such a one is posted. Who
+              waits for a message of which a part has come is not told even then, so a thread of the link waits for gloo
 
 Neither library notices a frozen peer, and neither authenticates: the store and gloo listen on the given address only.
 """
@@ -11,10 +12,12 @@ Neither library notices a frozen peer, and neither authenticates: the store and 
 from __future__ import annotations
 
 import contextlib
+import queue
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,16 +27,18 @@ from ...core.errors import TransferFailed
 from ...core.ids import WorkerKey
 from ...engine.kv_memory import KVMemory
 from ..bulk import Bulk, LinkFacts, Span, Transport, Unusable
-from .library import PIECE_BYTES, decode_offer, encode_offer, library_errors, require_inside
+from .library import PIECE_BYTES, decode_offer, encode_offer, library_errors, region_bytes, require_inside
 from .runs import chunks, total_bytes
 
 if TYPE_CHECKING:
     import torch
 
-_PATIENCE = timedelta(seconds=60)  # for one piece; the link's own liveness ends it much earlier
+_PATIENCE = timedelta(seconds=30)  # for one piece; the link's own liveness ends it much earlier
 _STORE_PATIENCE = timedelta(seconds=5)
 _AT_ONCE = timedelta(milliseconds=1)
 _DATA, _NEVER_SENT = 0, 1  # tags
+_SENDING, _RECEIVING = 0, 1
+_CLOSE_S = 0.2
 _LOOK_S = 0.0002
 GPU_HELP = "it needs a CUDA device and pip install 'penstock[gpu]'"
 
@@ -76,16 +81,15 @@ class ProcessGroupTransport(Transport):
         self._store = None
 
     def _make_group(self, store: Any, facts: LinkFacts) -> Any:
-        import torch.distributed as dist
-
+        dist = _distributed()
         shared = dist.PrefixStore(facts.session.hex(), store)
-        rank, patience = (1 if facts.is_dialer else 0), timedelta(seconds=facts.timeout_s)
+        me, patience = (1 if facts.is_dialer else 0), timedelta(seconds=facts.timeout_s)
         if self.name == "nccl":
-            return dist.ProcessGroupNCCL(shared, rank, 2, timeout=patience)
+            return dist.ProcessGroupNCCL(shared, me, 2, patience)
         options: Any = dist.ProcessGroupGloo._Options()
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._host)]
         options._timeout = patience
-        return dist.ProcessGroupGloo(shared, rank, 2, options)
+        return dist.ProcessGroupGloo(shared, me, 2, options)
 
 
 class ProcessGroupBulk(Bulk):
@@ -97,7 +101,9 @@ class ProcessGroupBulk(Bulk):
     def __init__(self, name: str, memory: KVMemory, group: Any, peer: int) -> None:
         self._name, self._group, self._peer = name, group, peer
         self._bytes: torch.Tensor | None = flat_bytes(memory)
-        self._stopped, self._stopping = threading.Event(), threading.Lock()
+        self._stopped: Future[None] = Future()
+        self._stopping = threading.Lock()
+        self._waiters = [Waiter(self._stopped) for _ in range(2)]  # for sending and for receiving
 
     def greet(self, timeout_s: float) -> None:
         """Exchange a few bytes with the peer, which makes the connection."""
@@ -106,8 +112,8 @@ class ProcessGroupBulk(Bulk):
         mine, theirs = torch.ones(8, dtype=torch.uint8, device=self._whole.device), self._buffer(8)
         with self._working("greeting"):
             sent, heard = self._send(mine), self._receive(theirs)
-            for work in (heard, sent):
-                self._settle(work, timedelta(seconds=timeout_s))
+            self._settle(heard, _RECEIVING, timedelta(seconds=timeout_s))
+            self._settle(sent, _SENDING, timedelta(seconds=timeout_s))
         if not torch.equal(mine, theirs):
             raise TransferFailed(f"{self._name}: the peer greets with other bytes")
 
@@ -117,7 +123,7 @@ class ProcessGroupBulk(Bulk):
         for piece in self._cut(spans):
             with self._working("sending"):
                 views = [self._view(span) for span in piece]
-                self._settle(self._send(views[0] if len(views) == 1 else torch.cat(views)))
+                self._settle(self._send(views[0] if len(views) == 1 else torch.cat(views)), _SENDING)
 
     def receive(self, source: Sequence[Span], target: Sequence[Span], wanted: Callable[[], bool]) -> None:
         left = total_bytes(source)
@@ -133,9 +139,9 @@ class ProcessGroupBulk(Bulk):
 
     def stop(self) -> None:
         with self._stopping:
-            if self._stopped.is_set():
+            if self._stopped.done():
                 return
-            self._stopped.set()
+            self._stopped.set_result(None)
             with contextlib.suppress(TransferFailed, OSError), library_errors(f"stopping {self._name}"):
                 if self._name == "nccl":
                     self._group.abort()
@@ -144,6 +150,8 @@ class ProcessGroupBulk(Bulk):
 
     def close(self) -> None:
         self.stop()
+        for waiter in self._waiters:
+            waiter.close()
         self._group = self._bytes = None
 
     @property
@@ -165,18 +173,20 @@ class ProcessGroupBulk(Bulk):
     def _receive_piece(self, piece: list[Span]) -> None:
         with self._working("receiving"):
             if len(piece) == 1:
-                self._settle(self._receive(self._view(piece[0])))
+                self._settle(self._receive(self._view(piece[0])), _RECEIVING)
                 return
             buffer = self._buffer(total_bytes(piece))
-            self._settle(self._receive(buffer))
-            for span, part in zip(piece, buffer.split([span.nbytes for span in piece]), strict=True):
-                self._view(span).copy_(part)
+            self._settle(self._receive(buffer), _RECEIVING)
+            at = 0
+            for span in piece:
+                self._view(span).copy_(buffer[at : at + span.nbytes])
+                at += span.nbytes
 
     def _drain(self, nbytes: int) -> None:
         """Take a message for each piece off the stream."""
         for start in range(0, nbytes, PIECE_BYTES):
             with self._working("receiving"):
-                self._settle(self._receive(self._buffer(min(PIECE_BYTES, nbytes - start))))
+                self._settle(self._receive(self._buffer(min(PIECE_BYTES, nbytes - start))), _RECEIVING)
 
     def _send(self, data: torch.Tensor) -> Any:
         return self._group.send([data], self._peer, _DATA)
@@ -184,23 +194,69 @@ class ProcessGroupBulk(Bulk):
     def _receive(self, data: torch.Tensor) -> Any:
         return self._group.recv([data], self._peer, _DATA)
 
-    def _settle(self, work: Any, patience: timedelta = _PATIENCE) -> None:
+    def _settle(self, work: Any, direction: int, patience: timedelta = _PATIENCE) -> None:
         """Wait until the bytes have moved. nccl only queues its kernels, so it is looked at until they have run."""
         if self._name != "nccl":
-            work.wait(patience)
+            self._waiters[direction].wait_for(work, patience)
             return
         until = time.monotonic() + patience.total_seconds()
         while not work.is_completed():
-            if self._stopped.is_set() or time.monotonic() >= until:
-                raise TransferFailed("the link is over" if self._stopped.is_set() else f"no answer within {patience}")
+            self._check()
+            if time.monotonic() >= until:
+                raise TransferFailed(f"no answer within {patience}")
             time.sleep(_LOOK_S)
+
+    def _check(self) -> None:
+        if self._stopped.done():
+            raise TransferFailed("the link is over")
 
     @contextlib.contextmanager
     def _working(self, doing: str) -> Iterator[None]:
-        if self._stopped.is_set():
-            raise TransferFailed("the link is over")
+        self._check()
         with library_errors(f"{self._name}: {doing}"):
             yield
+
+
+class Waiter:
+    """A thread that waits for gloo, so that its caller can be told by `stopped` as well.
+
+    Left with a message that broke off, it waits until its patience ends and keeps nobody from anything: the connection
+    is closed, and nothing is written any more.
+    """
+
+    def __init__(self, stopped: Future[None]) -> None:
+        self._stopped = stopped
+        self._works: queue.SimpleQueue[tuple[Any, timedelta, Future[None]] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def wait_for(self, work: Any, patience: timedelta) -> None:
+        """Raises what the work raises, or TransferFailed once the link is stopped."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="kv-gloo", daemon=True)
+            self._thread.start()
+        moved: Future[None] = Future()
+        self._works.put((work, patience, moved))
+        wait([moved, self._stopped], return_when=FIRST_COMPLETED)
+        if not moved.done():
+            raise TransferFailed("the link is over")
+        moved.result()
+
+    def close(self) -> None:
+        """The thread ends when it waits for nothing any more; usually that is now."""
+        self._works.put(None)
+        if self._thread is not None:
+            self._thread.join(_CLOSE_S)
+
+    def _run(self) -> None:
+        while (item := self._works.get()) is not None:
+            work, patience, moved = item
+            try:
+                with library_errors("gloo"):
+                    work.wait(patience)
+                moved.set_result(None)
+            except (OSError, TransferFailed) as err:
+                moved.set_exception(err)
+            del item, work, moved
 
 
 class _Raw:
@@ -221,7 +277,7 @@ def flat_bytes(memory: KVMemory) -> torch.Tensor:
 
     if memory.device is None:
         return torch.frombuffer(memory.region, dtype=torch.uint8)
-    return device_bytes(memory.address, len(memory.region), memory.device)
+    return device_bytes(memory.address, region_bytes(memory), memory.device)
 
 
 def device_bytes(address: int, nbytes: int, device: int) -> torch.Tensor:
@@ -231,10 +287,17 @@ def device_bytes(address: int, nbytes: int, device: int) -> torch.Tensor:
     return torch.as_tensor(_Raw(address, nbytes), device=f"cuda:{device}")
 
 
+def _distributed() -> Any:
+    """Much of it has no types, and what there is depends on how torch was built."""
+    import torch.distributed
+
+    return torch.distributed
+
+
 def _require_backend(name: str, memory: KVMemory) -> None:
     import torch
-    import torch.distributed as dist
 
+    dist = _distributed()
     if not dist.is_available():
         raise Unusable(f"{name}: this torch is built without distributed; install another build of torch")
     if name == "nccl":
@@ -250,22 +313,18 @@ def _require_backend(name: str, memory: KVMemory) -> None:
 
 def _open_store(host: str) -> tuple[Any, int]:
     """A store that listens on `host` alone: left to itself it listens on all addresses."""
-    import torch.distributed as dist
-
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as listener:
         listener.bind((host, 0))
         listener.listen(64)
         port = listener.getsockname()[1]
         fd = listener.detach()
-    store = dist.TCPStore(
+    store = _distributed().TCPStore(
         host, port, None, True, _STORE_PATIENCE, wait_for_workers=False, master_listen_fd=fd, use_libuv=True
     )
     return store, port
 
 
 def _dial_store(offer: StoreOffer, facts: LinkFacts) -> Any:
-    import torch.distributed as dist
-
     patience = timedelta(seconds=facts.timeout_s)
-    return dist.TCPStore(offer.host, offer.port, None, False, patience, wait_for_workers=False)
+    return _distributed().TCPStore(offer.host, offer.port, None, False, patience, wait_for_workers=False)

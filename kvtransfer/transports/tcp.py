@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from ...core.errors import TransferFailed
 from ...core.ids import IdSource, SecureIds
 from ...engine.kv_memory import KVMemory
 from ..bulk import Bulk, Span
@@ -35,11 +36,12 @@ class TcpBulk(Bulk):
     is_reader = False
 
     def __init__(self, memory: KVMemory, sock: socket.socket) -> None:
-        self._memory, self._pipe = memory, pipe_over(sock)
+        self._memory, self._pipe, self._stopped = memory, pipe_over(sock), threading.Event()
         self._scratch = memoryview(bytearray(_CHUNK_BYTES))
 
     def send(self, spans: Sequence[Span]) -> None:
         region = self._memory.region
+        self._check()
         self._pipe.send([region[offset : offset + nbytes] for offset, nbytes in merged(spans)])
 
     def receive(self, source: Sequence[Span], target: Sequence[Span], wanted: Callable[[], bool]) -> None:
@@ -48,6 +50,7 @@ class TcpBulk(Bulk):
             if not wanted():
                 self._drain(left)
                 return
+            self._check()
             self._pipe.receive([region[offset : offset + nbytes] for offset, nbytes in chunk])
             left -= total_bytes(chunk)
 
@@ -55,13 +58,20 @@ class TcpBulk(Bulk):
         self._drain(total_bytes(source))
 
     def stop(self) -> None:
+        self._stopped.set()
         self._pipe.stop()
 
     def close(self) -> None:
         self._pipe.close()
 
+    def _check(self) -> None:
+        # What has arrived can still be read from a socket that is shut.
+        if self._stopped.is_set():
+            raise TransferFailed("the link is over")
+
     def _drain(self, nbytes: int) -> None:
         while nbytes:
+            self._check()
             part = self._scratch[: min(nbytes, _CHUNK_BYTES)]
             self._pipe.receive([part])
             nbytes -= len(part)

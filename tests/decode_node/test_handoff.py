@@ -93,7 +93,7 @@ class Bench:
 
     def take(self) -> list[object]:
         """What was said now."""
-        fresh = [e.message if isinstance(e, Tell | SendMessage) else e for e in self.role.take_effects()]
+        fresh: list[object] = [e.message if isinstance(e, Tell | SendMessage) else e for e in self.role.take_effects()]
         self.pool.check_invariants([self.held_elsewhere, *self.role.owners()])
         self.role.check_invariants()
         self.table.check_invariants()

@@ -6,14 +6,13 @@ exactly.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from penstock.core.errors import InternalError
 from penstock.decode_node.local import LocalRunner
-from penstock.engine.interface import ScheduledSeq
+from penstock.engine.interface import OnLayers, ScheduledSeq
 from penstock.engine.torch_engine import TorchEngine
 from penstock.protocol.messages import SampledToken
 from penstock.protocol.sampling import SamplingParams
@@ -125,10 +124,10 @@ def test_disaggregated_equals_colocated_after_preemption(
 class FailsOnce(TorchEngine):
     """Every request's first prefill attempt breaks at its last chunk."""
 
-    def execute(self, batch: list[ScheduledSeq]) -> list[tuple[SampledToken, ...]]:
+    def execute(self, batch: list[ScheduledSeq], on_layers: OnLayers | None = None) -> list[tuple[SampledToken, ...]]:
         if any(entry.sample and entry.seq.key.attempt == 1 for entry in batch):
             raise InternalError("planted")
-        return super().execute(batch)
+        return super().execute(batch, on_layers)
 
 
 def test_disaggregated_equals_colocated_after_a_retried_prefill(
@@ -168,12 +167,12 @@ def test_engine_isolates_a_request_that_breaks_its_step(make_engine: MakeEngine,
     good = requests_of(chats[:3], GREEDY)
     bad = GenerateRequest("bad", chats[3], GREEDY, 300.0)
     engine = make_engine(64)
-    original: Callable[[list[ScheduledSeq]], list[tuple[SampledToken, ...]]] = engine.execute
+    original = engine.execute
 
-    def execute(batch: list[ScheduledSeq]) -> list[tuple[SampledToken, ...]]:
+    def execute(batch: list[ScheduledSeq], on_layers: OnLayers | None = None) -> list[tuple[SampledToken, ...]]:
         if any(entry.seq.key.request_id == "bad" and entry.seq.output_ids for entry in batch):
             raise RuntimeError("planted")
-        return original(batch)
+        return original(batch, on_layers)
 
     engine.execute = execute  # type: ignore[method-assign]
     with InProcessCluster({"both-0": engine}) as cluster:

@@ -36,6 +36,14 @@ WAIT_S = 10.0
 CLUSTER_KEY = b"one cluster"
 
 
+def layer_bytes_of(fingerprint: Fingerprint) -> int:
+    """One layer of one block, where the dtype is one that can be converted."""
+    item_bytes = {"float32": 4, "bfloat16": 2, "float16": 2}.get(fingerprint.dtype)
+    if item_bytes is None:
+        return LAYER_BYTES
+    return 2 * fingerprint.block_size * fingerprint.num_kv_heads * fingerprint.head_dim * item_bytes
+
+
 @dataclass
 class Worker:
     mesh: SocketMesh
@@ -76,7 +84,7 @@ class Cluster:
         wire_dtype: str = "lossless",
         digests: bool = True,
     ) -> Worker:
-        memory = KVMemory(NUM_BLOCKS, FINGERPRINT.num_layers, LAYER_BYTES, staging_bytes)
+        memory = KVMemory(NUM_BLOCKS, fingerprint.num_layers, layer_bytes_of(fingerprint), staging_bytes)
         events: queue.SimpleQueue[LinkEvent] = queue.SimpleQueue()
         key = WorkerKey(worker_id, new_epoch(SecureIds()))
         mesh = SocketMesh(
@@ -165,14 +173,14 @@ class Handmade:
         return cls(sock, theirs, Session(key, mine, theirs, is_dialer=True))
 
     @classmethod
-    def link(cls, worker: Worker, worker_id: str = "mallory", **changes: Any) -> Handmade:
+    def link(cls, worker: Worker, worker_id: str = "mallory", wire_dtype: str = "", **changes: Any) -> Handmade:
         """A link that is up."""
         hand = cls.meet(worker, worker_id, **changes)
         proof = read_frame(hand.sock, Deadline(WAIT_S))
         assert isinstance(proof, KvProof)
         assert hand.session.is_proven(proof.mac)
         send_frame(hand.sock, KvProof(mac=hand.session.proof))
-        hand.send(KvReady())
+        hand.send(KvReady(wire_dtype=wire_dtype))
         assert hand.read() == KvReady()
         worker.wait_for(PeerUp)
         return hand

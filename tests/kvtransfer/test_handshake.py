@@ -274,8 +274,8 @@ def test_listener_that_falls_silent_costs_the_dialer_its_timeout_and_no_more(
         if moment == "hello":
             listener.accept()
         else:
-            staging = {"staging_bytes": 0} if moment == "ready" else {}
-            control, session = listener.answer(**staging)
+            staging_bytes = 0 if moment == "ready" else 2 * MEASURED_BYTES
+            control, session = listener.answer(staging_bytes=staging_bytes)
             assert isinstance(read_frame(control, Deadline(WAIT_S)), KvProof)
             if moment != "proof":
                 listener.accept()

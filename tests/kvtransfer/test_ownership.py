@@ -246,7 +246,7 @@ class KeepsWhatItGave(Ownership):
 
 
 class TakesGiftsTooEarly(Ownership):
-    def settle(self, live: Iterable[int]) -> Settled:
+    def settle(self, live: Iterable[int] | None = None) -> Settled:
         return super().settle([])
 
 
@@ -259,15 +259,15 @@ class ForgetsToPay(Ownership):
         self._pool.adopt_held(taken)
         return taken
 
-    def settle(self, live: Iterable[int]) -> Settled:
+    def settle(self, live: Iterable[int] | None = None) -> Settled:
         """Looks for gifts with content only."""
-        tags = {tag_of(generation) for generation in live} | {0}
+        tags = {tag_of(generation) for generation in live or ()} | {0}
         self._pool.adopt([b for b in self._ledger.blocks_of(self._me) if self._is_lost(b, tags)])
         return Settled()
 
 
 class NeverLooks(Ownership):
-    def settle(self, live: Iterable[int]) -> Settled:
+    def settle(self, live: Iterable[int] | None = None) -> Settled:
         return Settled()
 
 

@@ -7,6 +7,7 @@ import itertools
 import os
 import random
 import socket
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -129,8 +130,9 @@ def test_exactly_one_side_dials(one: Role, other: Role, expected: bool) -> None:
 class Ends:
     """Both ends of one transport, over two memories with staging behind the blocks."""
 
-    def __init__(self, kind: str) -> None:
-        self.source, self.target = KVMemory(8, 4, 16, 4096), KVMemory(8, 4, 16, 4096)
+    def __init__(self, kind: str, staging_bytes: int = 4096) -> None:
+        self.source, self.target = (KVMemory(8, 4, 16, staging_bytes) for _ in range(2))
+        self._threads: list[threading.Thread] = []
         self.source.region[:] = random.Random(2).randbytes(len(self.source.region))
         if kind == "shm":
             fd = self.source.fileno()
@@ -144,7 +146,14 @@ class Ends:
     sender: Bulk
     receiver: Bulk
 
+    def send_apart(self, spans: list[Span]) -> None:
+        """On a thread of its own, for more bytes than lie in a socket."""
+        self._threads.append(threading.Thread(target=self.sender.send, args=(spans,)))
+        self._threads[-1].start()
+
     def close(self) -> None:
+        for thread in self._threads:
+            thread.join()
         for bulk in (self.sender, self.receiver):
             bulk.stop()
             bulk.close()

@@ -248,7 +248,7 @@ def test_prefill_granted_layers_leave_while_the_next_layer_is_computed() -> None
 
     def on_layers(num_layers: int) -> None:
         if num_layers == 1:
-            bench.take(bench.core.on_grant(MessageArrived(DECODE, grant())))
+            bench.take(bench.core.on_link(MessageArrived(DECODE, grant())))
         seen.append(len(pieces(bench)))
 
     bench.step(on_layers)
@@ -273,7 +273,7 @@ def test_prefill_step_that_fails_in_the_middle_and_is_run_again_sends_each_layer
 
     def breaks(num_layers: int) -> None:
         if num_layers == 1:
-            bench.take(bench.core.on_grant(MessageArrived(DECODE, grant())))
+            bench.take(bench.core.on_link(MessageArrived(DECODE, grant())))
         else:
             raise RuntimeError("the step breaks after its first layer has left")
 
@@ -289,7 +289,7 @@ def test_prefill_request_whose_step_fails_for_good_withdraws_what_has_left() -> 
     bench.start()
 
     def breaks(num_layers: int) -> None:
-        bench.take(bench.core.on_grant(MessageArrived(DECODE, grant())))
+        bench.take(bench.core.on_link(MessageArrived(DECODE, grant())))
         bench.take(bench.core.layers_computed([(bench.role, entry) for entry in entries], 1))
         bench.engine._fails = lambda entry: True
         raise RuntimeError("the step breaks")

@@ -286,6 +286,17 @@ def test_unacknowledged_command_is_retried_elsewhere(rig):
     assert start[0] != deaf
 
 
+@pytest.mark.parametrize("code", ["bad_request", "deadline_exceeded"])
+def test_prefill_that_refuses_the_request_itself_ends_it_and_blames_nobody(rig, code):
+    _, decode = rig.pair()
+    rig.submit()
+    rig.prefill_ended(ok=False, code=code)
+    assert rig.ends["r"].error.code == code
+    assert rig.core.counters.retries == 0
+    assert all(row.state == "ready" for row in rig.core.status().workers)
+    assert [abort.attempt for abort in rig.aborts(decode)] == [1], "the decode side is told"
+
+
 def test_failed_prefill_makes_one_retry_and_stops_the_decode_side(rig):
     _, decode = rig.pair()
     rig.submit()

@@ -29,7 +29,7 @@ from penstock.testing.fault_links import cut_short, flip_a_byte
 from penstock.testing.fault_matrix import Matrix, main, plan, render, run_all, run_quietly
 from penstock.testing.fault_moments import Moment, MomentWatch
 from penstock.testing.fault_tap import decodes
-from penstock.testing.planted import planted
+from penstock.testing.planted.catalog import planted
 from penstock.testing.tap import ROUTER, Crossing
 
 KIND = {kind.name: kind for kind in KINDS}

@@ -1,0 +1,65 @@
+"""What a worker may handle while a step computes, so that a hand-off does not wait for the end of each step on its way.
+
+A step holds the sequences of its batch: their tables, tokens and blocks must stay as they are until it ends. Whatever
+concerns other sequences (those that wait, receive, or are handed over) is handled at once. What would end one of the
+batch is left for later, and may be overtaken. Behind what would end anything at all, nothing is handled any more.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from enum import Enum
+
+from ..core.ids import AttemptKey
+from ..kvtransfer.effects import BlocksArrived, LinkEvent, MessageArrived, PeerLost, PeerUp, Revoked
+from ..protocol.messages import Abort, Cancel, FromRouter, Peers, StartDecode, StartPrefill, ToWorker, Welcome
+
+Item = FromRouter | LinkEvent
+
+
+class Moment(Enum):
+    """When to handle an item that arrives within a step."""
+
+    NOW = "it leaves the batch alone"
+    LATER = "it may end a sequence of the batch; what comes behind it does not depend on it"
+    STOP = "it may end all there is, and what comes behind it depends on that"
+
+
+def moment_of(item: Item, router_epoch: str | None, computing: set[AttemptKey], has_prefill: bool) -> Moment:
+    """`computing`: the attempts of the batch. `has_prefill`: sequences of the batch may be on their way to a peer."""
+    match item:
+        case FromRouter(router_epoch=epoch, body=body):
+            # The first frame of another router voids all that runs.
+            return _moment_of_command(body, computing) if epoch == router_epoch else Moment.STOP
+        case MessageArrived(message=Cancel()):
+            return Moment.LATER
+        case MessageArrived() | BlocksArrived() | Revoked() | PeerUp():
+            return Moment.NOW
+        case PeerLost():
+            return Moment.STOP if has_prefill else Moment.NOW
+        case _:
+            return Moment.STOP
+
+
+def _moment_of_command(body: ToWorker, computing: set[AttemptKey]) -> Moment:
+    match body:
+        case StartDecode() | StartPrefill() | Peers() | Welcome():
+            return Moment.NOW
+        case Abort():
+            return Moment.LATER if AttemptKey(body.request_id, body.attempt) in computing else Moment.NOW
+        case _:
+            return Moment.LATER
+
+
+def take_now(
+    waiting: deque[Item], router_epoch: str | None, computing: set[AttemptKey], has_prefill: bool
+) -> Iterator[Item]:
+    """Take out of `waiting`, one after the other, what may be handled within the step."""
+    for item in list(waiting):
+        moment = moment_of(item, router_epoch, computing, has_prefill)
+        if moment is Moment.STOP:
+            return
+        if moment is Moment.NOW:
+            waiting.remove(item)
+            yield item
