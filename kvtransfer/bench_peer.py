@@ -20,6 +20,7 @@ import numpy as np
 from ..core.ids import BlockId, SecureIds, Ticket, WorkerKey, new_epoch
 from ..engine.kv_memory import KVMemory
 from ..protocol.messages import Fingerprint, Peer, Phases
+from .bench_owner import OwnedBlocks
 from .bench_socket import PlainSocket, send_plainly
 from .destination import DestinationTable
 from .effects import (
@@ -30,14 +31,17 @@ from .effects import (
     PeerUp,
     Received,
     ReceiveFailed,
+    SendBlocks,
     SourceEnded,
 )
 from .incoming import Granting
 from .mesh import MeshSettings, SocketMesh
+from .ownership import TRANSPORT as OWNER
 from .socket_link import LinkTimes
 from .source import HandoffPlan, PushSizes, SourceTable
 
 PATIENCE_S = 60.0
+STAGING_BYTES = 64 << 20
 
 
 class BenchSettings(msgspec.Struct, frozen=True):
@@ -66,11 +70,13 @@ class BenchPeer:
 
     def __init__(self, role: str, settings: BenchSettings) -> None:
         self._settings = settings
-        staging = 64 << 20
-        self.memory = KVMemory(settings.num_blocks, settings.num_layers, settings.layer_bytes, staging)
+        self.key = WorkerKey(f"bench-{role}", new_epoch(SecureIds()))
+        sizes = (settings.num_blocks, settings.num_layers, settings.layer_bytes)
+        is_owner = settings.transport == OWNER
+        self._owned = OwnedBlocks(self.key.worker_id, *sizes, settings.block_size) if is_owner else None
+        self.memory = KVMemory(*sizes, STAGING_BYTES) if self._owned is None else self._owned.memory
         _fill(self.memory, seed=len(role))
         self._events: queue.SimpleQueue[LinkEvent] = queue.SimpleQueue()
-        self.key = WorkerKey(f"bench-{role}", new_epoch(SecureIds()))
         fingerprint = Fingerprint(
             model="bench",
             weights="-",
@@ -91,6 +97,7 @@ class BenchPeer:
             cluster_key=settings.cluster_key,
             settings=MeshSettings((settings.transport,), settings.wire_dtype, settings.digests),
             times=LinkTimes(liveness_s=PATIENCE_S),
+            owner=self._owned.transport if self._owned is not None else None,
         )
         self._role = role
         self._source = SourceTable(PATIENCE_S, PATIENCE_S, PushSizes.of(settings.num_layers, settings.layer_bytes))
@@ -126,7 +133,7 @@ class BenchPeer:
         for text, count in jobs:
             now, ticket = time.monotonic(), Ticket(bytes.fromhex(text))
             plan = HandoffPlan(count * self._settings.block_size, count, self._settings.block_size, count)
-            table = [BlockId((first + at) % self.memory.num_blocks) for at in range(count)]
+            table = self._table(ticket, first, count)
             first += count
             opened.append(now)
             self._perform(self._source.open(ticket, self._peer, plan, now))
@@ -197,11 +204,28 @@ class BenchPeer:
             case _:
                 raise RuntimeError(f"the measured link broke: {event}")
 
+    def _table(self, ticket: Ticket, first: int, count: int) -> list[BlockId]:
+        if self._owned is not None:
+            return self._owned.allocate(ticket, count)
+        return [BlockId((first + at) % self.memory.num_blocks) for at in range(count)]
+
+    def _exchange(self, effect: Any) -> None:
+        """Blocks change their owner before the message that speaks of it leaves."""
+        match effect:
+            case SendBlocks() if self._owned is not None:
+                self._owned.give(effect)
+            case Received() if self._owned is not None:
+                self._owned.take(effect)
+            case SourceEnded(ticket=ticket) if self._owned is not None:
+                self._owned.forget(ticket)
+
     def _perform(self, effects: list[Any]) -> None:
+        for effect in effects:
+            self._exchange(effect)
         for effect in effects:
             match effect:
                 case Offered(ticket=ticket, num_blocks=count):
-                    table = tuple(BlockId((self._next + at) % self.memory.num_blocks) for at in range(count))
+                    table = tuple(self._table(ticket, self._next, count))
                     self._next = (self._next + count) % self.memory.num_blocks
                     granting = Granting(held=0, stop=count, num_held=0, table=table)
                     self._perform(self._destination.grant(ticket, granting, time.monotonic()))

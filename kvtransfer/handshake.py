@@ -163,14 +163,14 @@ def _agree(
 def _conclude_dialing(link: Established, me: Identity, mine: KvHello, deadline: Deadline) -> None:
     """Measure, say what travels, and hear that the listener is ready."""
     assert link.bulk is not None
-    if can_measure(mine, link.hello):
+    if can_measure(mine, link.hello) and link.transport != OWNER:
 
         def ask(nbytes: int) -> None:
             send_frame(link.control, Measure(nbytes=nbytes), link.session)
 
         with _stopped_at(deadline, link.bulk):
             link.figures = measure(link.bulk, me.staging, link.hello, ask)
-    if link.transport != OWNER:  # there the formats are one, and blocks stay where they are
+    if link.transport != OWNER:  # on which the formats are one and nothing moves
         link.wire_dtype = negotiate(me.fingerprint, link.hello.fingerprint, me.wire_dtype, link.figures)
     send_frame(link.control, KvReady(wire_dtype=link.wire_dtype), link.session)
     _expect(link.control, deadline, KvReady, link.session)

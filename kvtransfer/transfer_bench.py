@@ -7,6 +7,7 @@ same bytes taken in the same run. The shapes are those of SmolLM2-135M unless to
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import statistics
 import subprocess
@@ -18,7 +19,9 @@ from typing import Any
 
 import msgspec
 
+from ..engine.shared_files import SharedFiles
 from .bench_peer import BenchSettings
+from .ownership import TRANSPORT as OWNER
 
 SHORT_PROMPTS, SHORT_TOKENS, SINGLE_BLOCKS = 64, 128, 30
 
@@ -127,9 +130,11 @@ class _Pair:
 
 @contextmanager
 def _pair(transport: str, num_blocks: int, digests: bool) -> Iterator[_Pair]:
-    with tempfile.TemporaryDirectory(prefix="kvb-") as folder:
+    with _shared_files(transport) as shared, tempfile.TemporaryDirectory(prefix="kvb-") as folder:
         settings = BenchSettings(transport, folder, secrets.token_bytes(32), num_blocks, digests=digests)
-        with _peer("source", settings) as source, _peer("destination", settings) as destination:
+        many = SHORT_PROMPTS * -(-SHORT_TOKENS // settings.block_size)
+        settings = msgspec.structs.replace(settings, num_blocks=max(num_blocks, many))
+        with _peer("source", settings, shared) as source, _peer("destination", settings, shared) as destination:
             hello, answer = _hear(source), _hear(destination)
             _tell(source, "connect", answer)
             _ask(destination, "connect", hello)
@@ -140,10 +145,32 @@ def _pair(transport: str, num_blocks: int, digests: bool) -> Iterator[_Pair]:
 
 
 @contextmanager
-def _peer(role: str, settings: BenchSettings) -> Iterator[subprocess.Popen[str]]:
+def _shared_files(transport: str) -> Iterator[SharedFiles | None]:
+    """The memory of both ends, where they keep their blocks in one."""
+    if transport != OWNER:
+        yield None
+        return
+    files = SharedFiles()
+    try:
+        yield files
+    finally:
+        files.close()
+
+
+@contextmanager
+def _peer(role: str, settings: BenchSettings, shared: SharedFiles | None = None) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-P", "-m", "penstock.kvtransfer.bench_peer", role]
     text = msgspec.json.encode(settings).decode()
-    process = subprocess.Popen([*command, text], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    fds: tuple[int, ...] = shared.fds if shared is not None else ()
+    added = shared.environment() if shared is not None else {}
+    process = subprocess.Popen(
+        [*command, text],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        pass_fds=fds,
+        env=os.environ | added,
+    )
     try:
         yield process
         process.wait(timeout=20)

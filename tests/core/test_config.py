@@ -198,6 +198,10 @@ def test_one_pool_is_off_by_default_and_needs_something_to_hand_over_within_it()
     ("data", "message"),
     [
         ({"transfer": {"one_pool": True, "transport": "tcp"}}, r"transfer\.one_pool: transport is tcp, .* auto or shm"),
+        (
+            {"transfer": {"one_pool": True, "wire_dtype": "int8"}},
+            r"transfer\.one_pool: wire_dtype is int8, .* lossless",
+        ),
         ({"transfer": {"one_pool": True}, "colocated": True}, r"transfer\.one_pool: nothing is handed over"),
         ({"transfer": {"one_pool": True}, "prefill": {"replicas": 0}}, r"transfer\.one_pool: nothing is handed over"),
         ({"transfer": {"one_pool": 1}}, r"transfer\.one_pool: must be true or false"),

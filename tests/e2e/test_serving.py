@@ -196,7 +196,7 @@ def test_other_shapes_answer_the_same_and_leave_nothing_behind(
     with serving("--dtype", "float32", "--kv-cache-mib", "256", *options) as other:
         assert other.post("/v1/completions", body)["choices"][0]["text"] == expected
         links = {t for row in other.workers().values() for t in row["transports"].values()}
-        assert links == (set() if "--colocated" in options else {"tcp"} if "tcp" in options else {"shm"})
+        assert links == {"--colocated": set(), "tcp": {"tcp"}, "--one-pool": {"owner"}}[options[-1]]
         pids = [row["pid"] for row in other.workers().values()]
         folders = set(Path("/tmp").glob("penstock-*")) | set(Path("/dev/shm").glob("*penstock*"))
         stop(other.process)
