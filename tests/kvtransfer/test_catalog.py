@@ -12,10 +12,10 @@ import pytest
 from penstock.core.errors import TransferFailed
 from penstock.core.ids import WorkerKey
 from penstock.engine.kv_memory import KVMemory
-from penstock.kvtransfer.bulk import MAX_OFFER_BYTES, Unusable
+from penstock.kvtransfer.bulk import MAX_OFFER_BYTES, Span, Unusable
 from penstock.kvtransfer.transports import catalog
 from penstock.kvtransfer.transports.library import library_errors, require_inside, use_ucx_of
-from penstock.kvtransfer.transports.runs import Span, chunks, total_bytes
+from penstock.kvtransfer.transports.runs import chunks, total_bytes
 
 ME = WorkerKey("w", "0" * 16)
 EVERYTHING = catalog.ALL
@@ -54,7 +54,7 @@ def test_choice_names_the_best_common_transport_and_the_reason(
 
 def test_nobody_gets_a_library_that_was_not_asked_for() -> None:
     for kind in ("cpu", "cuda"):
-        assert not {"ucx", "gloo", "nccl"} & set(catalog.PREFERENCE[kind])  # type: ignore[index]
+        assert not {"ucx", "gloo", "nccl"} & set(catalog.PREFERENCE[kind])
 
 
 @pytest.mark.parametrize(
