@@ -52,7 +52,7 @@ class Rig:
 
     def __init__(self, **settings: object) -> None:
         self.clock = FakeClock()
-        self.core = RouterCore(RouterConfig(**settings), self.clock, SeededIds(7))  # type: ignore[arg-type]
+        self.core = RouterCore(RouterConfig(**settings), self.clock, SeededIds(7), self.cluster_key)  # type: ignore[arg-type]
         self.sent: dict[WorkerKey, list[Send]] = defaultdict(list)
         self.taken: dict[WorkerKey, int] = defaultdict(int)  # numbered commands already taken out of `sent`
         self.tokens: dict[str, dict[int, list[int]]] = {}
@@ -64,6 +64,7 @@ class Rig:
     key = staticmethod(key_of)
     token_at = staticmethod(token_at)
     fingerprint = FINGERPRINT
+    cluster_key = b"k" * 32
 
     # ---- inputs
 

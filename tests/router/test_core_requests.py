@@ -14,6 +14,8 @@ from penstock.core.errors import (
     ProtocolError,
     Unavailable,
 )
+from penstock.core.ids import AttemptKey
+from penstock.core.tickets import TicketFacts, is_proven
 from penstock.protocol.sampling import SamplingParams
 from penstock.router.config import RouterConfig
 from penstock.router.interface import GenerateRequest
@@ -306,3 +308,25 @@ def test_memory_of_ended_requests_is_bounded(rig):
     assert len(rig.core._registry.find(worker)._aborts) <= 8192
     assert len(rig.core._timers) == 1
     assert len(rig.core._timers._heap) < 200
+
+
+def test_both_commands_of_every_attempt_carry_a_proof_of_their_own_ticket(rig):
+    """Each worker can check it against what it was told and who it is; a retry's tokens are bound too."""
+    rig.pair()
+    rig.submit(max_tokens=9)
+    proofs, tickets = set(), set()
+    for _ in range(2):
+        decode, start_decode = rig.start()
+        prefill, start_prefill = rig.prefill()
+        tokens = start_prefill.prompt_ids + start_prefill.output_ids
+        assert tokens == start_decode.prompt_ids + start_decode.choices[0].output_ids
+        attempt = AttemptKey("r", start_decode.attempt)
+        facts = TicketFacts(start_decode.ticket, prefill, decode, attempt, tokens, start_decode.timeout_s)
+        assert is_proven(rig.cluster_key, facts, start_decode.proof)
+        assert start_prefill.proof == start_decode.proof
+        assert (start_prefill.timeout_s, start_prefill.ticket) == (start_decode.timeout_s, start_decode.ticket)
+        proofs.add(start_decode.proof)
+        tickets.add(start_decode.ticket)
+        rig.out(3)
+        rig.failed(retriable=True)
+    assert len(proofs) == len(tickets) == 2
