@@ -30,7 +30,7 @@ from .fault_cell import Run, RunResult, run_once
 from .fault_kinds import KINDS, Kind
 from .fault_moments import Moment
 from .real_faults import why_impossible
-from .real_matrix import plan_real, run_real
+from .real_matrix import plan_real, run_side_by_side
 
 SEVERITY = ("ok", "resumed", "error", "failed")
 STAR = (
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"no {'kind' if not kinds else 'moment'} has that in its name; there are: {names}\n")
         return 2
     start = time.perf_counter()
-    matrix = _real(kinds, moments) if args.real else _virtual(kinds, moments, args.processes)
+    matrix = _real(kinds, moments, args.processes) if args.real else _virtual(kinds, moments, args.processes)
     for result in matrix.failures[:MAX_FAILURES]:
         sys.stdout.write(f"FAIL  {result.run.name}: {result.why}\n")
     sys.stdout.write(f"{render(matrix, kinds, moments)}\n\n{summarise(matrix, time.perf_counter() - start)}\n")
@@ -182,8 +182,8 @@ def _virtual(kinds: Sequence[Kind], moments: Sequence[Moment], processes: int) -
     return run_all(runs, processes, _Progress(len(runs)))
 
 
-def _real(kinds: Sequence[Kind], moments: Sequence[Moment]) -> Matrix:
-    """The cells that real processes allow; the others with their reason."""
+def _real(kinds: Sequence[Kind], moments: Sequence[Moment], clusters: int) -> Matrix:
+    """The cells that real processes allow, in so many clusters side by side; the others with their reason."""
     matrix, possible = Matrix(), []
     for kind in kinds:
         if why := why_impossible(kind.name):
@@ -200,7 +200,7 @@ def _real(kinds: Sequence[Kind], moments: Sequence[Moment]) -> Matrix:
 
     logging.disable(logging.CRITICAL)
     try:
-        asyncio.run(run_real(runs, take))
+        asyncio.run(run_side_by_side([runs[start::clusters] for start in range(clusters)], take))
     finally:
         logging.disable(logging.NOTSET)
     return matrix
@@ -225,7 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kind", metavar="K", help="kinds with this in their name")
     parser.add_argument("--moment", metavar="M", help="moments with this in their name")
     parser.add_argument("--real", action="store_true", help="with real processes, on this machine's clock")
-    parser.add_argument("--processes", type=int, default=1, help="how many runs side by side (default 1)")
+    parser.add_argument("--processes", type=int, default=1, help="how many runs, or clusters, side by side (default 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every run there")
     return parser
 

@@ -21,7 +21,7 @@ from .real_cluster import Kept, RealCluster, process_state
 from .real_fault import RealFault
 from .real_links import RealBandwidth, RealCorrupt, RealLoss, RealRepeated, RealSilence, RealTruncated
 
-STOP_S = 3.0  # longer than every time-out of a worker, a link and a lease
+STOP_S = 2.5  # longer than every time-out of a worker, a link and a lease
 OOM_LIMIT_BYTES = 32 << 20
 CGROUP = Path("/sys/fs/cgroup/memory")
 

@@ -12,7 +12,7 @@ from .fault_frames import BITS_PER_S, LATE_S, LOSS
 from .real_cluster import RealCluster
 from .real_fault import RealFault
 
-SILENCE_S = 2.5  # longer than every time-out of a worker, a link and a lease
+SILENCE_S = 2.2  # longer than every time-out of a worker, a link and a lease
 BAD_LINK_S = 1.5
 
 

@@ -63,6 +63,13 @@ async def run_real(runs: Sequence[Run], on_result: Callable[[RunResult], None]) 
                     break
 
 
+async def run_side_by_side(lanes: Sequence[Sequence[Run]], on_result: Callable[[RunResult], None]) -> None:
+    """The same in several clusters at once."""
+    async with asyncio.TaskGroup() as group:
+        for runs in lanes:
+            group.create_task(run_real(runs, on_result))
+
+
 async def _run_repeatedly(cluster: RealCluster, run: Run) -> RunResult:
     for number in range(TRIES):
         play = _Play(cluster, run, number)
