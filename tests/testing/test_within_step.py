@@ -9,7 +9,7 @@ import pytest
 
 from penstock.core.ids import AttemptKey
 from penstock.testing.scenario import Outcome
-from penstock.testing.simulate import run_seed
+from penstock.testing.seeds import run_seed
 from penstock.worker import core
 from penstock.worker.within_step import Item
 
