@@ -9,6 +9,8 @@ import pytest
 
 from penstock.engine.torch_engine import TorchEngine
 from penstock.models.tokenizer import Tokenizer, load_tokenizer
+from penstock.protocol.sampling import SamplingParams
+from penstock.router.interface import GenerateRequest
 
 MakeEngine = Callable[[int], TorchEngine]
 
@@ -45,6 +47,11 @@ def make_engine(base_engine: TorchEngine) -> Iterator[MakeEngine]:
 def chats(tokenizer: Tokenizer) -> list[list[int]]:
     """Token ids of 24 chat prompts of different kinds and lengths."""
     return [tokenizer.encode_chat([{"role": "user", "content": text}]) for text in PROMPTS]
+
+
+@pytest.fixture
+def request_of(chats: list[list[int]]) -> Callable[[SamplingParams], GenerateRequest]:
+    return lambda params: GenerateRequest("r", chats[7], params, 300.0)
 
 
 PROMPTS = (
