@@ -10,7 +10,7 @@ from collections import deque
 from ..core.ids import BlockId, Ticket
 from ..engine.block_pool import BlockPool
 from ..engine.interface import ScheduledSeq
-from ..engine.sequence import Sequence
+from ..engine.sequence import Sequence, blocks_for
 from ..kvtransfer.effects import Offered
 from ..kvtransfer.incoming import Granting
 from ..worker.admission import next_chunk, publish_computed, release, try_admit, try_grow
@@ -22,7 +22,7 @@ Admitted = tuple[Receiving, Granting | None]
 
 
 class DecodeScheduler:
-    """Continuous batching, oldest first.
+    """Continuous batching, oldest first. What needs only room overtakes what needs steps, if there is room for both.
 
     waiting    no blocks, perhaps parked ones; by arrival              offers     no blocks; prefill is about to push
     running    blocks for all their tokens; by arrival                 receiving  blocks granted to a hand-off
@@ -111,10 +111,10 @@ class DecodeScheduler:
     def admit_offers(self) -> list[Admitted]:
         """Hand-offs that get blocks now, or more of them (None: the offer does not fit its sequence)."""
         admitted: list[Admitted] = [(item, item.granting) for item in self.incoming.extend(len(self.running))]
-        while self.offers and (not self.waiting or self.offers[0].lead.arrival <= self.waiting[0].arrival):
+        while self.offers:
             item = self.offers[0]
             fits = self.incoming.fits(item)
-            if fits and not (self._has_seat() and self.incoming.try_enter(item, reserve=len(self.running))):
+            if fits and not self._try_enter(item):
                 break
             self.offers.popleft()
             admitted.append((item, item.granting if fits else None))
@@ -122,6 +122,16 @@ class DecodeScheduler:
                 self.queried_tokens += item.lead.num_tokens
                 self.hit_tokens += item.lead.num_cached_tokens
         return admitted
+
+    def _try_enter(self, item: Receiving) -> bool:
+        """Give an offer room beside all that came before it. Sequences that wait to be computed here may have to wait
+        for several steps; a hand-off computes nothing here and need not, when there is room for both.
+        """
+        older = [seq for seq in self.waiting if seq.arrival < item.lead.arrival]
+        if self._occupied + len(older) >= self._max_running:
+            return False
+        ahead = sum(blocks_for(seq.num_tokens, self._pool.block_size) + 1 for seq in older)
+        return self.incoming.try_enter(item, reserve=len(self.running) + ahead)
 
     def _admit_waiting(self) -> Sequence | None:
         if not self.waiting or not self._has_seat():

@@ -94,6 +94,29 @@ def test_admission_is_first_come_first_served_over_waiting_and_offers() -> None:
     assert "big" in step(scheduler)
 
 
+def test_offer_overtakes_sequences_that_wait_for_their_steps_when_all_have_room() -> None:
+    scheduler = DecodeScheduler(BlockPool(32, 4), max_running=8)
+    scheduler.add_waiting([sequence("first", 20, 0.0), sequence("second", 20, 1.0, first=100)])
+    assert step(scheduler, tokens=4) == ["first"]
+    lead = sequence("offered", 8, 2.0, first=300)
+    scheduler.add_offer(Offered(TICKET, 8, 2, 4, 2), lead)
+    [(item, granting)] = scheduler.admit_offers()
+    assert (item.lead, granting) == (lead, Granting(0, 2, 0, tuple(lead.block_table)))
+
+
+def test_offer_leaves_the_room_and_the_seats_of_those_that_came_before() -> None:
+    for num_blocks, max_running, enters in ((14, 3, True), (13, 3, False), (14, 2, False)):
+        scheduler = DecodeScheduler(BlockPool(num_blocks, 4), max_running=max_running)
+        scheduler.add_waiting([sequence("first", 20, 0.0), sequence("second", 20, 1.0, first=100)])
+        assert step(scheduler, tokens=4) == ["first"]
+        # 5 blocks are in use, 1 is for growth; 5 and 1 more for "second", 2 for the offer
+        scheduler.add_offer(Offered(TICKET, 8, 2, 4, 2), sequence("offered", 8, 2.0, first=300))
+        assert bool(scheduler.admit_offers()) is enters
+        for _ in range(6):
+            step(scheduler, tokens=4)
+        assert [seq.key.request_id for seq in scheduler.running][:2] == ["first", "second"]
+
+
 def test_admit_offers_reuses_what_is_cached_here() -> None:
     scheduler = DecodeScheduler(BlockPool(16, 4), max_running=8)
     first = sequence("first", 12, 0.0)
