@@ -25,6 +25,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 from penstock.benchmarks.quick import RESULTS, commit, machine
@@ -39,6 +40,13 @@ from penstock.testing.fault_run import (
 )
 from penstock.testing.process_faults import FaultKind
 from penstock.testing.serving import serving
+
+# Steps that last no longer than a reader would wait: on a few cores a prompt of 1,000 tokens in one step takes seconds.
+TOPOLOGY = """
+model: { dtype: float32 }
+prefill: { replicas: 2, kv_cache_bytes: 536870912, max_num_batched_tokens: 192 }
+decode: { replicas: 2, kv_cache_bytes: 536870912, max_num_batched_tokens: 96 }
+"""
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -113,17 +121,20 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="of prompts, moments and victims (default 1)")
     parser.add_argument("--no-save", action="store_true", help="do not write benchmarks/results/")
     args = parser.parse_args()
-    options = ["--dtype", "float32", "--kv-cache-mib", "256", "--prefill", "2", "--decode", "2"]
     plan = FaultPlan(args.moments, args.streams, args.seed, args.max_tokens)
     load = os.getloadavg()
-    with serving(*options, environment=ENVIRONMENT) as cluster:
-        result = run_faults(cluster, plan, lambda line: print(line, file=sys.stderr, flush=True))
+    with NamedTemporaryFile("w", suffix=".yaml") as file:
+        file.write(TOPOLOGY)
+        file.flush()
+        with serving("--topology", file.name, environment=ENVIRONMENT) as cluster:
+            result = run_faults(cluster, plan, lambda line: print(line, file=sys.stderr, flush=True))
     now = datetime.now(UTC)
     record: dict[str, Any] = {
         "date": now.isoformat(timespec="seconds"),
         "commit": commit(),
         "machine": machine() | {"load_before": [round(value, 1) for value in load]},
-        "options": [*options, *sys.argv[1:]],
+        "topology": TOPOLOGY,
+        "options": sys.argv[1:],
         "results": figures(result),
     }
     print(json.dumps(record, indent=1))

@@ -55,9 +55,15 @@ class PrefillTask:
     proof: bytes
     opened: bool = False
 
+    @property
+    def is_resumption(self) -> bool:
+        """It goes on behind tokens that a reader has."""
+        return bool(self.seq.output_ids)
+
 
 class PrefillRole:
-    """Chunked prefill under a token budget, first come first served, with a hand-off queue behind it.
+    """Chunked prefill under a token budget, with a hand-off queue behind it. First come first served, but for streams
+    that lost their worker: their readers wait in the middle of an answer, and most of their blocks are still cached.
 
     `me` and `cluster_key`: tickets for other workers, or made without the key, are refused. `ownership`: gives blocks
     to peers that keep theirs in the same memory. A gift is for good, so nothing leaves for them before all is computed.
@@ -112,7 +118,12 @@ class PrefillRole:
             self._effects.append(Tell(PrefillEnded(*key, ok=False, code=error.code, message=str(error)[:1000])))
             return
         self._tasks[key] = self._by_ticket[task.ticket] = task
-        self._waiting.append(task)
+        self._enqueue(task)
+
+    def _enqueue(self, task: PrefillTask) -> None:
+        """Resumptions stand before all others, in order of arrival like these."""
+        place = sum(other.is_resumption for other in self._waiting) if task.is_resumption else len(self._waiting)
+        self._waiting.insert(place, task)
 
     def _task(self, key: AttemptKey, message: StartPrefill, now: float) -> PrefillTask:
         prompt_ids, output_ids = unpack_ids(message.prompt_ids), unpack_ids(message.output_ids)
@@ -217,10 +228,17 @@ class PrefillRole:
 
     def schedule(self, budget: Budget, now: float) -> list[ScheduledSeq]:
         self._expire(now)
-        entries = [self._chunk(task, budget, now) for task in self._computing]
-        while self._waiting and budget.num_tokens > 0 and budget.num_seqs > 0 and self._admit(self._waiting[0]):
-            entries.append(self._chunk(self._computing[-1], budget, now))
+        entries: list[ScheduledSeq | None] = []
+        for is_resumption in (True, False):
+            begun = [task for task in self._computing if task.is_resumption is is_resumption]
+            entries += [self._chunk(task, budget, now) for task in begun]
+            while self._may_begin(budget, is_resumption) and self._admit(self._waiting[0]):
+                entries.append(self._chunk(self._computing[-1], budget, now))
         return [entry for entry in entries if entry is not None]
+
+    def _may_begin(self, budget: Budget, is_resumption: bool) -> bool:
+        has_budget = budget.num_tokens > 0 and budget.num_seqs > 0
+        return has_budget and bool(self._waiting) and self._waiting[0].is_resumption is is_resumption
 
     def _chunk(self, task: PrefillTask, budget: Budget, now: float) -> ScheduledSeq | None:
         """The next chunk of `task`; decode hears how far it reaches before it is computed."""

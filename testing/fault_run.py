@@ -23,7 +23,7 @@ from .serving import Serving
 ENVIRONMENT = {ENABLED: "1"}  # for `serving`: the workers must obey
 READY_S = 90.0
 STRANDED_S = 15.0
-GAP_WINDOW_S = 4.0  # a stream that a fault stops has gone on by then, or not because of it
+GAP_WINDOW_S = 3.0  # which of two faults a gap belongs to: strikes lie further apart
 LONGEST_PAUSE_S = 0.8  # between recovery and the next strike
 
 Body = dict[str, Any]
@@ -150,7 +150,8 @@ def _strike_all(cluster: Serving, plan: FaultPlan, streams: LiveStreams, result:
         kind, name = order[number % len(order)]
         wait_whole(cluster)
         wait_until(lambda: streams.num_streaming() >= plan.streams // 2, READY_S)
-        time.sleep(rng.random() * LONGEST_PAUSE_S)
+        last = result.moments[-1].struck.at if result.moments else 0.0
+        time.sleep(max(0.0, last + GAP_WINDOW_S - time.monotonic()) + rng.random() * LONGEST_PAUSE_S)
         moment = _strike_one(cluster, kind, name, streams.num_streaming(), rng.uniform(*plan.freeze_s))
         result.moments.append(moment)
         tell(f"{number + 1}/{plan.moments} {moment}")

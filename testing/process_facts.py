@@ -19,8 +19,11 @@ class ProcessFacts:
     threads: int
 
     def growth(self, since: ProcessFacts) -> dict[str, int]:
-        """What there is more of now than there was then."""
+        """What there is more of now than there was then. A library's team of threads grows to the number of cores when
+        it is first needed.
+        """
         before = asdict(since)
+        before["threads"] += os.cpu_count() or 1
         return {name: now - before[name] for name, now in asdict(self).items() if now > before[name]}
 
 
