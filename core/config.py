@@ -108,6 +108,9 @@ class TransferConfig:
     one_pool: bool = False  # all workers keep their blocks in one memory of the supervisor's (`engine.shared_pool`)
     keep_prefix: bool = True  # with one_pool: copy, not give, what prefill's prefix cache has shown to need again
     key_file: str | None = None  # 64 hex digits that all processes share; None: made in the runtime folder
+    tls_certificate: str | None = None  # PEM files, all three or none: encrypt the bytes of tcp, certify both ends
+    tls_key: str | None = None
+    tls_authority: str | None = None
 
 
 class WorkerSpec(NamedTuple):
@@ -197,10 +200,17 @@ def check_topology(topology: Topology) -> Topology:
             f"router.worker_timeout_s: {topology.router.worker_timeout_s:g} is less than three heartbeats of "
             f"liveness.heartbeat_s: {topology.liveness.heartbeat_s:g}; one late heartbeat would look like a lost worker"
         )
+    _check_tls(topology.transfer)
     _check_one_pool(topology)
     if topology.router.disaggregate == "always" and (topology.colocated or topology.prefill.replicas == 0):
         raise ConfigError("router.disaggregate: always needs a prefill worker, and this topology has none; use auto")
     return topology
+
+
+def _check_tls(transfer: TransferConfig) -> None:
+    missing = [name for name in ("tls_certificate", "tls_key", "tls_authority") if getattr(transfer, name) is None]
+    if 0 < len(missing) < 3:
+        raise ConfigError(f"transfer.{missing[0]}: missing; TLS needs tls_certificate, tls_key and tls_authority")
 
 
 def _check_one_pool(topology: Topology) -> None:

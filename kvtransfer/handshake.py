@@ -28,6 +28,7 @@ from ..core.ids import IdSource, SecureIds, WorkerKey
 from ..protocol.codec import handoff
 from ..protocol.messages import HandoffMessage, KvHello, KvProof, KvReady, KvRefuse, Measure, Peer
 from .bulk import Bulk, LinkFacts, Unusable
+from .data_connection import deliver, open_data
 from .figures import MEASURED_BYTES, NO_FIGURES, LinkFigures, answer_measure, can_measure, measure
 from .identity import Identity, boot_id, region_bytes, same_user
 from .linking import SOURCE_ROLES
@@ -187,6 +188,9 @@ def _objection_to_listener(me: Identity, peer: Peer, hello: KvHello, transports:
 def _difference(me: Identity, hello: KvHello) -> str | None:
     if me.digests != hello.digests:
         return f"digests differs: {me.digests} here, {hello.digests} there"
+    if (me.tls is not None) != hello.has_tls:
+        words = {True: "TLS", False: "none"}
+        return f"tls differs: {words[me.tls is not None]} here, {words[hello.has_tls]} there; set it up at both"
     return me.fingerprint.difference(hello.fingerprint)
 
 
@@ -206,7 +210,7 @@ def answer(control: socket.socket, me: Identity, rendezvous: Rendezvous, timeout
         received = _receive_hello(control, deadline)
         undo.callback(received.close)
         if received.hello.token:
-            _deliver(control, received.hello.token, rendezvous)
+            deliver(control, me, received.hello.token, rendezvous, deadline.remaining)
             undo.pop_all()
             received.close()
             return None
@@ -322,13 +326,6 @@ def _objection_to_dialer(me: Identity, hello: KvHello) -> str | None:
     return _difference(me, hello)
 
 
-def _deliver(data: socket.socket, token: bytes, rendezvous: Rendezvous) -> None:
-    tune(data, bulk=True)
-    data.settimeout(None)
-    if not rendezvous.deliver(token, data):
-        raise ProtocolError("a data connection with an unknown token")
-
-
 # ---- both ----
 
 
@@ -340,27 +337,12 @@ def _open_bulk(link: Established, me: Identity, received: _Received, deadline: D
         link.bulk = ShmBulk(me.memory, _map_pool(received, needed))
     elif link.transport == "tcp":
         assert peer is not None
-        link.bulk = TcpBulk(me.memory, _open_data(me, peer, hello.token, deadline.remaining))
+        link.bulk = TcpBulk(me.memory, open_data(me, peer, hello.token, deadline.remaining, _IDS))
     else:
         facts = LinkFacts(
             me.key, link.peer, link.session.name, peer is not None, region_bytes(hello), deadline.remaining
         )
         link.bulk = me.libraries[link.transport].connect(facts, hello.offers.get(link.transport, b""))
-
-
-def _open_data(me: Identity, peer: Peer, token: bytes, timeout_s: float) -> socket.socket:
-    address = KvAddress.parse(peer.kv_address)
-    if address.tcp is None:
-        raise ProtocolError(f"{peer.worker_id} has no tcp address")
-    data = socket.create_connection(address.tcp, timeout_s)
-    try:
-        tune(data, bulk=True)
-        send_frame(data, me.hello(peer.epoch, ("tcp",), _IDS.token(16), token))
-        data.settimeout(None)
-    except OSError:
-        data.close()
-        raise
-    return data
 
 
 def _key_differs(me: Identity, peer: str) -> str:

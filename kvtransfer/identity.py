@@ -14,6 +14,7 @@ from ..protocol.messages import Fingerprint, KvHello, Role
 from .bulk import Transport
 from .linking import SOURCE_ROLES
 from .staging import StagingArea
+from .transports.tls import Tls
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,7 @@ class Identity:
     cluster_key: bytes
     wire_dtype: str = "lossless"
     digests: bool = True
+    tls: Tls | None = None  # for the data connections of tcp
     libraries: Mapping[str, Transport] = field(default_factory=dict)
 
     def hello(self, peer_epoch: str | None, transports: tuple[str, ...], nonce: bytes, token: bytes = b"") -> KvHello:
@@ -47,6 +49,7 @@ class Identity:
             staging_bytes=memory.staging_bytes,
             wire_dtypes=[self.wire_dtype],
             digests=self.digests,
+            has_tls=self.tls is not None,
             offers={name: self.libraries[name].offer() for name in transports if name in self.libraries},
             token=token,
         )

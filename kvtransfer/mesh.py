@@ -33,6 +33,7 @@ from .socket_link import LinkTimes, SocketLink
 from .staging import StagingArea
 from .transports.owner import OwnerTransport
 from .transports.tcp import Rendezvous
+from .transports.tls import Tls, TlsFiles
 from .transports.wire import shut
 
 logger = logging.getLogger(__name__)
@@ -47,12 +48,14 @@ _MAX_KNOCKING = 64  # connections that have not said who they are
 class MeshSettings:
     """`transports`: those allowed, the preferred one first, or one alone to force it. `wire_dtype`: `wire_format`.
 
-    Without `digests`, which both ends must agree on, nothing notices bytes that change on the way.
+    Without `digests`, which both ends must agree on, nothing notices bytes that change on the way. `tls` encrypts the
+    bytes of tcp.
     """
 
     transports: tuple[str, ...] = TRANSPORTS
     wire_dtype: str = "lossless"
     digests: bool = True
+    tls: TlsFiles | None = None
 
 
 DEFAULT_SETTINGS, DEFAULT_TIMES = MeshSettings(), LinkTimes()
@@ -92,6 +95,7 @@ class SocketMesh(Mesh):
             cluster_key,
             settings.wire_dtype,
             settings.digests,
+            Tls(settings.tls) if settings.tls is not None else None,
             libraries,
         )
         self._on_event, self._times = on_event, times

@@ -42,6 +42,7 @@ class KvHello(Message, frozen=True):
     # allowed, the preferred one first
     wire_dtypes: Annotated[list[Code], msgspec.Meta(max_length=16)] = msgspec.field(default_factory=list)
     digests: bool = True
+    has_tls: bool = False
     offers: Annotated[dict[Code, Annotated[bytes, msgspec.Meta(max_length=32 << 10)]], msgspec.Meta(max_length=16)] = (
         msgspec.field(default_factory=dict)
     )  # what each transport wants the peer to know

@@ -12,6 +12,7 @@ import math
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
+from struct import Struct
 
 import xxhash
 
@@ -24,6 +25,7 @@ from ..protocol.sampling import SamplingParams
 
 _MASK = (1 << 64) - 1
 SLOT_BYTES = 8
+_pair = Struct("<QQ").pack
 _VOCAB_SIZE, NUM_LAYERS, _EOS = 1000, 2, frozenset({0})
 
 
@@ -36,7 +38,7 @@ def _mix(value: int) -> int:
 
 
 def _value(previous: int, token_id: int, layer: int) -> int:
-    return _mix(previous ^ _mix(token_id << 8 | layer))
+    return xxhash.xxh3_64_intdigest(_pair(previous, token_id << 8 | layer))
 
 
 def _extend(values: array[int], token_ids: Iterable[int], layer: int, salt: int) -> None:

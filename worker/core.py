@@ -210,7 +210,8 @@ class WorkerCore:
 
     @property
     def is_idle(self) -> bool:
-        return not any(role.active() for role in self.roles)
+        """No attempt lives here, and no block is held for one that has ended: a write may still be on its way there."""
+        return not any(role.active() or any(role.owners()) for role in self.roles)
 
     def snapshot(self) -> Snapshot:
         active = dict.fromkeys(key for role in self.roles for key in role.active())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..core.clock import Clock, MonotonicClock
 from ..core.cluster_key import cluster_key
-from ..core.config import Topology, WorkerSpec
+from ..core.config import Topology, TransferConfig, WorkerSpec
 from ..core.ids import SecureIds, WorkerKey, new_epoch
 from ..engine.block_pool import BlockPool
 from ..engine.core_share import MAX_WORKERS, CoreShare, SharingEngine
@@ -22,6 +22,7 @@ from ..kvtransfer.link import Mesh
 from ..kvtransfer.mesh import TRANSPORTS, MeshSettings, SocketMesh
 from ..kvtransfer.ownership import Ownership
 from ..kvtransfer.socket_link import LinkTimes
+from ..kvtransfer.transports.tls import TlsFiles
 from .core import WorkerCore
 from .membership import Membership
 from .process import Incarnation, run_worker
@@ -131,7 +132,18 @@ def _make_mesh(
         on_event,
         runtime_dir=Path(topology.runtime_dir),
         cluster_key=cluster_key(topology),
-        settings=MeshSettings(transports if owner is None else (owner.name, *transports), topology.transfer.wire_dtype),
+        settings=MeshSettings(
+            transports if owner is None else (owner.name, *transports),
+            topology.transfer.wire_dtype,
+            tls=tls_files(topology.transfer),
+        ),
         times=LinkTimes(renew_s=topology.transfer.lease_s / 5, is_stalled=turns.is_stalled),
         owner=owner,
     )
+
+
+def tls_files(transfer: TransferConfig) -> TlsFiles | None:
+    """The files that encrypt the bytes of tcp, where they are named."""
+    if transfer.tls_certificate is None or transfer.tls_key is None or transfer.tls_authority is None:
+        return None
+    return TlsFiles(Path(transfer.tls_certificate), Path(transfer.tls_key), Path(transfer.tls_authority))

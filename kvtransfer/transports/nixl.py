@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_DESCRIPTORS = 1024  # in one request
 _SIGN_BYTES = 8
+_NOTICE = b"read"
 _LOOKS = 3  # reads that must all be done when they are posted, for a peer to count as read by ourselves
 _GRACE_S = 0.5  # for a read that our own process performs, to come to its end after `stop`
 # What UCX does in software: with one of these our process writes what is read, and no network card.
@@ -255,14 +256,14 @@ class NixlBulk(Bulk):
         base = self._offer.address
         if self._buffer is None:
             pairs = [(base + there, self._like.address + here, nbytes) for there, here, nbytes in pieces]
-            self._agent.read(self._peer, pairs, self._check_at_once, self._like, _nothing)
+            self._agent.read(self._peer, pairs, self._check_at_once, self._like)
             return
         ends = np.cumsum([nbytes for _, _, nbytes in pieces]).tolist()
         address = self._buffer.region.address
         pairs = [
             (base + there, address + end - nbytes, nbytes) for (there, _, nbytes), end in zip(pieces, ends, strict=True)
         ]
-        self._agent.read(self._peer, pairs, self._check, self._like, _nothing)
+        self._agent.read(self._peer, pairs, self._check, self._like, notice=_NOTICE)
         self._place(pieces, ends)
 
     def _place(self, pieces: Pairs, ends: list[int]) -> None:
@@ -288,10 +289,6 @@ def _requests(source: Sequence[Span], target: Sequence[Span]) -> Iterator[Pairs]
         total += nbytes
     if waiting:
         yield waiting
-
-
-def _nothing() -> None:
-    """For reads that nobody watches."""
 
 
 def _agent_name(key: WorkerKey) -> str:

@@ -103,14 +103,21 @@ class NixlAgent:
                 self._agent.remove_remote_agent(name)
 
     def read(
-        self, name: str, pairs: Pairs, check: Callable[[], None], like: Region, posted: Callable[[], None]
+        self,
+        name: str,
+        pairs: Pairs,
+        check: Callable[[], None],
+        like: Region,
+        posted: Callable[[], None] = lambda: None,
+        notice: bytes = b"",
     ) -> None:
         """Copy from the peer to us, where memory is of the kind of `like`; `posted` is called once it is on its way.
 
         `check` raises to give up. The transfer is abandoned then, and bytes may still be written: nothing cancels it.
+        With a `notice` the peer hears of the read when it is done, and goes on making progress often.
         """
         with self._lock, library_errors(f"reading from NIXL agent {name}"):
-            handle = self._agent.initialize_xfer("READ", *self._descriptors(pairs, like), name)
+            handle = self._agent.initialize_xfer("READ", *self._descriptors(pairs, like), name, notice)
             state = self._agent.transfer(handle)
             posted()
         try:
@@ -190,7 +197,9 @@ class NixlAgent:
             self._nudge.clear()
             try:
                 with self._lock, library_errors("NIXL progress"):
-                    self._agent.get_new_notifs()
+                    has_been_read = bool(self._agent.get_new_notifs())
+                if has_been_read:
+                    self._busy_until = time.monotonic() + _BUSY_FOR_S
             except TransferFailed as err:
                 logger.debug("%s", err)
 

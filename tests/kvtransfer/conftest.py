@@ -24,6 +24,7 @@ from penstock.kvtransfer.identity import boot_id
 from penstock.kvtransfer.mesh import MeshSettings, SocketMesh
 from penstock.kvtransfer.session import Session, _mac
 from penstock.kvtransfer.socket_link import LinkTimes
+from penstock.kvtransfer.transports.tls import TlsFiles
 from penstock.kvtransfer.transports.wire import Deadline, read_frame, send_frame
 from penstock.protocol.messages import Fingerprint, HandoffMessage, KvHello, KvPing, KvProof, KvReady, Peer, Role
 
@@ -83,6 +84,7 @@ class Cluster:
         staging_bytes: int = 0,
         wire_dtype: str = "lossless",
         digests: bool = True,
+        tls: TlsFiles | None = None,
     ) -> Worker:
         memory = KVMemory(NUM_BLOCKS, fingerprint.num_layers, layer_bytes_of(fingerprint), staging_bytes)
         events: queue.SimpleQueue[LinkEvent] = queue.SimpleQueue()
@@ -95,7 +97,7 @@ class Cluster:
             events.put,
             runtime_dir=self.runtime_dir,
             cluster_key=cluster_key,
-            settings=MeshSettings(transports, wire_dtype, digests),
+            settings=MeshSettings(transports, wire_dtype, digests, tls),
             times=LinkTimes(liveness_s, min(0.3, liveness_s / 5), renew_s, is_stalled),
         )
         self.workers.append(Worker(mesh, memory, key, role, events))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import shutil
 import socket
 import ssl
@@ -13,11 +14,15 @@ from pathlib import Path
 import pytest
 
 from penstock.core.errors import ConfigError
+from penstock.core.ids import SecureIds, new_ticket
+from penstock.kvtransfer.effects import BlocksArrived, PeerUp
 from penstock.kvtransfer.transports.pipes import TlsPipe
+from penstock.kvtransfer.transports.tcp import TcpBulk
 from penstock.kvtransfer.transports.tls import Tls, TlsFiles
 from penstock.testing.socket_transports import tls_files
 from penstock.tests.conftest import absent
 from penstock.tests.kvtransfer.bulk_ends import make_certificates
+from penstock.tests.kvtransfer.conftest import Cluster, accept, push, until
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +122,35 @@ def test_stop_ends_a_read_that_waits(pipes: tuple[TlsPipe, TlsPipe]) -> None:
         right.stop()
         with pytest.raises(OSError, match=r"closed|EOF"):
             waiting.result(10.0)
+
+
+def test_link_over_tls_moves_blocks(cluster: Cluster, folder: Path) -> None:
+    """The product's own link: its data connection is encrypted, and blocks arrive as they were sent."""
+    prefill = cluster.worker("prefill", "prefill-0", ("tcp",), tls=tls_files(folder, "one"))
+    decode = cluster.worker("decode", "decode-0", ("tcp",), tls=tls_files(folder, "other"))
+    cluster.introduce()
+    for worker in (prefill, decode):
+        worker.wait_for(PeerUp)
+    prefill.memory.buffer[:] = random.Random(5).randbytes(prefill.memory.nbytes)
+    ticket = new_ticket(SecureIds())
+    accept(decode, prefill, ticket, [4, 9])
+    push(prefill, decode, ticket, [7, 2])
+    event = decode.wait_for(BlocksArrived)
+    assert isinstance(event, BlocksArrived)
+    assert (event.ordinals, event.corrupt) == ((0, 1), ())
+    assert decode.memory.block(4) == prefill.memory.block(7)
+    assert decode.memory.block(9) == prefill.memory.block(2)
+    (link,) = decode.mesh._links.values()
+    bulk = link._bulk
+    assert isinstance(bulk, TcpBulk)
+    assert isinstance(bulk._pipe, TlsPipe)
+
+
+def test_peer_without_tls_is_refused_on_both_sides(
+    cluster: Cluster, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster.worker("prefill", "prefill-0", ("tcp",), tls=tls_files(folder, "one"))
+    cluster.worker("decode", "decode-0", ("tcp",))
+    cluster.introduce()
+    until(lambda: sum("tls differs" in record.getMessage() for record in caplog.records) >= 2)
+    assert not any(worker.mesh.linked() for worker in cluster.workers)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from penstock.core.ids import WorkerKey
+import msgspec
+
+from penstock.core.ids import AttemptKey, Ticket, WorkerKey
+from penstock.core.tickets import TicketFacts, prove
 from penstock.decode_node.role import DecodeRole
 from penstock.engine.block_pool import BlockPool
 from penstock.engine.interface import ScheduledSeq
 from penstock.kvtransfer.destination import DestinationTable
+from penstock.kvtransfer.effects import AcceptBlocks, MessageArrived, PeerUp, Revoked
 from penstock.protocol.messages import (
+    Abort,
     AttemptFailed,
     ChoiceState,
     Drain,
     FromRouter,
+    Offer,
     Output,
     PrefillEnded,
     Role,
@@ -108,4 +114,24 @@ def test_drain_shows_in_the_snapshot_and_running_work_ends() -> None:
     bench.command(Drain())
     assert bench.core.snapshot().state == "draining"
     assert tokens_of(bench.run(), "r") == expected_tokens(PROMPT, PARAMS)[0]
+    assert bench.core.is_idle
+
+
+def test_worker_is_not_idle_while_a_write_may_still_come() -> None:
+    """The attempt has ended, its hand-off is being revoked: who drains waits for the link to confirm."""
+    bench, source, ticket, me = Bench(), WorkerKey("p", "1" * 16), Ticket(b"t" * 16), WorkerKey("w", "0" * 16)
+    facts = TicketFacts(ticket, source, me, AttemptKey("r", 1), pack_ids(PROMPT), 60.0)
+    proof = prove(b"k" * 32, facts)
+    bench.core.on_link(PeerUp(source, "inproc"))
+    bench.command(
+        msgspec.structs.replace(start("r"), ticket=ticket, prefill_worker="p", prefill_epoch="1" * 16, proof=proof)
+    )
+    offer = Offer(ticket=ticket, num_tokens=len(PROMPT), num_blocks=2, block_size=4, reached=2, proof=proof)
+    effects = bench.core.on_link(MessageArrived(source, offer))
+    assert any(isinstance(effect, AcceptBlocks) for effect in effects)
+    [failed] = [m for m in bench.command(Abort("r", 1)) if isinstance(m, AttemptFailed)]
+    assert failed.code == "cancelled"
+    assert bench.core.snapshot().active == ()
+    assert not bench.core.is_idle
+    bench.core.on_link(Revoked(source, ticket))
     assert bench.core.is_idle
