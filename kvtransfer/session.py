@@ -20,7 +20,7 @@ _NUMBER = struct.Struct("<Q")
 
 
 class Session:
-    """One end of a link. The writer's thread alone calls `seal`, the reader's alone `open`."""
+    """One end of a link. One thread at a time calls `seal`, and another `open`."""
 
     def __init__(self, cluster_key: bytes, dialer: KvHello, listener: KvHello, is_dialer: bool) -> None:
         hellos = [handoff.encode(hello) for hello in (dialer, listener)]

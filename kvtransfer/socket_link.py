@@ -90,7 +90,7 @@ class SocketLink:
         self._outbox: Outbox[HandoffMessage] = Outbox(MAX_QUEUED)
         encoder, decoder = _converters(established, me)
         digest = block_digest if me.digests else no_digest
-        self._sender = PushSender(me.memory, self._bulk, encoder, self._put, digest)
+        self._sender = PushSender(me.memory, self._bulk, encoder, self._send, digest)
         self._receiver = PushReceiver(
             self.peer,
             established.hello,
@@ -102,7 +102,7 @@ class SocketLink:
             digest,
             self._bulk.is_given if isinstance(self._bulk, OwnerBulk) else None,
         )
-        self._lock = threading.Lock()
+        self._lock, self._sending = threading.Lock(), threading.Lock()
         self._why = ""
 
     @property
@@ -198,19 +198,24 @@ class SocketLink:
             due = min(self._ping_at, self._renew_at)
             message = self._outbox.take(max(0.0, due - time.monotonic()))
             if message is not None:
-                send_frame(self._control, message, self._session)
+                self._send(message)
             self._say_alive()
 
     def _say_alive(self) -> None:
         now = time.monotonic()
         if now >= self._ping_at:
             self._ping_at = now + self._times.ping_s
-            send_frame(self._control, KvPing(), self._session)
+            self._send(KvPing())
         if now >= self._renew_at:
             self._renew_at = now + self._times.renew_s
             tickets = self._tickets()
             if tickets and not self._times.is_stalled():
-                send_frame(self._control, Renew(tickets=tickets), self._session)
+                self._send(Renew(tickets=tickets))
+
+    def _send(self, message: HandoffMessage) -> None:
+        """Now, from the writer, or from the sender: a push that waited for another thread would leave the peer idle."""
+        with self._sending:
+            send_frame(self._control, message, self._session)
 
     # ---- small things ----
 
