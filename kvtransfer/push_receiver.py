@@ -128,6 +128,8 @@ class PushReceiver:
         return layers_span(self._memory, BlockId(slot), push.first_layer, push.num_layers)
 
     def _tell(self, push: Push, outcome: Outcome, corrupt: list[int], given: Given = NO_GIFTS) -> None:
+        if corrupt:
+            logger.warning("%d blocks of a push from %s differ from their digest", len(corrupt), self._peer)
         if outcome.revoked:
             self._on_event(Revoked(self._peer, Ticket(push.ticket)))
         elif outcome.arrived or corrupt:

@@ -26,7 +26,7 @@ def negotiate(mine: Fingerprint, theirs: Fingerprint, setting: str, figures: Lin
     """
     if mine.dtype not in CONVERTIBLE_DTYPES:
         return AS_THEY_ARE
-    lossless = AS_THEY_ARE if mine.is_same_format(theirs) else _narrowest(mine.dtype, theirs.dtype)
+    lossless = AS_THEY_ARE if mine.is_same_format(theirs) else _narrowest(theirs.dtype, mine.dtype)
     if setting == "lossless":
         return lossless
     if setting == "auto":

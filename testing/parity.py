@@ -33,7 +33,7 @@ from ..router.interface import GenerateRequest, TokensEvent
 from .inprocess import PATIENCE_S, InProcessCluster, Result
 
 LOGPROB_TOLERANCE = 1e-3
-SEPARATE_PROCESSES = ("nixl", "ucx")  # their library allows one user in a process; `bench transfer` and tests run them
+SEPARATE_PROCESSES = ("nixl", "ucx", "owner")  # not in one process without more ado; other tests run them
 PROMPTS = (
     "What is the capital of France?",
     "Write a short story about a lighthouse keeper who finds a message.",

@@ -113,8 +113,10 @@ class _Spoiled(_LinkFault):
         return not self.more("changed")
 
     def _why_link_lives(self) -> str:
-        """Between workers whatever is not as it was sent ends the link."""
-        return "" if "is over" in self.logged(*self.cluster.workers) else "the link went on as if nothing had been"
+        """Between workers whatever is not as it was sent ends the link, or is found by a block's digest."""
+        log = self.logged(*self.cluster.workers)
+        is_noticed = "is over" in log or "differ from their digest" in log
+        return "" if is_noticed else "the link went on as if nothing had been"
 
 
 class RealCorrupt(_Spoiled):

@@ -42,6 +42,8 @@ CELLS = [
     ("disk full", Moment.DECODE_QUEUED, Target.DECODE),
 ]
 
+ROUNDS = 3
+
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(300)]
 
 
@@ -59,9 +61,19 @@ def _play(cells: Sequence[tuple[str, Moment, Target]]) -> list[RunResult]:
     return results
 
 
+def _was_missed(result: RunResult) -> bool:
+    is_missed = result.why.startswith("missed") or "the fault did not happen" in result.why
+    return result.outcome == "failed" and is_missed
+
+
 def test_real_matrix_a_cell_of_each_kind_holds() -> None:
     possible = [cell for cell in CELLS if not why_impossible(cell[0])]
     results = _play(possible)
+    for _ in range(ROUNDS):
+        # On a busy machine a moment may be missed again and again, which says nothing of the product.
+        missed = [cell for cell, result in zip(possible, results, strict=True) if _was_missed(result)]
+        again = iter(_play(missed) if missed else [])
+        results = [next(again) if _was_missed(result) else result for result in results]
     assert [f"{r.run.name}: {r.why}" for r in results if r.outcome == "failed"] == []
     assert len(results) == len(possible)
     assert {result.outcome for result in results} == {"ok", "resumed"}
