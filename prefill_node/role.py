@@ -227,13 +227,15 @@ class PrefillRole:
     # ---- steps ----
 
     def schedule(self, budget: Budget, now: float) -> list[ScheduledSeq]:
+        """A step of resumptions, if there are any, else one of other prompts: these would only make it longer."""
         self._expire(now)
-        entries: list[ScheduledSeq | None] = []
-        for is_resumption in (True, False):
-            begun = [task for task in self._computing if task.is_resumption is is_resumption]
-            entries += [self._chunk(task, budget, now) for task in begun]
-            while self._may_begin(budget, is_resumption) and self._admit(self._waiting[0]):
-                entries.append(self._chunk(self._computing[-1], budget, now))
+        return self._schedule(budget, now, is_resumption=True) or self._schedule(budget, now, is_resumption=False)
+
+    def _schedule(self, budget: Budget, now: float, *, is_resumption: bool) -> list[ScheduledSeq]:
+        begun = [task for task in self._computing if task.is_resumption is is_resumption]
+        entries = [self._chunk(task, budget, now) for task in begun]
+        while self._may_begin(budget, is_resumption) and self._admit(self._waiting[0]):
+            entries.append(self._chunk(self._computing[-1], budget, now))
         return [entry for entry in entries if entry is not None]
 
     def _may_begin(self, budget: Budget, is_resumption: bool) -> bool:

@@ -23,6 +23,7 @@ from ..kvtransfer.mesh import TRANSPORTS, MeshSettings, SocketMesh
 from ..kvtransfer.ownership import Ownership
 from ..kvtransfer.socket_link import LinkTimes
 from ..kvtransfer.transports.tls import TlsFiles
+from .background import in_background
 from .core import WorkerCore
 from .membership import Membership
 from .process import Incarnation, run_worker
@@ -49,7 +50,7 @@ def launch(topology: Topology, name: str, make_roles: MakeRoles) -> int:
         heartbeat_s=topology.liveness.heartbeat_s,
     )
     membership = Membership(topology, spec, os.environ) if topology.transfer.one_pool else None
-    engine = load_engine(topology, spec, membership)
+    engine = in_background(partial(load_engine, topology, spec, membership))
     turns = TurnWatch(MonotonicClock(), topology.liveness.max_step_s)
     make_core = partial(_make_core, topology, spec, key, make_roles, membership)
     make_mesh = partial(_make_mesh, topology, spec, key, turns, membership)
