@@ -44,7 +44,7 @@ from penstock.testing.serving import serving
 # Steps that last no longer than a reader would wait: on a few cores a prompt of 1,000 tokens in one step takes seconds.
 TOPOLOGY = """
 model: { dtype: float32 }
-prefill: { replicas: 2, kv_cache_bytes: 536870912, max_num_batched_tokens: 256 }
+prefill: { replicas: 2, kv_cache_bytes: 536870912, max_num_batched_tokens: 128 }
 decode: { replicas: 2, kv_cache_bytes: 536870912, max_num_batched_tokens: 128 }
 """
 

@@ -63,7 +63,7 @@ class RouterConfig:
     max_active_requests: int = setting(4096, 1, 1 << 20)
     max_queued_requests: int = setting(1024, 1, 1 << 20)
     max_attempts: int = setting(4, 1, 100)
-    worker_timeout_s: float = setting(0.75, 0.2, 600)  # silence after which a worker counts as lost
+    worker_timeout_s: float = setting(0.6, 0.2, 600)  # silence after which a worker counts as lost
     unavailable_s: float = setting(60.0, 1, 86_400)  # wait for a worker; longer than one takes to load the model
 
 

@@ -85,7 +85,7 @@ def test_error_in_a_ray_launcher_file_names_the_whole_path() -> None:
         ({"model": {"source": None}}, r"model\.source: must be a string, got None"),
         ("text", r"topology: must be a mapping, got 'text'"),
         ({"version": 2}, r"version: 2 is not supported"),
-        ({"liveness": {"heartbeat_s": 0.3}}, r"router\.worker_timeout_s: 0\.75 is less than three heartbeats"),
+        ({"liveness": {"heartbeat_s": 0.3}}, r"router\.worker_timeout_s: 0\.6 is less than three heartbeats"),
         ({"prefill": {"num_blocks": 9, "kv_cache_bytes": 1 << 20}}, r"prefill: kv_cache_bytes and num_blocks"),
         ({"colocated": True, "router": {"disaggregate": "always"}}, r"router\.disaggregate: always needs a prefill"),
     ],
