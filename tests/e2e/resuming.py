@@ -8,15 +8,14 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from penstock.protocol.messages import SampledToken
 from penstock.protocol.sampling import SamplingParams
 from penstock.router.config import RouterConfig
 from penstock.router.interface import GenerateRequest
 from penstock.testing.inprocess import PATIENCE_S, InProcessCluster, Result
 
+from .comparing import assert_equal
 from .conftest import MakeEngine
 
-LOGPROB_TOLERANCE = 1e-3
 NUM_TOKENS = 10
 ROUTER = RouterConfig(
     policy="prefix-affinity", worker_timeout_s=PATIENCE_S, unacknowledged_s=PATIENCE_S, unavailable_s=PATIENCE_S
@@ -74,21 +73,7 @@ def holder(cluster: InProcessCluster, role: str) -> str:
 
 
 def assert_exact(found: dict[str, Result], expected: dict[str, Result]) -> None:
-    for request_id, result in expected.items():
-        assert found[request_id].error is None
-        for ours, theirs in zip(found[request_id].answers, result.answers, strict=True):
-            assert (ours.token_ids, ours.finish_reason) == (theirs.token_ids, theirs.finish_reason)
-            for a, b in zip(ours.tokens, theirs.tokens, strict=True):
-                assert_same_logprobs(a, b)
-
-
-def assert_same_logprobs(a: SampledToken, b: SampledToken) -> None:
-    assert a.logprob is not None
-    assert b.logprob is not None
-    assert abs(a.logprob.logprob - b.logprob.logprob) < LOGPROB_TOLERANCE
-    assert [token_id for token_id, _ in a.logprob.top] == [token_id for token_id, _ in b.logprob.top]
-    for (_, ours), (_, theirs) in zip(a.logprob.top, b.logprob.top, strict=True):
-        assert abs(ours - theirs) < LOGPROB_TOLERANCE
+    assert_equal(found, expected, same_alternatives=True)
 
 
 @contextmanager

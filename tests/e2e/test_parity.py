@@ -19,9 +19,8 @@ from penstock.protocol.sampling import SamplingParams
 from penstock.router.interface import GenerateRequest
 from penstock.testing.inprocess import InProcessCluster, Result
 
+from .comparing import assert_equal, requests_of
 from .conftest import MakeEngine
-
-LOGPROB_TOLERANCE = 1e-3
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -33,32 +32,9 @@ PENALISED = SamplingParams(
 FORKED = SamplingParams(max_tokens=10, temperature=1.0, n=3, seed=8, logprobs=1, ignore_eos=True)
 
 
-def requests_of(prompts: list[list[int]], params: SamplingParams) -> list[GenerateRequest]:
-    return [GenerateRequest(f"r{i}", prompt, params, 300.0) for i, prompt in enumerate(prompts)]
-
-
 def colocated(engine: TorchEngine, requests: list[GenerateRequest], max_batch_tokens: int = 512) -> dict[str, Result]:
     with InProcessCluster({"both-0": engine}, max_batch_tokens=max_batch_tokens) as cluster:
         return cluster.run(requests)
-
-
-def assert_equal(found: dict[str, Result], expected: dict[str, Result]) -> None:
-    for request_id, result in expected.items():
-        assert result.error is None
-        assert found[request_id].error is None
-        for ours, theirs in zip(found[request_id].answers, result.answers, strict=True):
-            assert (ours.token_ids, ours.finish_reason) == (theirs.token_ids, theirs.finish_reason)
-            for a, b in zip(ours.tokens, theirs.tokens, strict=True):
-                assert_same_logprobs(a, b)
-
-
-def assert_same_logprobs(a: SampledToken, b: SampledToken) -> None:
-    assert a.logprob is not None
-    assert b.logprob is not None
-    assert abs(a.logprob.logprob - b.logprob.logprob) < LOGPROB_TOLERANCE
-    # The set of alternatives may differ where two are equally likely; their values may not.
-    for (_, ours), (_, theirs) in zip(a.logprob.top, b.logprob.top, strict=True):
-        assert abs(ours - theirs) < LOGPROB_TOLERANCE
 
 
 @pytest.fixture

@@ -7,24 +7,20 @@ from pathlib import Path
 import pytest
 
 from penstock.engine.torch_engine import TorchEngine
-from penstock.protocol.messages import SampledToken, WorkerLoad
+from penstock.protocol.messages import WorkerLoad
 from penstock.protocol.sampling import SamplingParams
 from penstock.router.interface import GenerateRequest
 from penstock.testing.inprocess import InProcessCluster, Result
 
+from .comparing import assert_equal, requests_of
 from .conftest import MakeEngine
 
-LOGPROB_TOLERANCE = 1e-3  # sums of different batch shapes differ in the last bits
 SIZE = 16
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 GREEDY = SamplingParams(max_tokens=20, temperature=0, logprobs=3, ignore_eos=True)
 SEEDED = SamplingParams(max_tokens=20, temperature=0.8, top_p=0.95, seed=5, logprobs=3, ignore_eos=True)
-
-
-def requests_of(prompts: list[list[int]], params: SamplingParams) -> list[GenerateRequest]:
-    return [GenerateRequest(f"r{i}", prompt, params, 300.0) for i, prompt in enumerate(prompts)]
 
 
 def colocated(engine: TorchEngine, requests: list[GenerateRequest]) -> dict[str, Result]:
@@ -37,20 +33,6 @@ def colocated(engine: TorchEngine, requests: list[GenerateRequest]) -> dict[str,
 
 def load_of(cluster: InProcessCluster, name: str) -> WorkerLoad:
     return cluster.workers[name].core.snapshot().load
-
-
-def assert_equal(found: dict[str, Result], expected: dict[str, Result]) -> None:
-    for request_id, result in expected.items():
-        assert found[request_id].error is None
-        ours, theirs = found[request_id].answers[0], result.answers[0]
-        assert (ours.token_ids, ours.finish_reason) == (theirs.token_ids, theirs.finish_reason)
-        for a, b in zip(ours.tokens, theirs.tokens, strict=True):
-            assert abs(logprob_of(a) - logprob_of(b)) < LOGPROB_TOLERANCE
-
-
-def logprob_of(token: SampledToken) -> float:
-    assert token.logprob is not None
-    return token.logprob.logprob
 
 
 @pytest.fixture
