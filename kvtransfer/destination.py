@@ -207,11 +207,6 @@ class DestinationTable:
         return [item.generation for item in self._incoming.values() if item.granted is not None]
 
     @property
-    def num_receiving(self) -> int:
-        """Tickets whose blocks are granted."""
-        return sum(item.state in (State.GRANTED, State.REVOKING) for item in self._incoming.values())
-
-    @property
     def num_early(self) -> int:
         return len(self._early)
 

@@ -18,9 +18,6 @@ class EarlyOffers:
     def __len__(self) -> int:
         return len(self._offers)
 
-    def __contains__(self, key: tuple[WorkerKey, Ticket]) -> bool:
-        return key in self._offers
-
     @property
     def next_deadline(self) -> float | None:
         return min((until for _, until in self._offers.values()), default=None)

@@ -30,7 +30,7 @@ from ..protocol.messages import HandoffMessage, KvHello, KvProof, KvReady, KvRef
 from .bulk import Bulk, LinkFacts, Unusable
 from .data_connection import deliver, open_data
 from .figures import MEASURED_BYTES, NO_FIGURES, LinkFigures, answer_measure, can_measure, measure
-from .identity import Identity, boot_id, region_bytes, same_user
+from .identity import Identity, region_bytes, same_user
 from .linking import SOURCE_ROLES
 from .session import Session
 from .transports.address import KvAddress
@@ -41,8 +41,6 @@ from .transports.tcp import Rendezvous, TcpBulk, tune
 from .transports.wire import MAX_HELLO_BYTES, Deadline, read_body, read_frame, read_header_and_fd, send_frame
 from .wire_format import check_wire_dtype, negotiate
 from .wording import safe_text
-
-__all__ = ["Established", "Identity", "Refused", "answer", "boot_id", "dial"]
 
 _IDS: IdSource = SecureIds()
 M = TypeVar("M", KvProof, KvReady)

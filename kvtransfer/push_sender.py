@@ -98,11 +98,11 @@ class PushSender:
         if self._encoder is not None:
             span = self._encoder.encode(effect)
             views = self._encoder.digest_views(span, len(effect.ordinals))
-            return _Prepared(_push(effect, self._digests(views), [], span.offset), [span])
+            return _Prepared(push_of(effect, self._digests(views), [], span.offset), [span])
         layers = (effect.first_layer, effect.num_layers)
         views = [self._memory.block(block_id, *layers) for block_id in effect.block_ids]
         spans = [layers_span(self._memory, block_id, *layers) for block_id in effect.block_ids]
-        return _Prepared(_push(effect, self._digests(views), list(effect.block_ids), None), spans)
+        return _Prepared(push_of(effect, self._digests(views), list(effect.block_ids), None), spans)
 
     def _digests(self, views: list[memoryview]) -> bytes:
         return b"".join(map(self._digest, views))
@@ -113,7 +113,8 @@ def layers_span(memory: KVMemory, block_id: BlockId, first_layer: int, num_layer
     return Span(block_id * memory.block_bytes + first_layer * memory.layer_bytes, num_layers * memory.layer_bytes)
 
 
-def _push(effect: SendBlocks, digests: bytes, slots: list[int], staged: int | None) -> Push:
+def push_of(effect: SendBlocks, digests: bytes, slots: list[int], staged: int | None) -> Push:
+    """What announces these blocks. `staged`: where their wire blocks lie, None for blocks as they are."""
     return Push(
         ticket=effect.ticket,
         generation=effect.generation,

@@ -59,7 +59,6 @@ from .transports.wire import Liveness, read_frame, send_frame, shut
 
 logger = logging.getLogger(__name__)
 
-MAX_RENEWED = 65536  # tickets in one Renew
 MAX_RENEWED = 65536  # tickets in one Renew, its bound
 MAX_QUEUED = 16384  # messages waiting for the writer; a peer that lets so many pile up is as good as gone
 

@@ -14,7 +14,7 @@ the ticket changes nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..core.errors import InternalError, LeaseExpired, NodeLost, TransferFailed
 from ..core.ids import BlockId, Ticket, WorkerKey
@@ -347,8 +347,7 @@ class SourceTable:
         return SendMessage(out.peer, out.done)
 
     def _say_reached(self, ticket: Ticket, out: _Outgoing, reached: int, now: float) -> SendMessage:
-        plan = out.plan
-        out.plan = HandoffPlan(plan.num_tokens, plan.num_blocks, plan.block_size, reached, plan.proof)
+        out.plan = replace(out.plan, reached=reached)
         out.said_at = now
         return SendMessage(out.peer, Reached(ticket=ticket, reached=reached))
 

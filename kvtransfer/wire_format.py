@@ -10,11 +10,11 @@ from __future__ import annotations
 import time
 
 from ..core.errors import ConfigError, ProtocolError
+from ..kernels.wire_format.formats import WIRE_DTYPES, narrowest_lossless
 from ..protocol.messages import CONVERTIBLE_DTYPES, Fingerprint
 from .figures import LinkFigures
 from .wire_choice import BlockShape, choose_wire_dtype, wire_candidates
 
-EIGHT_BIT = ("fp8_e4m3", "int8")
 AS_THEY_ARE = ""
 
 
@@ -26,7 +26,7 @@ def negotiate(mine: Fingerprint, theirs: Fingerprint, setting: str, figures: Lin
     """
     if mine.dtype not in CONVERTIBLE_DTYPES:
         return AS_THEY_ARE
-    lossless = AS_THEY_ARE if mine.is_same_format(theirs) else _narrowest(theirs.dtype, mine.dtype)
+    lossless = AS_THEY_ARE if mine.is_same_format(theirs) else narrowest_lossless(theirs.dtype, mine.dtype)
     if setting == "lossless":
         return lossless
     if setting == "auto":
@@ -40,21 +40,15 @@ def check_wire_dtype(mine: Fingerprint, theirs: Fingerprint, wire_dtype: str) ->
     if wire_dtype == AS_THEY_ARE:
         fits = mine.is_same_format(theirs)
     else:
-        fits = mine.dtype in CONVERTIBLE_DTYPES and wire_dtype in {*CONVERTIBLE_DTYPES, *EIGHT_BIT}
+        fits = mine.dtype in CONVERTIBLE_DTYPES and wire_dtype in WIRE_DTYPES
     if not fits:
         formats = f"{mine.dtype}/{mine.block_size} here, {theirs.dtype}/{theirs.block_size} there"
         raise ProtocolError(f"wire_dtype {wire_dtype!r} cannot carry blocks between these caches: {formats}")
 
 
-def _narrowest(source_dtype: str, target_dtype: str) -> str:
-    from ..kernels.wire_format.formats import narrowest_lossless
-
-    return narrowest_lossless(source_dtype, target_dtype)
-
-
 def _known(setting: str) -> str:
-    if setting not in CONVERTIBLE_DTYPES and setting not in EIGHT_BIT:
-        names = ", ".join(["lossless", "auto", *sorted(CONVERTIBLE_DTYPES), *EIGHT_BIT])
+    if setting not in WIRE_DTYPES:
+        names = ", ".join(["lossless", "auto", *WIRE_DTYPES])
         raise ConfigError(f"transfer.wire_dtype: {setting!r} is not one of {names}")
     return setting
 

@@ -25,10 +25,6 @@ class Crossing:
         """The names of both ends."""
         return frozenset((self.source.worker_id, self.target.worker_id))
 
-    @property
-    def is_handoff(self) -> bool:
-        return ROUTER not in (self.source, self.target)
-
 
 class Tap:
     """Lets everything pass; a subclass does not.

@@ -37,6 +37,7 @@ from ..linking import dials
 from ..ownership import TRANSPORT as OWNER
 from ..ownership import is_given
 from ..push_receiver import arrived_event, corrupt_ordinals, given_blocks
+from ..push_sender import push_of
 from ..vouching import Vouchers
 
 TRANSPORT = "inproc"
@@ -310,18 +311,9 @@ class InprocMesh(Mesh):
         self.network.send(Delivery(self.key, peer, link.number, message))
 
     def _push(self, effect: SendBlocks) -> Push:
-        return Push(
-            ticket=effect.ticket,
-            generation=effect.generation,
-            first_layer=effect.first_layer,
-            num_layers=effect.num_layers,
-            ordinals=list(effect.ordinals),
-            digests=b"".join(
-                block_digest(self.memory.block(block_id, effect.first_layer, effect.num_layers))
-                for block_id in effect.block_ids
-            ),
-            source_slots=list(effect.block_ids),
-        )
+        layers = (effect.first_layer, effect.num_layers)
+        digests = b"".join(block_digest(self.memory.block(block_id, *layers)) for block_id in effect.block_ids)
+        return push_of(effect, digests, list(effect.block_ids), None)
 
     def _receive_push(self, peer: WorkerKey, link: _InprocLink, push: Push) -> None:
         source = self.network.find(peer)

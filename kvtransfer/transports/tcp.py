@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 from collections.abc import Callable, Sequence
 
 from ...core.errors import TransferFailed
@@ -103,9 +102,8 @@ class Rendezvous:
 
     def collect(self, token: bytes, timeout_s: float) -> socket.socket | None:
         """Wait for the data connection of `token`, which is used up with this call."""
-        until = time.monotonic() + timeout_s
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting[token] is not None, max(0.0, until - time.monotonic()))
+            self._changed.wait_for(lambda: self._waiting[token] is not None, timeout_s)
             return self._waiting.pop(token)
 
     def forget(self, token: bytes) -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
 import pytest
 
 from penstock.core.errors import BadRequest
-from penstock.core.ids import AttemptKey, Ticket, WorkerKey
-from penstock.core.tickets import TicketFacts, prove
+from penstock.core.ids import WorkerKey
 from penstock.decode_node.local import LocalRunner
 from penstock.decode_node.role import DecodeRole
 from penstock.engine.block_pool import BlockPool
@@ -22,9 +20,9 @@ from penstock.testing.fake_engine import FakeEngine, expected_tokens
 from penstock.worker.core import WorkerCore
 from penstock.worker.role import Tell
 
+from .test_handoff import KEY, ME, PEER, proven
+
 PROMPT = [5, 6, 7, 8, 9, 10, 11]
-PEER, ME = WorkerKey("prefill-0", "a" * 16), WorkerKey("decode-0", "0" * 16)
-CLUSTER_KEY = b"k" * 32
 
 
 def run(
@@ -75,7 +73,7 @@ def test_local_run_stop_token_ends_the_choice_and_is_not_output() -> None:
 
 def role(engine: FakeEngine | None = None, pool: BlockPool | None = None) -> DecodeRole:
     engine = engine or FakeEngine()
-    return DecodeRole(ME, engine.spec, pool or BlockPool(64, 4), DestinationTable(5.0), CLUSTER_KEY)
+    return DecodeRole(ME, engine.spec, pool or BlockPool(64, 4), DestinationTable(5.0), KEY)
 
 
 def start(request_id: str = "r", *, attempt: int = 1, ticket: bytes | None = None, **changes: Any) -> StartDecode:
@@ -89,20 +87,6 @@ def start(request_id: str = "r", *, attempt: int = 1, ticket: bytes | None = Non
         values |= {"ticket": ticket, "prefill_worker": PEER.worker_id, "prefill_epoch": PEER.epoch}
     message = StartDecode(request_id, attempt, **(values | changes))
     return message if ticket is None else proven(message)
-
-
-def proven(message: StartDecode, me: WorkerKey = ME, key: bytes = CLUSTER_KEY) -> StartDecode:
-    """The command with the proof that a router of this cluster gives it."""
-    assert message.ticket is not None
-    assert message.prefill_worker is not None
-    assert message.prefill_epoch is not None
-    source, attempt = (
-        WorkerKey(message.prefill_worker, message.prefill_epoch),
-        AttemptKey(message.request_id, message.attempt),
-    )
-    tokens = message.prompt_ids + (message.choices[0].output_ids if message.params.n == 1 else b"")
-    facts = TicketFacts(Ticket(message.ticket), source, me, attempt, tokens, message.timeout_s)
-    return msgspec.structs.replace(message, proof=prove(key, facts))
 
 
 def failures(decode: DecodeRole) -> list[AttemptFailed]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from penstock.engine.sequence import blocks_for
 from penstock.protocol.sampling import SamplingParams
 from penstock.router.config import RouterConfig
 from penstock.router.interface import GenerateRequest
@@ -11,10 +12,6 @@ from penstock.testing.fake_engine import FakeEngine, expected_tokens
 from penstock.testing.inprocess import PATIENCE_S, InProcessCluster
 
 SIZE = 4
-
-
-def blocks_for(num_tokens: int) -> int:
-    return -(-num_tokens // SIZE)
 
 
 def transferred(cluster: InProcessCluster, name: str) -> int:
@@ -38,12 +35,12 @@ def test_second_turn_transfers_only_the_difference(num_prompt: int, num_output: 
     with InProcessCluster(engines) as cluster:
         prompt = list(range(1, 1 + num_prompt))
         first = turn(cluster, "one", prompt, num_output)
-        assert transferred(cluster, "decode-0") == blocks_for(num_prompt)
+        assert transferred(cluster, "decode-0") == blocks_for(num_prompt, SIZE)
         following = [*prompt, *first, *range(700, 700 + num_new)]
         turn(cluster, "two", following, 5)
         held = (num_prompt + num_output - 1) // SIZE
-        moved = transferred(cluster, "decode-0") - blocks_for(num_prompt)
-        assert moved == blocks_for(len(following)) - held
+        moved = transferred(cluster, "decode-0") - blocks_for(num_prompt, SIZE)
+        assert moved == blocks_for(len(following), SIZE) - held
 
 
 def test_every_turn_of_a_long_conversation_transfers_only_what_is_new() -> None:
@@ -55,7 +52,7 @@ def test_every_turn_of_a_long_conversation_transfers_only_what_is_new() -> None:
             prompt = [*history, *(100 * number + i for i in range(7))]
             before = transferred(cluster, "decode-0")
             history = [*prompt, *turn(cluster, f"turn-{number}", prompt, 9)]
-            assert transferred(cluster, "decode-0") - before == blocks_for(len(prompt)) - held
+            assert transferred(cluster, "decode-0") - before == blocks_for(len(prompt), SIZE) - held
             held = (len(history) - 1) // SIZE
 
 
@@ -79,7 +76,7 @@ def test_second_turns_go_back_to_the_decode_worker_of_the_first() -> None:
             answer = turn(cluster, f"{name}2", following, 5)
             assert len(answer) == 5
         moved = sum(transferred(cluster, name) for name in first) - sum(first.values())
-        assert moved == sum(blocks_for(len(f)) - (len(f) - 4) // SIZE for f in followings.values())
+        assert moved == sum(blocks_for(len(f), SIZE) - (len(f) - 4) // SIZE for f in followings.values())
 
 
 def test_answer_survives_a_preemption_and_is_found_by_the_next_turn() -> None:
@@ -96,4 +93,4 @@ def test_answer_survives_a_preemption_and_is_found_by_the_next_turn() -> None:
         assert results["c"].answers[0].token_ids == expected_tokens(prompts["c"], params)[0]
         turn(cluster, "c2", [*youngest, 9, 9, 9], 2)
         held = (len(youngest) - 1) // SIZE
-        assert transferred(cluster, "decode-0") - before == blocks_for(len(youngest) + 3) - held
+        assert transferred(cluster, "decode-0") - before == blocks_for(len(youngest) + 3, SIZE) - held

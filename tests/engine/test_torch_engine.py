@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from penstock.core.errors import ConfigError, InternalError, ModelFileError
-from penstock.core.random_bits import choice_seed, uniform
+from penstock.core.random_bits import choice_seed
+from penstock.engine.race import race_key
 from penstock.engine.torch_engine import TorchEngine, build_decoder, resolve_dtype
 from penstock.models.config import RopeScaling
 from penstock.models.decoder import Decoder
@@ -147,7 +148,7 @@ def test_several_choices_share_one_prefill(decoder: Decoder) -> None:
         one.choice = choice
         expected += engine.execute([stepper.schedule(one)])[0]
     assert list(results[1]) == expected
-    assert len({uniform(choice_seed(5, choice), 0) for choice in range(3)}) == 3
+    assert len({race_key(choice_seed(5, choice), 0) for choice in range(3)}) == 3
 
 
 def test_broken_sequence_is_named_and_leaves_the_others_their_tokens(decoder: Decoder) -> None:
