@@ -54,7 +54,9 @@ class RealSilence(_LinkFault):
         return "" if self.more("held") else "no byte was held up"
 
 
-class RealBandwidth(_LinkFault):
+class _BadLink(_LinkFault):
+    """For a while, bytes arrive late."""
+
     def __init__(self, cluster: RealCluster, aim: Aim, rng: random.Random) -> None:
         super().__init__(cluster, aim, rng)
         self._delayed_before = self.proxy.delayed_s
@@ -63,34 +65,32 @@ class RealBandwidth(_LinkFault):
     def lasts_s(self) -> float:
         return BAD_LINK_S
 
+    @property
+    def delayed_s(self) -> float:
+        """How late bytes have been since the moment, all together."""
+        return self.proxy.delayed_s - self._delayed_before
+
+
+class RealBandwidth(_BadLink):
     def strike(self) -> None:
         self.proxy.slow(BITS_PER_S, BAD_LINK_S)
 
     def verify(self) -> str:
-        nbytes, delayed_s = self.more("slowed_bytes"), self.proxy.delayed_s - self._delayed_before
+        nbytes = self.more("slowed_bytes")
         if not nbytes:
             return "nothing passed the slow link"
         least_s = 0.99 * 8 * nbytes / BITS_PER_S
-        return (
-            "" if delayed_s >= least_s else f"{nbytes} bytes took {delayed_s:.4f} s, at least {least_s:.4f} s are due"
-        )
+        if self.delayed_s < least_s:
+            return f"{nbytes} bytes took {self.delayed_s:.4f} s, at least {least_s:.4f} s are due"
+        return ""
 
 
-class RealLoss(_LinkFault):
-    def __init__(self, cluster: RealCluster, aim: Aim, rng: random.Random) -> None:
-        super().__init__(cluster, aim, rng)
-        self._delayed_before = self.proxy.delayed_s
-
-    @property
-    def lasts_s(self) -> float:
-        return BAD_LINK_S
-
+class RealLoss(_BadLink):
     def strike(self) -> None:
         self.proxy.lose(LOSS, BAD_LINK_S)
 
     def verify(self) -> str:
-        delayed_s = self.proxy.delayed_s - self._delayed_before
-        return "" if delayed_s >= 0.99 * RETRANSMIT_S else f"packets were late by {delayed_s:.3f} s only"
+        return "" if self.delayed_s >= 0.99 * RETRANSMIT_S else f"packets were late by {self.delayed_s:.3f} s only"
 
 
 class _Spoiled(_LinkFault):
