@@ -10,6 +10,7 @@ import hashlib
 import hmac
 from dataclasses import dataclass
 
+from .errors import ProtocolError
 from .ids import AttemptKey, Ticket, WorkerKey
 
 PROOF_BYTES = 16
@@ -40,3 +41,9 @@ def prove(key: bytes, facts: TicketFacts) -> bytes:
 def is_proven(key: bytes, facts: TicketFacts, proof: bytes) -> bool:
     """Whether `proof` was made with `key` for exactly these facts; takes the same time for every wrong proof."""
     return hmac.compare_digest(prove(key, facts), proof)
+
+
+def check_proof(key: bytes, facts: TicketFacts, proof: bytes) -> None:
+    """Raise ProtocolError unless the proof was made with `key` for exactly these facts."""
+    if not is_proven(key, facts, proof):
+        raise ProtocolError("the ticket was not made for this; are all processes of this cluster using one key?")

@@ -23,7 +23,7 @@ from collections.abc import Iterable
 from ..core.errors import DeadlineExceeded, NodeLost, Overloaded, ProtocolError, ServeError
 from ..core.ids import AttemptKey, BlockId, Ticket, WorkerKey
 from ..core.recent import RecentSet
-from ..core.tickets import TicketFacts, is_proven
+from ..core.tickets import TicketFacts, check_proof
 from ..engine.block_pool import BlockPool
 from ..engine.interface import EngineSpec, ScheduledSeq
 from ..engine.parking import ParkingSpace
@@ -149,8 +149,7 @@ class DecodeRole:
             return []
         tokens = message.prompt_ids + (message.choices[0].output_ids if message.params.n == 1 else b"")
         facts = TicketFacts(group.ticket, group.source, self._me, group.key, tokens, message.timeout_s)
-        if not is_proven(self._cluster_key, facts, message.proof):
-            raise ProtocolError("the ticket was not made for this; are all processes of this cluster using one key?")
+        check_proof(self._cluster_key, facts, message.proof)
         return self._destination.expect(group.ticket, group.source, now, message.proof)
 
     def _tell_failed(self, key: AttemptKey, code: str, message: str, retriable: bool) -> None:

@@ -5,7 +5,9 @@ admission, growth, preemption. Owns the blocks of every sequence on the decode s
 
 from __future__ import annotations
 
+from bisect import insort, insort_left
 from collections import deque
+from operator import attrgetter
 
 from ..core.ids import BlockId, Ticket
 from ..engine.block_pool import BlockPool
@@ -19,6 +21,7 @@ from .preemption import Preemption
 from .receiving import Receiving, ReceivingQueue
 
 Admitted = tuple[Receiving, Granting | None]
+_arrival = attrgetter("arrival")
 
 
 class DecodeScheduler:
@@ -88,16 +91,11 @@ class DecodeScheduler:
 
     def _insert_waiting(self, seq: Sequence) -> None:
         """Before all that arrived with it or later."""
-        position = 0
-        while position < len(self.waiting) and self.waiting[position].arrival < seq.arrival:
-            position += 1
-        self.waiting.insert(position, seq)
+        insort_left(self.waiting, seq, key=_arrival)
 
     def _insert_running(self, seq: Sequence) -> None:
-        position = len(self.running)
-        while position and self.running[position - 1].arrival > seq.arrival:
-            position -= 1
-        self.running.insert(position, seq)
+        """Behind all that arrived with it or earlier."""
+        insort(self.running, seq, key=_arrival)
 
     # ---- admission ----
 
@@ -119,8 +117,7 @@ class DecodeScheduler:
             self.offers.popleft()
             admitted.append((item, item.granting if fits else None))
             if fits:
-                self.queried_tokens += item.lead.num_tokens
-                self.hit_tokens += item.lead.num_cached_tokens
+                self._count_lookup(item.lead)
         return admitted
 
     def _try_enter(self, item: Receiving) -> bool:
@@ -138,20 +135,23 @@ class DecodeScheduler:
             return None
         if self.offers and self.offers[0].lead.arrival < self.waiting[0].arrival:
             return None
-        if self._try_admit(self.waiting[0], keep_last=True) is None:
+        if not self._try_admit(self.waiting[0]):
             return None
         seq = self.waiting.popleft()
         self.preemption.come_back(seq)
         self._insert_running(seq)
         return seq
 
-    def _try_admit(self, seq: Sequence, *, keep_last: bool) -> int | None:
+    def _try_admit(self, seq: Sequence) -> bool:
         reserve = len(self.running) + self.incoming.num_owed_blocks
-        held = try_admit(seq, self._pool, reserve=reserve, keep_last=keep_last)
-        if held is not None:
-            self.queried_tokens += seq.num_tokens
-            self.hit_tokens += seq.num_cached_tokens
-        return held
+        if try_admit(seq, self._pool, reserve=reserve) is None:
+            return False
+        self._count_lookup(seq)
+        return True
+
+    def _count_lookup(self, seq: Sequence) -> None:
+        self.queried_tokens += seq.num_tokens
+        self.hit_tokens += seq.num_cached_tokens
 
     # ---- a step ----
 

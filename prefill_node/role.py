@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from ..core.errors import BadRequest, DeadlineExceeded, NodeLost, ProtocolError, ServeError
 from ..core.ids import AttemptKey, BlockId, Ticket, WorkerKey
 from ..core.recent import RecentSet
-from ..core.tickets import TicketFacts, is_proven
+from ..core.tickets import TicketFacts, check_proof
 from ..engine.block_pool import BlockPool
 from ..engine.interface import EngineSpec, ScheduledSeq
 from ..engine.sequence import Sequence, blocks_for
@@ -137,8 +137,7 @@ class PrefillRole:
             raise NodeLost(f"no link to decode worker {decode}")
         if Ticket(message.ticket) in self._by_ticket:
             raise ProtocolError("the ticket is in use")
-        if not is_proven(self._cluster_key, self._facts(key, message, decode), message.proof):
-            raise ProtocolError("the ticket was not made for this; are all processes of this cluster using one key?")
+        check_proof(self._cluster_key, self._facts(key, message, decode), message.proof)
         seq = Sequence(
             key,
             0,

@@ -137,7 +137,7 @@ class RouterCore:
         """The worker's process is gone. With a pid, only the incarnation that runs in that process is meant."""
         worker = self._registry.current(worker_id)
         if worker is not None and pid in (None, worker.hello.pid):
-            self._lose(worker, reason, is_final=True)
+            return self.process_ended(worker.key, reason)
         return self._flush()
 
     def process_ended(self, key: WorkerKey, reason: str) -> list[Effect]:

@@ -80,7 +80,6 @@ class Lifecycle:
             sent_at=now,
             blocks=record.blocks(decode.block_size),
             queued_tokens=placement.uncached_tokens,
-            is_resumption=record.num_output_tokens > 0,
         )
         record.to_dispatched(attempt, now)
         for worker in (decode, prefill):
@@ -170,8 +169,8 @@ class Lifecycle:
         attempt = record.attempt
         assert attempt is not None
         if record.state is State.DISPATCHED:
+            self.counters.resumed += record.num_output_tokens > 0
             record.to_running()
-            self.counters.resumed += attempt.is_resumption
             self._prompt_computed(attempt)
             self.arm(record)
         attempt.has_progress = True

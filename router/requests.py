@@ -76,7 +76,6 @@ class Attempt:
     is_decode_over: bool = False  # this side needs no Abort
     is_prefill_over: bool = False
     has_progress: bool = False
-    is_resumption: bool = False  # it starts behind tokens that the caller has
 
     @property
     def queue(self) -> WorkerKey:
@@ -170,9 +169,9 @@ class RequestRecord:
         self.route_s = now - self.submitted_at
 
     def to_running(self) -> None:
+        """The first tokens of an attempt are about to be taken; behind earlier ones, that is a resumption."""
         self._leave(State.DISPATCHED)
-        assert self.attempt is not None
-        self.num_resumed += self.attempt.is_resumption
+        self.num_resumed += self.num_output_tokens > 0
         self.state = State.RUNNING
 
     def to_waiting(self, error: ServeError, blamed: tuple[WorkerKey, ...], unavailable_at: float) -> None:

@@ -47,7 +47,7 @@ LONG_S = 1000.0  # longer than any timer that a worker has
 
 
 @dataclass(frozen=True, slots=True)
-class ClusterShape:
+class ClusterShape(WorkerSizes):
     """Sizes of a simulated cluster. Pools are tiny on purpose: that is where block bugs live.
 
     `num_foreign`: prefill workers with other weights, which must be kept out.
@@ -60,18 +60,11 @@ class ClusterShape:
     num_blocks: int = 24
     block_size: int = 4
     step_s: float = 0.002
-    max_batch_tokens: int = 16
-    max_running: int = 4
-    max_waiting: int = 1024
-    max_early: int = 1024
-    early_s: float = 5.0
     park_blocks: int = 0  # host memory of each decode worker
     park_copy_s: float = 0.0  # what copying a sequence seems to take
     one_pool: bool = False  # all workers keep their blocks in one memory, and give them to each other
     keep_prefix: bool = True
-    lease_s: float = 2.0
     restart_s: float = 0.5
-    max_step_s: float = 60.0
     router: RouterConfig = field(default_factory=RouterConfig)
 
     def roles(self) -> dict[str, Role]:
@@ -83,17 +76,6 @@ class ClusterShape:
             ("foreign", "prefill", self.num_foreign),
         ]
         return {f"{name}-{i}": role for name, role, number in numbers for i in range(number)}
-
-    def sizes(self) -> WorkerSizes:
-        return WorkerSizes(
-            self.lease_s,
-            self.max_batch_tokens,
-            self.max_running,
-            self.max_waiting,
-            self.max_early,
-            self.early_s,
-            self.max_step_s,
-        )
 
 
 class SimCluster:
@@ -165,7 +147,7 @@ class SimCluster:
             lambda frame: self._to_router(key, frame),
             self.watch,
             self._on_exit,
-            self.shape.sizes(),
+            self.shape,
             self._make_parking,
             self._memory.join(worker_id) if self._memory is not None else None,
         )

@@ -79,7 +79,6 @@ class FaultCluster(SimCluster):
         self.full_starts: Counter[str] = Counter()  # process → how often its next starts find no space
         self.refused_starts: Counter[str] = Counter()
         self.is_router_up, self.router_stopped_until = True, 0.0
-        self.num_router_starts = 1
         self.ended_at: dict[str, float] = {}
         self.longest_backlog = 0.0  # seconds that a frame has waited for the router
         self._router_backlog: list[tuple[float, bytes]] = []
@@ -241,7 +240,6 @@ class FaultCluster(SimCluster):
             self.events.after(self.shape.restart_s, self._start_router)
             return
         self.router = RouterCore(self.shape.router, self.clock, self._ids, CLUSTER_KEY)
-        self.num_router_starts += 1
         self.is_router_up = True
         self._wake_router()
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import logging
 import sys
 import time
 from collections import Counter
@@ -31,6 +30,7 @@ from .fault_kinds import KINDS, Kind
 from .fault_moments import Moment
 from .real_faults import why_impossible
 from .real_matrix import plan_real, run_side_by_side
+from .seeds import quiet
 
 SEVERITY = ("ok", "resumed", "error", "failed")
 STAR = (
@@ -92,11 +92,8 @@ def run_all(runs: Iterable[Run], processes: int = 1, on_result: Callable[[RunRes
 
 def run_quietly(run: Run) -> RunResult:
     """The log of a system that is hit on purpose is of no use to anybody."""
-    logging.disable(logging.CRITICAL)
-    try:
+    with quiet():
         return run_once(run)
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 # ---- what people see ----
@@ -198,11 +195,8 @@ def _real(kinds: Sequence[Kind], moments: Sequence[Moment], clusters: int) -> Ma
         matrix.add(result)
         progress(result)
 
-    logging.disable(logging.CRITICAL)
-    try:
+    with quiet():
         asyncio.run(run_side_by_side([runs[start::clusters] for start in range(clusters)], take))
-    finally:
-        logging.disable(logging.NOTSET)
     return matrix
 
 

@@ -10,7 +10,6 @@ is to be told.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import random
@@ -253,10 +252,3 @@ def _take(seen: Answered, event: TokensEvent) -> None:
     if event.index != len(have):
         seen.wrong = seen.wrong or f"index {event.index} after {len(have)} tokens"
     have += [token.token_id for token in event.tokens]
-
-
-def process_state(pid: int) -> str:
-    """The letter of /proc: R, S, T (stopped), Z …; empty for a process that is gone."""
-    with contextlib.suppress(OSError):
-        return Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[0]
-    return ""

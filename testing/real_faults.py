@@ -14,10 +14,11 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-from .fault import SLACK_S, Aim, Target
+from .fault import SLACK_S, WORKERS, Aim, Target
 from .fault_kinds import CLOCK_STEP_S
 from .fault_processes import FULL_STARTS
-from .real_cluster import Kept, RealCluster, process_state
+from .process_facts import state_of
+from .real_cluster import Kept, RealCluster
 from .real_fault import RealFault
 from .real_links import RealBandwidth, RealCorrupt, RealLoss, RealRepeated, RealSilence, RealTruncated
 
@@ -76,11 +77,11 @@ class RealStop(_ProcessFault):
         asyncio.get_running_loop().call_later(STOP_S, self._go_on)
 
     def _go_on(self) -> None:
-        self._state_at_end = process_state(self.pid)
+        self._state_at_end = state_of(self.pid)
         self.close()
 
     def close(self) -> None:
-        if process_state(self.pid) == "T":
+        if state_of(self.pid) == "T":
             os.kill(self.pid, signal.SIGCONT)
 
     def verify(self) -> str:
@@ -207,7 +208,6 @@ class RealReset(_ProcessFault):
 
 MakeRealFault = Callable[[RealCluster, Aim, random.Random], RealFault]
 
-WORKERS = (Target.PREFILL, Target.DECODE)
 ENDS = (Target.TRANSFER, Target.TO_DECODE)
 
 REAL_FAULTS: dict[str, tuple[MakeRealFault, tuple[Target, ...]]] = {

@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from ..core.clock import Clock
+from ..core.clock import Clock, MonotonicClock
 from ..core.ids import SecureIds, Ticket, WorkerKey, new_epoch
 from ..decode_node.role import DecodeRole
 from ..engine.block_pool import BlockPool
@@ -222,7 +222,7 @@ def serve(config: StubConfig) -> int:
         engine = StubEngine(config, watch)
     threading.Thread(target=_obey, args=(engine,), name="commands", daemon=True).start()
     secret = bytes.fromhex(config.cluster_key)
-    turns = TurnWatch(_Monotonic())
+    turns = TurnWatch(MonotonicClock())
 
     def make_core(engine: Engine, clock: Clock) -> WorkerCore:
         core = StubCore(
@@ -262,11 +262,6 @@ def _role(
         sizes = PushSizes(engine.spec.fingerprint.num_layers, most=6, least=2)
         return PrefillRole(key, engine.spec, pool, SourceTable(config.lease_s, config.lease_s, sizes), secret)
     return DecodeRole(key, engine.spec, pool, DestinationTable(config.lease_s), secret, config.max_running)
-
-
-class _Monotonic:
-    def now(self) -> float:
-        return time.monotonic()
 
 
 def _takes_full_start(config: StubConfig) -> bool:

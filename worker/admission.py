@@ -46,12 +46,12 @@ def match_blocks(seq: Sequence, pool: BlockPool, *, keep_last: bool) -> list[Blo
     return pool.match_prefix(hashes[:usable])
 
 
-def try_admit(seq: Sequence, pool: BlockPool, reserve: int, *, keep_last: bool = True) -> int | None:
+def try_admit(seq: Sequence, pool: BlockPool, reserve: int) -> int | None:
     """Give `seq` blocks for all its tokens, reusing its cached prefix, and leave `reserve` blocks free.
 
     Returns the number of reused blocks, or None (and nothing has changed) when there is no room.
     """
-    held = match_blocks(seq, pool, keep_last=keep_last)
+    held = match_blocks(seq, pool, keep_last=True)
     fresh = blocks_for(seq.num_tokens, pool.block_size) - len(held)
     pool.acquire(held)
     if not pool.can_allocate(fresh + reserve):

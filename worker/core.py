@@ -175,8 +175,10 @@ class WorkerCore:
 
     def take_within_step(self, batch: list[tuple[Role, ScheduledSeq]], waiting: deque[Item]) -> Iterator[Item]:
         """Take out of `waiting` what may be handled while `batch` is computed: by `on_frame` or `on_link`, at once."""
+        if not waiting:  # as after almost every layer of every step
+            return iter(())
         computing = {entry.seq.key for _, entry in batch}
-        return take_now(waiting, self._router_epoch, computing, self.role_name != "decode")
+        return take_now(waiting, self._router_epoch, computing, any(role.hands_off for role in self.roles))
 
     def layers_computed(self, batch: list[tuple[Role, ScheduledSeq]], num_layers: int) -> list[CoreEffect]:
         """Within the step: so many layers of its new KV are in the cache."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
 from collections.abc import Iterator, Sequence
 
@@ -20,6 +19,7 @@ from penstock.testing.real_cluster import Answered, RealCluster
 from penstock.testing.real_fault import RealFault
 from penstock.testing.real_faults import REAL_FAULTS, why_impossible
 from penstock.testing.real_matrix import NUM_PAIRS, plan_real, run_real
+from penstock.testing.seeds import quiet
 
 KIND = {kind.name: kind for kind in KINDS}
 
@@ -49,9 +49,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(300)]
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
+    with quiet():
+        yield
 
 
 def _play(cells: Sequence[tuple[str, Moment, Target]]) -> list[RunResult]:
