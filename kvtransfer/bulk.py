@@ -53,12 +53,12 @@ class Bulk(Protocol):
     """Moves bytes over one link. One thread calls `send`, another `receive` and `discard`; neither ever calls both.
 
     Everything may raise OSError or TransferFailed, which ends the link. `quarantine_s`: how long after `close` a write
-    into our own memory may still land (one-sided hardware); 0 when none can. `is_reader`: the destination reads by
-    itself, so a push may be received in parts, each checked while it is warm in the processor's caches.
+    into our own memory may still land (one-sided hardware); 0 when none can. `in_parts`: a push may be received in
+    several calls, each part checked while it is warm in the processor's caches.
     """
 
     quarantine_s: float
-    is_reader: bool
+    in_parts: bool
 
     def send(self, spans: Sequence[Span]) -> None:
         """Source: let these bytes of our memory reach the peer, which receives the same number of bytes.
@@ -68,10 +68,11 @@ class Bulk(Protocol):
         """
         ...
 
-    def receive(self, source: Sequence[Span], target: Sequence[Span], wanted: Callable[[], bool]) -> None:
+    def receive(self, source: Sequence[Span], target: Sequence[Span], wanted: Callable[[], bool]) -> bytes | None:
         """Destination: on return the `source` bytes of the peer lie in `target`, in order; both have the same total.
 
         Asks `wanted` between pieces of at most a few MiB: when it says no, nothing more is written and it returns.
+        Returns the digests of all spans when it took them on the way, else None.
         """
         ...
 

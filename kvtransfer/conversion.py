@@ -82,9 +82,6 @@ class WireCodec:
         view = np.frombuffer(self._region[offset : offset + nbytes], np.uint8)
         return self._torch.from_numpy(view).view(count, self.layer_bytes)
 
-    def view(self, offset: int, nbytes: int) -> memoryview:
-        return self._region[offset : offset + nbytes]
-
 
 class Encoder:
     """The source's end: a ring of staging slots, each free again when the destination has taken it."""
@@ -124,10 +121,6 @@ class Encoder:
         with self._changed:
             self._free.append(self._used.pop())
 
-    def digest_views(self, span: Span, count: int) -> list[memoryview]:
-        """The bytes of each of `count` blocks within an encoded push."""
-        return _split(self._codec, span, count)
-
     def stop(self) -> None:
         with self._changed:
             self._stopped = True
@@ -158,9 +151,6 @@ class Decoder:
             raise ProtocolError(f"a push of {nbytes} bytes; a staging slot has {_SLOT_BYTES}")
         return Span(staged, nbytes), Span(self._span.offset, nbytes)
 
-    def digest_views(self, span: Span, count: int) -> list[memoryview]:
-        return _split(self._codec, span, count)
-
     def decode(self, push: Push, claim: Claim) -> None:
         self._codec.decode(push, claim, self._span.offset)
 
@@ -168,6 +158,7 @@ class Decoder:
         self._staging.give_back(self._span)
 
 
-def _split(codec: WireCodec, span: Span, count: int) -> list[memoryview]:
+def equal_parts(span: Span, count: int) -> list[Span]:
+    """Where each of `count` blocks of a converted push lies."""
     each = span.nbytes // count
-    return [codec.view(span.offset + at * each, each) for at in range(count)]
+    return [Span(span.offset + at * each, each) for at in range(count)]

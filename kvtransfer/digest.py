@@ -1,27 +1,23 @@
-"""The integrity check of a block: XXH3-64 over its bytes. It finds corruption and mix-ups, not forgery."""
+"""The digests of a link, of many blocks at once or of none; and the one that speaks for a block in pieces."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
-import xxhash
+from ..kernels.digest.op import digests
+from ..kernels.digest.reference import DIGEST_BYTES, block_digest
 
-DIGEST_BYTES = 8
-Digest = Callable[[memoryview], bytes]
+__all__ = ["DIGEST_BYTES", "Digests", "block_digest", "combined_digest", "digests", "no_digests"]
 
-
-def block_digest(block: memoryview) -> bytes:
-    """Eight bytes (big endian) for the contiguous bytes of `block`."""
-    digest: bytes = xxhash.xxh3_64_digest(block)
-    return digest
+Digests = Callable[[memoryview, Sequence[tuple[int, int]]], bytes]  # region, (offset, size) → DIGEST_BYTES for each
 
 
-def no_digest(block: memoryview) -> bytes:
-    """In place of `block_digest` on links that do without."""
-    return bytes(DIGEST_BYTES)
+def no_digests(region: memoryview, places: Sequence[tuple[int, int]]) -> bytes:
+    """In place of `digests` on links that do without."""
+    return bytes(DIGEST_BYTES * len(places))
 
 
 def combined_digest(pieces: Iterable[tuple[int, int, bytes]]) -> bytes:
     """One digest for a block that came in pieces (first layer, number of layers, digest), in the order of layers."""
     parts = (first.to_bytes(4, "big") + count.to_bytes(4, "big") + digest for first, count, digest in sorted(pieces))
-    return bytes(xxhash.xxh3_64_digest(b"".join(parts)))
+    return block_digest(b"".join(parts))

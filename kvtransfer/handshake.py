@@ -332,7 +332,7 @@ def _open_bulk(link: Established, me: Identity, received: _Received, deadline: D
     hello = link.hello
     if link.transport == "shm":
         needed = peer is not None and peer.role in SOURCE_ROLES
-        link.bulk = ShmBulk(me.memory, _map_pool(received, needed))
+        link.bulk = ShmBulk(me.memory, _map_pool(received, needed), me.digests)
     elif link.transport == "tcp":
         assert peer is not None
         link.bulk = TcpBulk(me.memory, open_data(me, peer, hello.token, deadline.remaining, _IDS))

@@ -10,10 +10,10 @@ from ..core.errors import ProtocolError
 from ..core.ids import BlockId, Ticket, WorkerKey
 from ..engine.kv_memory import KVMemory
 from ..protocol.messages import KvHello, Push, Taken
-from .acceptance import Acceptances, Outcome, check_push, digest_at
+from .acceptance import Acceptances, Outcome, check_push
 from .bulk import Bulk, NotTheirs, Span
-from .conversion import Decoder
-from .digest import Digest, block_digest
+from .conversion import Decoder, equal_parts
+from .digest import DIGEST_BYTES, Digests, digests
 from .effects import BlocksArrived, Revoked
 from .link import OnEvent
 from .outbox import Outbox
@@ -41,13 +41,13 @@ class PushReceiver:
         decoder: Decoder | None,
         on_event: OnEvent,
         reply: Callable[[Taken], None],
-        digest: Digest = block_digest,
+        digests_at: Digests = digests,
         is_given: IsGiven | None = None,
     ) -> None:
         """`is_given(block, generation)`: the source has given it to this worker, so its bytes stay where they are."""
         self._is_given = is_given
         self._peer, self._hello, self._memory, self._bulk, self._decoder = peer, hello, memory, bulk, decoder
-        self._on_event, self._reply, self._digest = on_event, reply, digest
+        self._on_event, self._reply, self._digests_at = on_event, reply, digests_at
         self._announced: Outbox[Push] = Outbox(MAX_QUEUED)
         self.acceptances = Acceptances(memory.num_layers)
 
@@ -93,19 +93,19 @@ class PushReceiver:
         corrupt: list[int] = []
         for part in self._parts(len(blocks), target[0].nbytes):
             try:
-                self._bulk.receive(source[part], target[part], lambda: self.acceptances.is_wanted(push))
+                found = self._bulk.receive(source[part], target[part], lambda: self.acceptances.is_wanted(push))
             except NotTheirs as err:
                 logger.info("a push that its source has withdrawn: %s", err)
                 corrupt += push.ordinals[part]
                 continue
-            views = [self._memory.block(block, *layers) for block in blocks[part]]
-            corrupt += corrupt_ordinals(push, views, self._digest, part.start)
+            found = self._digests_at(self._memory.region, target[part]) if found is None else found
+            corrupt += corrupt_ordinals(push, found, part.start)
         logger.debug("%s", _arrival(push))
         self._tell(push, self.acceptances.finish(push), corrupt, given)
 
     def _parts(self, count: int, nbytes: int) -> list[slice]:
-        """A stream comes as it was sent; what is read comes in parts that stay in the caches until they are checked."""
-        each = max(1, _WARM_BYTES // nbytes) if self._bulk.is_reader else count
+        """Parts that stay in the caches until they are checked, where the transport can."""
+        each = max(1, _WARM_BYTES // nbytes) if self._bulk.in_parts else count
         return [slice(start, min(start + each, count)) for start in range(0, count, each)]
 
     def _receive_converted(self, push: Push, decoder: Decoder) -> None:
@@ -117,8 +117,8 @@ class PushReceiver:
             return
         self._bulk.receive([source], [target], lambda: self.acceptances.is_wanted(push))
         self._reply(Taken())
-        views = decoder.digest_views(target, len(push.ordinals))
-        corrupt = corrupt_ordinals(push, views, self._digest)
+        places = equal_parts(target, len(push.ordinals))
+        corrupt = corrupt_ordinals(push, self._digests_at(self._memory.region, places))
         if not corrupt and self.acceptances.is_wanted(push):
             decoder.decode(push, claim)
         self._tell(push, self.acceptances.finish(push), corrupt)
@@ -141,9 +141,14 @@ def _arrival(push: Push) -> str:
     return f"layers {push.first_layer} to {stop} of {len(push.ordinals)} blocks from {push.ordinals[0]} on are here"
 
 
-def corrupt_ordinals(push: Push, views: list[memoryview], digest: Digest = block_digest, first: int = 0) -> list[int]:
-    """Ordinals whose bytes are not those that were digested; `views` begin with the push's block number `first`."""
-    return [push.ordinals[at] for at, view in enumerate(views, first) if digest(view) != digest_at(push, at)]
+def corrupt_ordinals(push: Push, found: bytes, first: int = 0) -> list[int]:
+    """Ordinals whose bytes are not those that were digested; `found` begins with the push's block number `first`."""
+    wanted = push.digests[first * DIGEST_BYTES :][: len(found)]
+    if found == wanted:
+        return []
+    count = len(found) // DIGEST_BYTES
+    places = (slice(at * DIGEST_BYTES, (at + 1) * DIGEST_BYTES) for at in range(count))
+    return [push.ordinals[first + at] for at, place in enumerate(places) if found[place] != wanted[place]]
 
 
 def given_blocks(push: Push, num_layers: int, is_given: IsGiven | None) -> dict[int, BlockId]:

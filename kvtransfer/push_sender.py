@@ -13,8 +13,8 @@ from ..core.ids import BlockId, Ticket
 from ..engine.kv_memory import KVMemory
 from ..protocol.messages import Done, Push
 from .bulk import Bulk, Span
-from .conversion import Encoder
-from .digest import Digest, block_digest
+from .conversion import Encoder, equal_parts
+from .digest import Digests, digests
 from .effects import SendBlocks, Withdraw
 from .outbox import Outbox
 from .vouching import Vouchers
@@ -37,10 +37,10 @@ class PushSender:
         bulk: Bulk,
         encoder: Encoder | None,
         tell: Callable[[Push | Done], None],
-        digest: Digest = block_digest,
+        digests_at: Digests = digests,
     ) -> None:
         self._memory, self._bulk, self._encoder, self._tell = memory, bulk, encoder, tell
-        self._digest = digest
+        self._digests_at = digests_at
         self._outbox: Outbox[SendBlocks | Done | Withdraw] = Outbox(MAX_QUEUED)
         self._withdrawn: set[Ticket] = set()
         self._vouchers = Vouchers()
@@ -97,15 +97,14 @@ class PushSender:
     def _prepare(self, effect: SendBlocks) -> _Prepared:
         if self._encoder is not None:
             span = self._encoder.encode(effect)
-            views = self._encoder.digest_views(span, len(effect.ordinals))
-            return _Prepared(push_of(effect, self._digests(views), [], span.offset), [span])
+            places = equal_parts(span, len(effect.ordinals))
+            return _Prepared(push_of(effect, self._digests(places), [], span.offset), [span])
         layers = (effect.first_layer, effect.num_layers)
-        views = [self._memory.block(block_id, *layers) for block_id in effect.block_ids]
         spans = [layers_span(self._memory, block_id, *layers) for block_id in effect.block_ids]
-        return _Prepared(push_of(effect, self._digests(views), list(effect.block_ids), None), spans)
+        return _Prepared(push_of(effect, self._digests(spans), list(effect.block_ids), None), spans)
 
-    def _digests(self, views: list[memoryview]) -> bytes:
-        return b"".join(map(self._digest, views))
+    def _digests(self, spans: list[Span]) -> bytes:
+        return self._digests_at(self._memory.region, spans)
 
 
 def layers_span(memory: KVMemory, block_id: BlockId, first_layer: int, num_layers: int) -> Span:

@@ -35,7 +35,7 @@ from ..protocol.messages import (
 )
 from .bulk import Unusable
 from .conversion import Decoder, Encoder, WireCodec
-from .digest import block_digest, no_digest
+from .digest import digests, no_digests
 from .effects import (
     AcceptBlocks,
     LinkEffect,
@@ -88,8 +88,8 @@ class SocketLink:
         self._alive: dict[Ticket, None] = {}
         self._outbox: Outbox[HandoffMessage] = Outbox(MAX_QUEUED)
         encoder, decoder = _converters(established, me)
-        digest = block_digest if me.digests else no_digest
-        self._sender = PushSender(me.memory, self._bulk, encoder, self._send, digest)
+        digests_at = digests if me.digests else no_digests
+        self._sender = PushSender(me.memory, self._bulk, encoder, self._send, digests_at)
         self._receiver = PushReceiver(
             self.peer,
             established.hello,
@@ -98,7 +98,7 @@ class SocketLink:
             decoder,
             on_event,
             self._put,
-            digest,
+            digests_at,
             self._bulk.is_given if isinstance(self._bulk, OwnerBulk) else None,
         )
         self._lock, self._sending = threading.Lock(), threading.Lock()

@@ -140,7 +140,7 @@ class Peer:
         """`wanted`: how often `wanted` says yes."""
         bulk, asked = self._links[link].bulk, iter(range(wanted))
         spans = [Span(*span) for span in source]
-        works: dict[str, Callable[[], None]] = {
+        works: dict[str, Callable[[], object]] = {
             "send": lambda: bulk.send(spans),
             "discard": lambda: bulk.discard(spans),
             "receive": lambda: bulk.receive(
@@ -205,7 +205,7 @@ def _make_memory(nbytes: int, device: int | None) -> KVMemory:
     return cast(KVMemory, DeviceMemory(nbytes, device))
 
 
-def _timed(work: Callable[[], None]) -> float:
+def _timed(work: Callable[[], object]) -> float:
     started = time.monotonic()
     work()
     return time.monotonic() - started

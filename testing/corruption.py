@@ -29,7 +29,7 @@ class SpoilingBulk(Bulk):
     """Copies between two memories of this process, and then spoils what arrived when it is told to."""
 
     quarantine_s = 0.0
-    is_reader = False
+    in_parts = False
 
     def __init__(self, source: KVMemory, target: KVMemory, rng: random.Random) -> None:
         self._source, self._target, self._rng = source, target, rng

@@ -15,7 +15,7 @@ from penstock.core.errors import ConfigError
 from penstock.models import store
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_PRODUCT = {"tests", "benchmarks", "docs", "build", "dist"}
+NOT_PRODUCT = {"setup.py", "tests", "benchmarks", "docs", "build", "dist"}
 REQUIRE_DATA = os.environ.get("PENSTOCK_REQUIRE_DATA") == "1"
 
 # One thread a process: workers run side by side, and sums come out in one order. Set before torch is loaded.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import platform
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 
 import penstock
+from penstock.kernels.native.library import LEVELS
 
 # Where the import name is not the name to install.
 INSTALL_NAME = {
@@ -93,7 +96,10 @@ def test_wheel_holds_every_module(tmp_path: Path, repo_root: Path, product_sourc
     for path, text in product_sources.items():
         (source / path).parent.mkdir(parents=True, exist_ok=True)
         (source / path).write_text(text, encoding="utf-8")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    native = [
+        path.relative_to(repo_root) for pattern in ("*.cpp", "*.h") for path in repo_root.glob(f"kernels/*/{pattern}")
+    ]
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", *native):
         (source / name).write_bytes((repo_root / name).read_bytes())
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     done = subprocess.run([*pip, "-w", str(tmp_path), str(source)], capture_output=True, text=True, check=False)
@@ -103,4 +109,7 @@ def test_wheel_holds_every_module(tmp_path: Path, repo_root: Path, product_sourc
         names = set(archive.namelist())
     assert {f"penstock/{path}" for path in product_sources} == {name for name in names if name.endswith(".py")}
     assert any(name.endswith("licenses/LICENSE") for name in names)
+    if shutil.which("c++") and platform.machine() == "x86_64":
+        built = {name.split("/")[-1].split(".")[0] for name in names if name.endswith(".so")}
+        assert built == {f"_{level}" for level in LEVELS}
     assert {name.split("/")[0] for name in names} == {"penstock", f"penstock-{penstock.__version__}.dist-info"}

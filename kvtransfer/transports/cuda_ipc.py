@@ -76,7 +76,7 @@ class CudaIpcBulk(Bulk):
     """Made by `CudaIpcTransport.connect`; owns the mapping at `base`."""
 
     quarantine_s = 0.0  # `close` waits for the last copy
-    is_reader = True
+    in_parts = True
 
     def __init__(self, memory: KVMemory, driver: _Driver, base: int, offer: IpcOffer) -> None:
         import torch

@@ -17,7 +17,7 @@ from ...engine.kv_memory import KVMemory
 from ...engine.ledger import Ledger
 from ...protocol.messages import Done, Fingerprint, HandoffMessage, Peer, Push, Renew, Role
 from ..acceptance import Acceptances, check_push
-from ..digest import block_digest
+from ..digest import digests
 from ..effects import (
     AcceptBlocks,
     LinkEffect,
@@ -37,7 +37,7 @@ from ..linking import dials
 from ..ownership import TRANSPORT as OWNER
 from ..ownership import is_given
 from ..push_receiver import arrived_event, corrupt_ordinals, given_blocks
-from ..push_sender import push_of
+from ..push_sender import layers_span, push_of
 from ..vouching import Vouchers
 
 TRANSPORT = "inproc"
@@ -312,8 +312,8 @@ class InprocMesh(Mesh):
 
     def _push(self, effect: SendBlocks) -> Push:
         layers = (effect.first_layer, effect.num_layers)
-        digests = b"".join(block_digest(self.memory.block(block_id, *layers)) for block_id in effect.block_ids)
-        return push_of(effect, digests, list(effect.block_ids), None)
+        spans = [layers_span(self.memory, block_id, *layers) for block_id in effect.block_ids]
+        return push_of(effect, digests(self.memory.region, spans), list(effect.block_ids), None)
 
     def _receive_push(self, peer: WorkerKey, link: _InprocLink, push: Push) -> None:
         source = self.network.find(peer)
@@ -338,8 +338,8 @@ class InprocMesh(Mesh):
                 lost.add(ordinal)
             else:
                 self.network.move(source, self, push, slot, block)
-        views = [self.memory.block(block, push.first_layer, push.num_layers) for block in blocks]
-        corrupt = sorted(lost.union(corrupt_ordinals(push, views)))
+        spans = [layers_span(self.memory, block, push.first_layer, push.num_layers) for block in blocks]
+        corrupt = sorted(lost.union(corrupt_ordinals(push, digests(self.memory.region, spans))))
         outcome = link.acceptances.finish(push)
         if outcome.arrived or corrupt:
             self.network.post(self, arrived_event(peer, push, outcome, corrupt, given))

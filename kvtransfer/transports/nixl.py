@@ -189,7 +189,7 @@ class NixlBulk(Bulk):
 
     quarantine_s = 0.0  # a late read writes to `buffer` only
 
-    is_reader = True
+    in_parts = True
 
     def __init__(
         self,

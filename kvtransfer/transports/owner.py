@@ -30,7 +30,7 @@ class OwnerBulk(Bulk):
     """One link between owners `me` and `peer` of one memory. `refused` counts spans whose blocks are not as said."""
 
     quarantine_s = 0.0
-    is_reader = True
+    in_parts = True
 
     def __init__(self, memory: KVMemory, ledger: Ledger, me: int, peer: int) -> None:
         self._memory, self._ledger, self._me, self.peer = memory, ledger, me, peer

@@ -96,7 +96,7 @@ class ProcessGroupBulk(Bulk):
     """Made by `ProcessGroupTransport.connect`. `peer`: its rank."""
 
     quarantine_s = 0.0  # a closed connection takes no more bytes, and an aborted communicator runs no more kernels
-    is_reader = False
+    in_parts = False
 
     def __init__(self, name: str, memory: KVMemory, group: Any, peer: int) -> None:
         self._name, self._group, self._peer = name, group, peer

@@ -32,7 +32,7 @@ class TcpBulk(Bulk):
     """Straight from our memory into the socket, and from the socket into our memory. Owns the socket, plain or TLS."""
 
     quarantine_s = 0.0
-    is_reader = False
+    in_parts = True
 
     def __init__(self, memory: KVMemory, sock: socket.socket) -> None:
         self._memory, self._pipe, self._stopped = memory, pipe_over(sock), threading.Event()

@@ -65,7 +65,7 @@ class UcxBulk(Bulk):
     """Made by `UcxTransport.connect`."""
 
     quarantine_s = 0.0  # an aborted endpoint takes no more bytes
-    is_reader = False
+    in_parts = False
 
     def __init__(self, memory: KVMemory, loop: UcxLoop, endpoint: int, facts: LinkFacts) -> None:
         self._loop, self._endpoint = loop, endpoint

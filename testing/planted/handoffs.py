@@ -222,7 +222,7 @@ HANDOFF_BUGS = [
         "3",
         "sglang#23020",
         "bytes that were damaged on the way are taken for good",
-        plants((inproc, "corrupt_ordinals", lambda original: lambda push, views: [])),
+        plants((inproc, "corrupt_ordinals", lambda original: lambda push, found: [])),
         Seeds("I6", ANY),
     ),
     Bug(

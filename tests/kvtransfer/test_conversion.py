@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import random
 import threading
+from collections.abc import Sequence
 from typing import Any, cast
 
 import msgspec
@@ -16,6 +17,7 @@ from penstock.core.ids import BlockId, SecureIds, Ticket, new_ticket
 from penstock.engine.kv_memory import KVMemory
 from penstock.kvtransfer.bulk import Span, Unusable
 from penstock.kvtransfer.conversion import _SLOT_BYTES, _SLOTS, Decoder, Encoder, WireCodec
+from penstock.kvtransfer.digest import no_digests
 from penstock.kvtransfer.effects import AcceptBlocks, BlocksArrived, PeerLost, PeerUp, SendBlocks, Withdraw
 from penstock.kvtransfer.push_sender import PushSender
 from penstock.kvtransfer.staging import StagingArea
@@ -295,12 +297,12 @@ def test_push_that_is_withdrawn_while_it_is_encoded_gives_its_slot_back() -> Non
     slots, left = Slots(), queue.SimpleQueue[Left]()
     reached, go = threading.Semaphore(0), threading.Semaphore(0)
 
-    def digest(block: memoryview) -> bytes:
+    def digests_at(region: memoryview, places: Sequence[tuple[int, int]]) -> bytes:
         reached.release()
         assert go.acquire(timeout=WAIT_S)
-        return bytes(8)
+        return no_digests(region, places)
 
-    sender = PushSender(slots.memory, RecordingBulk(left), slots.encoder, left.put, digest)
+    sender = PushSender(slots.memory, RecordingBulk(left), slots.encoder, left.put, digests_at)
     thread = threading.Thread(target=sender.run)
     thread.start()
     try:

@@ -20,7 +20,7 @@ from penstock.core.ids import BlockId, SecureIds, WorkerKey, new_ticket
 from penstock.engine.kv_memory import KVMemory
 from penstock.kvtransfer import socket_link
 from penstock.kvtransfer.destination import DestinationTable
-from penstock.kvtransfer.digest import block_digest, combined_digest
+from penstock.kvtransfer.digest import block_digest, combined_digest, digests
 from penstock.kvtransfer.effects import (
     Advanced,
     BlocksArrived,
@@ -83,13 +83,14 @@ def test_byte_flipped_after_the_digest_is_reported_corrupt(
 ) -> None:
     victims: list[bytes] = []
 
-    def digest_then_flip(block: memoryview) -> bytes:
-        digest = block_digest(block)
-        if threading.current_thread().name.startswith("kv-send") and block in victims:
-            block[100] ^= 1
-        return digest
+    def digest_then_flip(region: memoryview, places: Sequence[tuple[int, int]]) -> bytes:
+        found = digests(region, places)
+        if threading.current_thread().name.startswith("kv-send"):
+            for offset, nbytes in places:
+                region[offset + 100] ^= region[offset : offset + nbytes] in victims
+        return found
 
-    monkeypatch.setattr(socket_link, "block_digest", digest_then_flip)
+    monkeypatch.setattr(socket_link, "digests", digest_then_flip)
     prefill, decode = cluster.pair(transports)
     victims.append(bytes(prefill.memory.block(9)))
     ticket = new_ticket(SecureIds())

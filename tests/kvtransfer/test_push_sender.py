@@ -14,7 +14,7 @@ from penstock.core.ids import BlockId, Ticket, WorkerKey
 from penstock.engine.kv_memory import KVMemory
 from penstock.kvtransfer import socket_link
 from penstock.kvtransfer.bulk import Bulk, Span
-from penstock.kvtransfer.digest import block_digest, combined_digest
+from penstock.kvtransfer.digest import Digests, block_digest, combined_digest, digests
 from penstock.kvtransfer.effects import BlocksArrived, MessageArrived, SendBlocks, SendMessage, Withdraw
 from penstock.kvtransfer.push_sender import PushSender, layers_span
 from penstock.kvtransfer.vouching import Vouchers
@@ -32,7 +32,7 @@ class RecordingBulk(Bulk):
     """Notes which bytes were to be sent."""
 
     quarantine_s = 0.0
-    is_reader = True
+    in_parts = True
 
     def __init__(self, left: queue.SimpleQueue[Left]) -> None:
         self._left = left
@@ -59,19 +59,19 @@ class Gate:
     def __init__(self) -> None:
         self.reached, self.opened = threading.Semaphore(0), threading.Event()
 
-    def __call__(self, block: memoryview) -> bytes:
-        digest = block_digest(block)
+    def __call__(self, region: memoryview, places: Sequence[tuple[int, int]]) -> bytes:
+        found = digests(region, places)
         self.reached.release()
         assert self.opened.wait(WAIT_S)
-        return digest
+        return found
 
 
 class Bench:
-    def __init__(self, digest: Callable[[memoryview], bytes]) -> None:
+    def __init__(self, digests_at: Digests) -> None:
         self.memory = KVMemory(8, NUM_LAYERS, 64)
         self.memory.buffer[:] = random.Random(3).randbytes(self.memory.nbytes)
         self.left: queue.SimpleQueue[Left] = queue.SimpleQueue()
-        self.sender = PushSender(self.memory, RecordingBulk(self.left), None, self.left.put, digest)
+        self.sender = PushSender(self.memory, RecordingBulk(self.left), None, self.left.put, digests_at)
 
     def send(self, ticket: Ticket, ordinals: tuple[int, ...], layers: tuple[int, int] = (0, NUM_LAYERS)) -> None:
         blocks = tuple(BlockId(ordinal + 2) for ordinal in ordinals)
@@ -89,16 +89,16 @@ class Bench:
 
 
 @contextmanager
-def running(digest: Callable[[memoryview], bytes] = block_digest) -> Iterator[Bench]:
-    bench = Bench(digest)
+def running(digests_at: Digests = digests) -> Iterator[Bench]:
+    bench = Bench(digests_at)
     thread = threading.Thread(target=bench.sender.run)
     thread.start()
     try:
         yield bench
     finally:
         bench.sender.stop()
-        if isinstance(digest, Gate):
-            digest.opened.set()
+        if isinstance(digests_at, Gate):
+            digests_at.opened.set()
         thread.join()
         bench.sender.close()
         bench.memory.close()
@@ -209,10 +209,11 @@ def test_blocks_reused_after_withdraw_never_arrive_as_the_old_tickets(
     """Over sockets, with the source's thread held between the digest and the push: decode hears of the end alone."""
     gate = Gate()
 
-    def digest(block: memoryview) -> bytes:
-        return gate(block) if threading.current_thread().name.startswith("kv-send") else block_digest(block)
+    def digests_at(region: memoryview, places: Sequence[tuple[int, int]]) -> bytes:
+        at_source = threading.current_thread().name.startswith("kv-send")
+        return gate(region, places) if at_source else digests(region, places)
 
-    monkeypatch.setattr(socket_link, "block_digest", digest)
+    monkeypatch.setattr(socket_link, "digests", digests_at)
     prefill, decode = cluster.pair(transports)
     accept(decode, prefill, MINE, [0, 1])
     accept(decode, prefill, OTHER, [2])
