@@ -9,6 +9,7 @@ import platform
 from glob import glob
 
 from setuptools import Extension, setup
+from setuptools.command.build_py import build_py
 
 X86_LEVELS = {
     "avx2": ["-march=x86-64-v3"],
@@ -37,4 +38,12 @@ def libraries() -> list[Extension]:
     ]
 
 
-setup(ext_modules=libraries())
+class BuildWithoutThis(build_py):
+    """The repository is the package, so this file lies in it; it is no module of it."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        found = super().find_package_modules(package, package_dir)
+        return [entry for entry in found if entry[:2] != ("penstock", "setup")]
+
+
+setup(ext_modules=libraries(), cmdclass={"build_py": BuildWithoutThis})
