@@ -167,10 +167,11 @@ class DecodeRole:
         if group is None:
             return
         group.cancelled.add(choice)
-        if all(c in group.cancelled for c in group.seqs):
-            self._end(group, "cancelled", "the request was cancelled", now)
-        elif group.state is GroupState.LIVE and not group.lead.sample_choices:
+        if group.state is GroupState.LIVE and not group.lead.sample_choices:
+            # With its last choice the attempt ends without a word: it has not failed, the others have had theirs.
             self._drop(group, choice)
+        elif all(c in group.cancelled for c in group.seqs):
+            self._end(group, "cancelled", "the request was cancelled", now)
 
     # ---- the hand-off ----
 

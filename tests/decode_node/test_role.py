@@ -178,6 +178,40 @@ def test_abort_choice_leaves_the_others_running() -> None:
     assert pool.num_free_blocks == pool.num_blocks
 
 
+def test_abort_of_the_only_choice_left_is_no_failure_of_those_that_are_answered() -> None:
+    engine, pool = FakeEngine(), BlockPool(64, 4)
+    decode = role(engine, pool)
+    core = WorkerCore(WorkerKey("w", "0" * 16), "both", engine, pool, [decode], FakeClock(0.0))
+    params = SamplingParams(max_tokens=6, n=2, ignore_eos=True, seed=1)
+    delivered = [expected_tokens(PROMPT, params, choice)[0][: 4 - choice] for choice in range(2)]
+    choices = [ChoiceState(choice, pack_ids(ids)) for choice, ids in enumerate(delivered)]
+    decode.on_command(start(params=params, choices=choices), 0.0)
+    finished: set[int] = set()
+    while not finished:
+        batch, effects = core.begin_step()
+        effects += core.end_step(batch, core.compute(batch))
+        outputs = [e.message for e in effects if isinstance(e, Tell) and isinstance(e.message, Output)]
+        finished |= {item.choice for output in outputs for item in output.items if item.finish_reason is not None}
+    assert finished == {0}
+    decode.on_command(Abort("r", 1, choice=1), 0.0)
+    assert failures(decode) == []
+    assert decode.active() == []
+    core.check_invariants()
+    assert pool.num_free_blocks == pool.num_blocks
+
+
+def test_abort_of_every_choice_before_the_first_token_ends_the_attempt_as_cancelled() -> None:
+    decode = role()
+    params = SamplingParams(max_tokens=4, n=2)
+    decode.on_command(start(params=params, choices=[ChoiceState(0), ChoiceState(1)]), 0.0)
+    decode.on_command(Abort("r", 1, choice=0), 0.0)
+    assert len(decode.active()) == 1
+    decode.on_command(Abort("r", 1, choice=1), 0.0)
+    [failed] = failures(decode)
+    assert (failed.code, failed.retriable) == ("cancelled", False)
+    assert decode.active() == []
+
+
 def test_local_runner_refuses_what_the_engine_cannot_hold() -> None:
     runner = LocalRunner(FakeEngine(num_blocks=4), FakeClock())
     with pytest.raises(BadRequest, match="holds 16"):

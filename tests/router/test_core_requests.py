@@ -85,6 +85,21 @@ def test_cancelling_every_choice_ends_the_request_and_stops_both_sides(rig):
     assert [abort.choice for abort in rig.aborts(prefill)] == [None]
 
 
+def test_worker_that_says_cancelled_does_not_end_what_the_caller_still_wants(rig):
+    """The last tokens of choice 0 are lost, and the worker has nothing left but choice 1, which the caller cancels."""
+    worker = rig.join("d0", "both")
+    rig.submit(max_tokens=4, n=2)
+    rig.out(3, choice=0)
+    rig.cancel(choice=1)
+    rig.failed(retriable=False, code="cancelled")
+    assert rig.ends == {}
+    assert rig.core.counters.broken_streams == 1
+    assert [state.choice for state in rig.start()[1].choices] == [0]
+    rig.finish("r", worker)
+    assert (rig.ends["r"].error, rig.ends["r"].attempts) == (None, 2)
+    assert rig.finished["r"] == {0: "length"}
+
+
 def test_cancel_of_unknown_or_ended_requests_is_ignored(rig):
     rig.join("d0", "both")
     rig.submit(max_tokens=1)
