@@ -289,6 +289,7 @@ class Lifecycle:
         """The prefill side has nothing left to do for this attempt."""
         attempt.is_prefill_over = True
         self._prompt_computed(attempt)
+        self.has_news = True
 
     def _finish_full(self, record: RequestRecord) -> None:
         """Finish choices that have all their tokens and lost only the word that they ended."""

@@ -123,6 +123,18 @@ def test_start_twice_is_counted_and_ignored() -> None:
     assert len(decode.active()) == 1
 
 
+def test_start_beyond_the_bound_is_refused_and_may_be_tried_elsewhere() -> None:
+    engine = FakeEngine()
+    decode = DecodeRole(ME, engine.spec, BlockPool(64, 4), DestinationTable(5.0), KEY, max_requests=1)
+    decode.on_command(start("a"), 0.0)
+    decode.on_command(start("b"), 0.0)
+    [failed] = failures(decode)
+    assert (failed.request_id, failed.code, failed.retriable) == ("b", "overloaded", True)
+    decode.on_command(Abort("a", 1), 0.0)
+    decode.on_command(start("c"), 0.0)
+    assert [key.request_id for key in decode.active()] == ["c"]
+
+
 def test_abort_before_start_wins() -> None:
     decode = role()
     decode.on_command(Abort("r", 1), 0.0)
