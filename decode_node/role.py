@@ -45,6 +45,7 @@ from ..kvtransfer.effects import (
 )
 from ..kvtransfer.ownership import Ownership
 from ..protocol.messages import (
+    MAX_REQUESTS,
     Abort,
     AttemptFailed,
     Done,
@@ -87,12 +88,12 @@ class DecodeRole:
         destination: DestinationTable,
         cluster_key: bytes,
         max_running: int = 64,
-        max_waiting: int = 1024,
+        max_requests: int = MAX_REQUESTS,
         parking: ParkingSpace | None = None,
         ownership: Ownership | None = None,
     ) -> None:
         self._me, self._cluster_key = me, cluster_key
-        self._spec, self._pool, self._destination, self._max_waiting = spec, pool, destination, max_waiting
+        self._spec, self._pool, self._destination, self.max_requests = spec, pool, destination, max_requests
         self._ownership = ownership
         if ownership is not None:
             ownership.live = destination.live_generations
@@ -128,7 +129,7 @@ class DecodeRole:
             self._stale += 1
             return
         try:
-            if len(self._groups) >= self._max_waiting:
+            if len(self._groups) >= self.max_requests:
                 raise Overloaded(f"this worker holds {len(self._groups)} requests, its bound")
             group = build_group(message, self._spec, now)
             if group.source is not None and group.source not in self._peers:
@@ -167,10 +168,11 @@ class DecodeRole:
         if group is None:
             return
         group.cancelled.add(choice)
-        if all(c in group.cancelled for c in group.seqs):
-            self._end(group, "cancelled", "the request was cancelled", now)
-        elif group.state is GroupState.LIVE and not group.lead.sample_choices:
+        if group.state is GroupState.LIVE and not group.lead.sample_choices:
+            # With its last choice the attempt ends without a word: it has not failed, the others have had theirs.
             self._drop(group, choice)
+        elif all(c in group.cancelled for c in group.seqs):
+            self._end(group, "cancelled", "the request was cancelled", now)
 
     # ---- the hand-off ----
 

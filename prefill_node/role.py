@@ -28,6 +28,7 @@ from ..kvtransfer.ownership import TRANSPORT as OWNER
 from ..kvtransfer.ownership import Candidates, Ownership
 from ..kvtransfer.source import HandoffPlan, SourceTable
 from ..protocol.messages import (
+    MAX_REQUESTS,
     Abort,
     Ack,
     Cancel,
@@ -78,11 +79,11 @@ class PrefillRole:
         pool: BlockPool,
         source: SourceTable,
         cluster_key: bytes,
-        max_waiting: int = 1024,
+        max_requests: int = MAX_REQUESTS,
         ownership: Ownership | None = None,
     ) -> None:
         self._me, self._cluster_key = me, cluster_key
-        self._spec, self._pool, self._source, self._max_waiting = spec, pool, source, max_waiting
+        self._spec, self._pool, self._source, self.max_requests = spec, pool, source, max_requests
         self._tasks: dict[AttemptKey, PrefillTask] = {}
         self._by_ticket: dict[Ticket, PrefillTask] = {}
         self._waiting: deque[PrefillTask] = deque()
@@ -131,7 +132,7 @@ class PrefillRole:
         decode = WorkerKey(message.decode_worker, message.decode_epoch)
         if reason is not None:
             raise BadRequest(reason)
-        if len(self._waiting) >= self._max_waiting:
+        if len(self._waiting) >= self.max_requests:
             raise NodeLost(f"the prefill queue holds {len(self._waiting)} requests, its bound")
         if decode not in self._peers:
             raise NodeLost(f"no link to decode worker {decode}")

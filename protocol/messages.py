@@ -38,6 +38,7 @@ from .parts import (
     CONVERTIBLE_DTYPES,
     MAX_BLOCKS,
     MAX_PROMPT_BYTES,
+    MAX_REQUESTS,
     NO_PROOF,
     PROTOCOL_VERSION,
     ChoiceState,
@@ -74,6 +75,7 @@ __all__ = [
     "CONVERTIBLE_DTYPES",
     "MAX_BLOCKS",
     "MAX_PROMPT_BYTES",
+    "MAX_REQUESTS",
     "NO_PROOF",
     "PROTOCOL_VERSION",
     "Abort",
@@ -233,6 +235,7 @@ class Hello(Message, frozen=True):
     bytes_per_token: Count  # KV bytes
     kv_address: Text
     transports: Annotated[list[Code], msgspec.Meta(max_length=16)]
+    max_requests: Count = MAX_REQUESTS  # attempts that it takes at a time; it refuses what is beyond
 
 
 class Heartbeat(Message, frozen=True):

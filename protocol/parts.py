@@ -13,6 +13,7 @@ from .sampling import MAX_CHOICES, MAX_LOGPROBS, TokenId
 PROTOCOL_VERSION = 2
 MAX_PROMPT_BYTES = 4 * (1 << 20)
 MAX_BLOCKS = 1 << 20
+MAX_REQUESTS = 1024  # attempts that a worker takes at a time, unless its Hello says otherwise
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Sequence64 = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]

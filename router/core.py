@@ -14,7 +14,16 @@ import logging
 from typing import assert_never
 
 from ..core.clock import Clock
-from ..core.errors import BadRequest, DeadlineExceeded, NodeLost, Overloaded, ServeError, Unavailable, describe
+from ..core.errors import (
+    BadRequest,
+    Cancelled,
+    DeadlineExceeded,
+    NodeLost,
+    Overloaded,
+    ServeError,
+    Unavailable,
+    describe,
+)
 from ..core.ids import AttemptKey, IdSource, WorkerKey, new_epoch
 from ..protocol.messages import (
     AttemptFailed,
@@ -377,6 +386,10 @@ class RouterCore:
             return
         attempt.is_decode_over = True
         error = describe(failed.code, failed.message)
+        if isinstance(error, Cancelled):
+            # Whatever the caller has cancelled is over here: what is open is wanted, and its last tokens are missing.
+            self._life.break_stream(record, "it ended as cancelled what nobody has cancelled")
+            return
         if not failed.retriable:
             self._life.end(record, error)
             return

@@ -150,7 +150,7 @@ class Lifecycle:
         choice = record.choice(item.choice)
         if choice is None:
             n = record.request.params.n
-            self._break(record, f"tokens for choice {item.choice} of a request with n={n}")
+            self.break_stream(record, f"tokens for choice {item.choice} of a request with n={n}")
             return
         if choice.is_finished:
             self._after_finish(record, choice)
@@ -158,7 +158,7 @@ class Lifecycle:
         verdict, skip = choice.judge(item, record.request.params.max_tokens)
         if verdict is Verdict.BROKEN:
             have, got = len(choice.output_ids), len(item.tokens)
-            self._break(record, f"choice {item.choice}: expected token {have}, got {got} from {item.index} on")
+            self.break_stream(record, f"choice {item.choice}: expected token {have}, got {got} from {item.index} on")
         elif verdict is Verdict.DUPLICATE:
             self.counters.duplicate_tokens += 1
         else:
@@ -199,7 +199,8 @@ class Lifecycle:
         else:
             self.counters.duplicate_tokens += 1
 
-    def _break(self, record: RequestRecord, what: str) -> None:
+    def break_stream(self, record: RequestRecord, what: str) -> None:
+        """What the decode worker says cannot follow what it has said: something is lost, and costs the attempt."""
         assert record.attempt is not None
         decode = record.attempt.decode
         self.counters.broken_streams += 1
@@ -288,6 +289,7 @@ class Lifecycle:
         """The prefill side has nothing left to do for this attempt."""
         attempt.is_prefill_over = True
         self._prompt_computed(attempt)
+        self.has_news = True
 
     def _finish_full(self, record: RequestRecord) -> None:
         """Finish choices that have all their tokens and lost only the word that they ended."""

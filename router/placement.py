@@ -50,7 +50,7 @@ class Placer:
         able = self._able_to_decode(record)
         if not able:
             return Refusal.NO_WORKER
-        roomy = [worker for worker in able if _has_room(worker, record)]
+        roomy = [worker for worker in able if self._has_room(record, worker)]
         if not roomy:
             return Refusal.NO_ROOM
         matched = self.index.match(self._hashes(record, roomy[0].block_size))
@@ -94,13 +94,28 @@ class Placer:
             for worker in self._registry.live()
             if worker.is_ready and worker.can_decode and worker.hello.max_sequence_tokens >= needed
         ]
-        if self._config.disaggregate == "always" and not record.needs_local_prefill:
+        if self._needs_handoff(record):
             able = [worker for worker in able if self._able_to_prefill(record, worker)]
         return able
+
+    def _needs_handoff(self, record: RequestRecord) -> bool:
+        """It may not prefill where it decodes."""
+        return self._config.disaggregate == "always" and not record.needs_local_prefill
+
+    def _has_room(self, record: RequestRecord, decode: WorkerRecord) -> bool:
+        """Blocks and a place on the decode worker, and where it must be handed over, a place in a prefill queue."""
+        if self._needs_handoff(record) and not self._free_to_prefill(record, decode):
+            return False
+        # An idle worker takes anything that fits its context, so no request can wait for ever behind an estimate.
+        needed = decode.used_blocks + record.blocks(decode.block_size)
+        return not decode.attempts or (decode.has_place and needed <= decode.hello.total_blocks)
 
     def _able_to_prefill(self, record: RequestRecord, decode: WorkerRecord) -> list[WorkerRecord]:
         needed = record.prefill_tokens()
         return [worker for worker in self._linked_prefill(decode) if worker.hello.max_sequence_tokens >= needed]
+
+    def _free_to_prefill(self, record: RequestRecord, decode: WorkerRecord) -> list[WorkerRecord]:
+        return [worker for worker in self._able_to_prefill(record, decode) if worker.has_place]
 
     def _linked_prefill(self, decode: WorkerRecord) -> list[WorkerRecord]:
         found = (self._registry.find(key) for key in sorted(decode.linked))
@@ -113,8 +128,8 @@ class Placer:
     ) -> WorkerRecord | None:
         if self._prefers_local(record, decode, matched):
             return None
-        able = self._able_to_prefill(record, decode)
-        return _pick(self._prefill_policy, _without(able, record.avoid), matched) if able else None
+        free = self._free_to_prefill(record, decode)
+        return _pick(self._prefill_policy, _without(free, record.avoid), matched) if free else None
 
     def _prefers_local(self, record: RequestRecord, decode: WorkerRecord, matched: dict[WorkerKey, int]) -> bool:
         mode = self._config.disaggregate
@@ -138,11 +153,6 @@ class Placer:
 
     def _hash_key(self, record: RequestRecord) -> bytes:
         return hash_key(record.request.cache_salt, self._secret, "router")
-
-
-def _has_room(worker: WorkerRecord, record: RequestRecord) -> bool:
-    # An idle worker takes anything that fits its context, so no request can wait for ever behind an estimate.
-    return not worker.attempts or worker.used_blocks + record.blocks(worker.block_size) <= worker.hello.total_blocks
 
 
 def _without(workers: list[WorkerRecord], avoid: tuple[WorkerKey, ...]) -> list[WorkerRecord]:

@@ -82,6 +82,11 @@ class WorkerRecord:
         return self.hello.role in ("prefill", "both")
 
     @property
+    def has_place(self) -> bool:
+        """It would not refuse one more attempt; one at a time is always worth trying."""
+        return len(self.attempts) < max(1, self.hello.max_requests)
+
+    @property
     def block_size(self) -> int:
         return max(1, self.hello.fingerprint.block_size)
 

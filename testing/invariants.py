@@ -4,7 +4,7 @@ clients   I1 I2 I3           `journal.py` while it runs, `history.py` from a fil
 blocks    I4 I5 I6           `watch_blocks.py`
 time      I8 I12 I13         `watch_time.py`
 messages  I9                 `guarded` here, `watch_messages.py`
-router    I11 I14 I15        `watch_router.py`                                         I10 `slow_reader.py`
+router    I1 I11 I14 I15     `watch_router.py`                                         I10 `slow_reader.py`
 """
 
 from __future__ import annotations

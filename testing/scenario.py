@@ -56,6 +56,8 @@ def draw_scenario(seed: int) -> Scenario:
     rng = random.Random(seed)
     shape = _with_one_pool(_with_parking(_draw_shape(rng), seed), seed)
     profile = replace(ChaosProfile.draw(rng), corrupt_parked=random.Random(f"corrupt {seed}").choice([0.0, 0.3, 1.0]))
+    if profile.is_perfect:  # by chance: no fault of the swarm is on
+        shape = _with_room(shape)
     within_s = rng.choice([0.02, 0.2, 2.0])  # from a burst to one after the other
     requests = tuple(_draw_request(rng, i, within_s) for i in range(rng.randint(3, 12)))
     cancels = tuple(_draw_cancel(rng, request, within_s) for _, request in requests if rng.random() < 0.2)
@@ -73,8 +75,8 @@ def draw_scenario(seed: int) -> Scenario:
 
 
 def _with_room(shape: ClusterShape) -> ClusterShape:
-    """Where nothing is lost, nothing may be refused for want of a place either."""
-    return replace(shape, max_waiting=1024, max_early=1024)
+    """Where nothing is lost, no offer that overtakes its command may be refused for want of a place either."""
+    return replace(shape, max_early=1024)
 
 
 def _moment(rng: random.Random, within_s: float) -> float:
@@ -100,7 +102,7 @@ def _draw_shape(rng: random.Random) -> ClusterShape:
         step_s=rng.choice([0.002, 0.002, 0.002, 0.1]),
         max_batch_tokens=rng.choice([4, 8, 16, 64]),
         max_running=rng.choice([2, 4, 8]),
-        max_waiting=rng.choice([1024, 1024, 6]),
+        max_requests=rng.choice([1024, 1024, 6]),
         max_early=rng.choice([32, 2]),
         early_s=rng.choice([5.0, 0.5]),
         max_step_s=rng.choice([60.0, 1.0]),

@@ -22,6 +22,7 @@ from .tap import Crossing, Tap
 
 RECONNECT_S = 0.1
 Pair = tuple[WorkerKey, WorkerKey]
+OfferedOn = tuple[WorkerKey, WorkerKey, int]  # (source, destination, number of the link)
 CopyCheck = Callable[[InprocMesh, InprocMesh, Push, int, int], None]
 GiftCheck = Callable[[InprocMesh, Push, int, int], None]
 LeaveCheck = Callable[[WorkerKey, HandoffMessage, int], None]
@@ -39,7 +40,7 @@ class SimNetwork(InprocNetwork):
         super().__init__()
         self._events, self._profile, self._rng, self._faults = events, profile, rng, faults
         self._wires: dict[Pair, Wire] = {}
-        self._open_offers: dict[Pair, set[bytes]] = {}  # (source, destination) → offered, and no last word yet
+        self._open_offers: dict[OfferedOn, set[bytes]] = {}  # offered there, and no last word yet
         self.is_calm = False
         self.tap = Tap()
         self.check_copy: CopyCheck | None = None
@@ -60,10 +61,9 @@ class SimNetwork(InprocNetwork):
         if self.trace is not None:
             self.trace(f"{tell(delivery.source)} → {tell(delivery.target)}  {tell(item)}")
         if isinstance(item, LinkEnd):
-            self._forget(delivery.source, delivery.target)
-            self._events.after(self._profile.delay_s, lambda: self._end(delivery))
+            self._events.after(self._profile.delay_s, lambda: self.deliver(delivery))
             return
-        self._note_sent(delivery.source, delivery.target, item)
+        self._note_sent(delivery)
         if self.check_leaving is not None:
             self.check_leaving(delivery.source, item, self._num_layers(delivery.source))
         if not self.is_calm and self._rng.random() < self._profile.cut:
@@ -91,14 +91,11 @@ class SimNetwork(InprocNetwork):
         mesh = self.find(key)
         return mesh.memory.num_layers if mesh is not None else 1
 
-    def _end(self, delivery: Delivery) -> None:
-        self._forget(delivery.source, delivery.target)  # what was offered meanwhile went into a dead link
-        self.deliver(delivery)
-
     def _arrive(self, delivery: Delivery, frame: bytes) -> None:
         item = codec.handoff.decode(frame)
         if isinstance(item, Ack | Cancel):
-            self._open_offers.get((delivery.target, delivery.source), set()).discard(item.ticket)
+            offered_on = (delivery.target, delivery.source, delivery.link)
+            self._open_offers.get(offered_on, set()).discard(item.ticket)
         self.deliver(Delivery(delivery.source, delivery.target, delivery.link, item))
 
     def post(self, mesh: InprocMesh, event: LinkEvent) -> None:
@@ -108,7 +105,6 @@ class SimNetwork(InprocNetwork):
 
     def cut(self, one: WorkerKey, other: WorkerKey, seconds: float) -> None:
         """Break the link between two workers; it is made anew after `seconds`."""
-        self._forget(one, other)
         self.disconnect(one, other, "link cut")
         self._events.after(seconds, self.reconnect)
 
@@ -139,18 +135,23 @@ class SimNetwork(InprocNetwork):
 
     # ---- who was told what ----
 
-    def _note_sent(self, source: WorkerKey, target: WorkerKey, item: HandoffMessage) -> None:
-        offers = self._open_offers.setdefault((source, target), set())
-        if isinstance(item, Offer):
-            offers.add(item.ticket)
-        elif isinstance(item, Failed):
-            offers.discard(item.ticket)
-
-    def _forget(self, one: WorkerKey, other: WorkerKey) -> None:
-        self._open_offers.pop((one, other), None)
-        self._open_offers.pop((other, one), None)
+    def _note_sent(self, delivery: Delivery) -> None:
+        offers = self._open_offers.setdefault((delivery.source, delivery.target, delivery.link), set())
+        if isinstance(delivery.item, Offer):
+            offers.add(delivery.item.ticket)
+        elif isinstance(delivery.item, Failed):
+            offers.discard(delivery.item.ticket)
 
     def silent_ends(self, source: WorkerKey, active: list[Ticket]) -> list[bytes]:
-        """Tickets that `source` has given up without a word to their destination."""
-        offered = [tickets for (owner, _), tickets in self._open_offers.items() if tickets and owner == source]
+        """Tickets that `source` has given up without a word to their destination.
+
+        What was offered on a link ends with that link, at each end by itself, whatever link follows it.
+        """
+        for offered_on in [key for key in self._open_offers if key[0] == source and not self._is_up(*key)]:
+            del self._open_offers[offered_on]
+        offered = [tickets for (owner, _, _), tickets in self._open_offers.items() if tickets and owner == source]
         return sorted(set().union(*offered) - set(active)) if offered else []
+
+    def _is_up(self, source: WorkerKey, target: WorkerKey, link: int) -> bool:
+        mesh = self.find(source)
+        return mesh is not None and mesh.link_to(target) == link

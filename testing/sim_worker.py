@@ -21,7 +21,7 @@ from ..kvtransfer.effects import LinkEvent
 from ..kvtransfer.source import PushSizes, SourceTable
 from ..kvtransfer.transports.inproc import InprocMesh
 from ..prefill_node.role import PrefillRole
-from ..protocol.messages import FromRouter, FromWorker, Goodbye, Heartbeat, Role, ToRouter
+from ..protocol.messages import MAX_REQUESTS, FromRouter, FromWorker, Goodbye, Heartbeat, Role, ToRouter
 from ..worker.core import CoreEffect, SetPeers, WorkerCore
 from ..worker.heartbeat import HeartbeatBuilder
 from ..worker.process import hello_of
@@ -48,7 +48,7 @@ class WorkerSizes:
     lease_s: float = 2.0
     max_batch_tokens: int = 16
     max_running: int = 4
-    max_waiting: int = 1024
+    max_requests: int = MAX_REQUESTS
     max_early: int = 1024
     early_s: float = 5.0
     max_step_s: float = MAX_STEP_S
@@ -127,14 +127,14 @@ class SimWorker:
         roles: list[RoleCode] = []
         key, spec, pool = self.key, self.engine.spec, self.pool
         if self.role != "prefill":
-            bounds, parking = (sizes.max_running, sizes.max_waiting), make_parking(self.engine.memory, pool)
+            bounds, parking = (sizes.max_running, sizes.max_requests), make_parking(self.engine.memory, pool)
             self.decode = DecodeRole(
                 key, spec, pool, self.destination, CLUSTER_KEY, *bounds, parking=parking, ownership=self._ownership
             )
             roles.append(self.decode)
         if self.role != "decode":
-            waiting, owner = sizes.max_waiting, self._ownership
-            roles.append(PrefillRole(key, spec, pool, self.source, CLUSTER_KEY, waiting, ownership=owner))
+            bound, owner = sizes.max_requests, self._ownership
+            roles.append(PrefillRole(key, spec, pool, self.source, CLUSTER_KEY, bound, ownership=owner))
         return roles
 
     # ---- the process's threads ----

@@ -1,13 +1,13 @@
 """The router's promises: bounds (I11), both legs or none, no blame for a caller's fault (I14), nothing new for whoever
-drains (I15).
+drains (I15). And what its workers owe it: an attempt ends as cancelled only when the router has said so (I1).
 """
 
 from __future__ import annotations
 
 from collections import Counter
 
-from ..core.ids import Ticket, WorkerKey
-from ..protocol.messages import AttemptFailed, FromWorker, Heartbeat, PrefillEnded, StartDecode, StartPrefill
+from ..core.ids import AttemptKey, Ticket, WorkerKey
+from ..protocol.messages import Abort, AttemptFailed, FromWorker, Heartbeat, PrefillEnded, StartDecode, StartPrefill
 from ..router.config import RouterConfig
 from ..router.core import RouterCore
 from ..router.effects import Deliver, Effect, Send
@@ -26,6 +26,7 @@ class RouterWatch:
         self._last_attempt: dict[str, int] = {}
         self._tickets: set[bytes] = set()
         self._draining: set[WorkerKey] = set()
+        self._aborted: set[AttemptKey] = set()
 
     # ---- I14, I15: what it sends ----
 
@@ -41,6 +42,8 @@ class RouterWatch:
                 case Send(worker, message) if isinstance(message.body, StartPrefill):
                     self._check_draining(worker, message.body)
                     prefills[Ticket(message.body.ticket)] = (worker, message.body)
+                case Send(_, message) if isinstance(message.body, Abort) and message.body.choice is None:
+                    self._aborted.add(AttemptKey(message.body.request_id, message.body.attempt))
                 case Deliver(request_id, event) if event.tokens:
                     self._tries[request_id] = 0
         self._check_legs(decodes, prefills)
@@ -98,6 +101,9 @@ class RouterWatch:
             raise InvariantBroken(f"I3 router: a stream of {key} broke though no message was lost, doubled or late")
         if not isinstance(body, AttemptFailed | PrefillEnded):
             return
+        is_current = not is_over and body.attempt == self._last_attempt.get(body.request_id)
+        if is_current:
+            self._check_cancelled(key, body)
         if _is_callers_fault(frame):
             starts = [
                 e for e in effects if isinstance(e, Send) and isinstance(e.message.body, StartDecode | StartPrefill)
@@ -107,11 +113,19 @@ class RouterWatch:
                 what = "tries it again" if again else "takes a worker out"
                 raise InvariantBroken(f"I14 router: {body.request_id} failed by {body.code}, and the router {what}")
             return
-        is_current = not is_over and body.attempt == self._last_attempt.get(body.request_id)
         if self._profile.is_perfect and is_current and (isinstance(body, AttemptFailed) or not body.ok):
             raise InvariantBroken(
                 f"I14 {key}: {body.request_id} fails by {body.code} where nothing is lost: {body.message}"
             )
+
+    def _check_cancelled(self, key: WorkerKey, body: AttemptFailed | PrefillEnded) -> None:
+        """The router tries such an attempt again, so that no client sees what a worker has ended by mistake.
+
+        What has ended may have been another router's: for its successor a worker gives up all that it asked for.
+        """
+        attempt = AttemptKey(body.request_id, body.attempt)
+        if body.code == "cancelled" and attempt not in self._aborted:
+            raise InvariantBroken(f"I1 {key}: {attempt} ended as cancelled, and nobody cancelled it")
 
     # ---- I11 ----
 

@@ -178,7 +178,11 @@ class WorkerCore:
         if not waiting:  # as after almost every layer of every step
             return iter(())
         computing = {entry.seq.key for _, entry in batch}
-        return take_now(waiting, self._router_epoch, computing, any(role.hands_off for role in self.roles))
+        has_prefill = any(role.hands_off for role in self.roles)
+        return take_now(waiting, self._router_epoch, computing, has_prefill, self._is_full)
+
+    def _is_full(self) -> bool:
+        return any(len(role.active()) >= role.max_requests for role in self.roles)
 
     def layers_computed(self, batch: list[tuple[Role, ScheduledSeq]], num_layers: int) -> list[CoreEffect]:
         """Within the step: so many layers of its new KV are in the cache."""

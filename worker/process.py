@@ -234,6 +234,7 @@ def hello_of(core: WorkerCore, mesh: Mesh) -> Hello:
         bytes_per_token=spec.bytes_per_token,
         kv_address=mesh.address,
         transports=mesh.transports,
+        max_requests=min(role.max_requests for role in core.roles),
     )
 
 

@@ -39,6 +39,7 @@ class Role(Protocol):
     """Pure: each call changes the role's own state and collects effects; nothing blocks, nothing reads a clock."""
 
     hands_off: bool  # what it computes goes to other workers, perhaps within the step
+    max_requests: int  # attempts that it takes at a time; what is beyond is refused
 
     def on_command(self, message: ToWorker, now: float) -> None: ...
 

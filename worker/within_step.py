@@ -2,13 +2,14 @@
 
 A step holds the sequences of its batch: their tables, tokens and blocks must stay as they are until it ends. Whatever
 concerns other sequences (those that wait, receive, or are handed over) is handled at once. What would end one of the
-batch is left for later, and may be overtaken. Behind what would end anything at all, nothing is handled any more.
+batch is left for later, and may be overtaken, but not by a start on a worker that is full: that one waits for the place
+of what ends. Behind what would end anything at all, nothing is handled any more.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import Enum
 
 from ..core.ids import AttemptKey
@@ -53,13 +54,24 @@ def _moment_of_command(body: ToWorker, computing: set[AttemptKey]) -> Moment:
 
 
 def take_now(
-    waiting: deque[Item], router_epoch: str | None, computing: set[AttemptKey], has_prefill: bool
+    waiting: deque[Item],
+    router_epoch: str | None,
+    computing: set[AttemptKey],
+    has_prefill: bool,
+    is_full: Callable[[], bool],
 ) -> Iterator[Item]:
-    """Take out of `waiting`, one after the other, what may be handled within the step."""
+    """Take out of `waiting`, one after the other, what may be handled within the step.
+
+    `is_full`: the worker would refuse one more attempt now. It may not once it has handled what waits for later.
+    """
     for item in list(waiting):
         moment = moment_of(item, router_epoch, computing, has_prefill)
         if moment is Moment.STOP:
             return
-        if moment is Moment.NOW:
+        if moment is Moment.NOW and not (_is_start(item) and is_full()):
             waiting.remove(item)
             yield item
+
+
+def _is_start(item: Item) -> bool:
+    return isinstance(item, FromRouter) and isinstance(item.body, StartDecode | StartPrefill)

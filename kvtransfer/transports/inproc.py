@@ -230,6 +230,11 @@ class InprocMesh(Mesh):
     def linked(self) -> list[tuple[WorkerKey, str]]:
         return [(key, link.transport) for key, link in sorted(self._links.items(), key=lambda item: item[0])]
 
+    def link_to(self, peer: WorkerKey) -> int | None:
+        """The number of the link to `peer` whose end here is up."""
+        link = self._links.get(peer)
+        return link.number if link is not None else None
+
     def drop_links(self) -> None:
         for peer in list(self._links):
             self.network.disconnect(self.key, peer)

@@ -123,6 +123,18 @@ def test_start_twice_is_counted_and_ignored() -> None:
     assert len(decode.active()) == 1
 
 
+def test_start_beyond_the_bound_is_refused_and_may_be_tried_elsewhere() -> None:
+    engine = FakeEngine()
+    decode = DecodeRole(ME, engine.spec, BlockPool(64, 4), DestinationTable(5.0), KEY, max_requests=1)
+    decode.on_command(start("a"), 0.0)
+    decode.on_command(start("b"), 0.0)
+    [failed] = failures(decode)
+    assert (failed.request_id, failed.code, failed.retriable) == ("b", "overloaded", True)
+    decode.on_command(Abort("a", 1), 0.0)
+    decode.on_command(start("c"), 0.0)
+    assert [key.request_id for key in decode.active()] == ["c"]
+
+
 def test_abort_before_start_wins() -> None:
     decode = role()
     decode.on_command(Abort("r", 1), 0.0)
@@ -176,6 +188,40 @@ def test_abort_choice_leaves_the_others_running() -> None:
     assert seen[1] == expected_tokens(PROMPT, params, 1)[0]
     assert len(seen[0]) < 6
     assert pool.num_free_blocks == pool.num_blocks
+
+
+def test_abort_of_the_only_choice_left_is_no_failure_of_those_that_are_answered() -> None:
+    engine, pool = FakeEngine(), BlockPool(64, 4)
+    decode = role(engine, pool)
+    core = WorkerCore(WorkerKey("w", "0" * 16), "both", engine, pool, [decode], FakeClock(0.0))
+    params = SamplingParams(max_tokens=6, n=2, ignore_eos=True, seed=1)
+    delivered = [expected_tokens(PROMPT, params, choice)[0][: 4 - choice] for choice in range(2)]
+    choices = [ChoiceState(choice, pack_ids(ids)) for choice, ids in enumerate(delivered)]
+    decode.on_command(start(params=params, choices=choices), 0.0)
+    finished: set[int] = set()
+    while not finished:
+        batch, effects = core.begin_step()
+        effects += core.end_step(batch, core.compute(batch))
+        outputs = [e.message for e in effects if isinstance(e, Tell) and isinstance(e.message, Output)]
+        finished |= {item.choice for output in outputs for item in output.items if item.finish_reason is not None}
+    assert finished == {0}
+    decode.on_command(Abort("r", 1, choice=1), 0.0)
+    assert failures(decode) == []
+    assert decode.active() == []
+    core.check_invariants()
+    assert pool.num_free_blocks == pool.num_blocks
+
+
+def test_abort_of_every_choice_before_the_first_token_ends_the_attempt_as_cancelled() -> None:
+    decode = role()
+    params = SamplingParams(max_tokens=4, n=2)
+    decode.on_command(start(params=params, choices=[ChoiceState(0), ChoiceState(1)]), 0.0)
+    decode.on_command(Abort("r", 1, choice=0), 0.0)
+    assert len(decode.active()) == 1
+    decode.on_command(Abort("r", 1, choice=1), 0.0)
+    [failed] = failures(decode)
+    assert (failed.code, failed.retriable) == ("cancelled", False)
+    assert decode.active() == []
 
 
 def test_local_runner_refuses_what_the_engine_cannot_hold() -> None:

@@ -136,6 +136,15 @@ def test_prefill_blocks_stay_until_acknowledged_and_are_findable_after() -> None
     assert bench.of(PrefillEnded) == [PrefillEnded("r", 1, True)]
 
 
+def test_prefill_start_beyond_the_bound_is_refused_and_may_be_tried_elsewhere() -> None:
+    bench = Bench()
+    bench.role.max_requests = 1
+    bench.start("a")
+    bench.start("b", b"u" * 16)
+    [ended] = bench.of(PrefillEnded)
+    assert (ended.request_id, ended.ok, ended.code) == ("b", False, "node_lost")
+
+
 def test_prefill_same_prompt_again_reuses_its_blocks() -> None:
     bench = Bench(max_batch_tokens=64)
     bench.start()

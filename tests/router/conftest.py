@@ -8,6 +8,7 @@ import pytest
 
 from penstock.core.ids import SeededIds, WorkerKey
 from penstock.protocol.messages import (
+    MAX_REQUESTS,
     Abort,
     AttemptFailed,
     Fingerprint,
@@ -88,12 +89,20 @@ class Rig:
         return self.do(self.core.on_message(FromWorker(worker.worker_id, worker.epoch, body)))
 
     def hello(
-        self, worker: WorkerKey, role: Role = "decode", *, blocks: int = 100, longest: int = 1000, **changes: object
+        self,
+        worker: WorkerKey,
+        role: Role = "decode",
+        *,
+        blocks: int = 100,
+        longest: int = 1000,
+        max_requests: int = MAX_REQUESTS,
+        **changes: object,
     ) -> list[Effect]:
         fingerprint = Fingerprint(
             **{name: changes.get(name, getattr(FINGERPRINT, name)) for name in FINGERPRINT.__struct_fields__}  # type: ignore[arg-type]
         )
-        return self.say(worker, Hello(role, 100, fingerprint, blocks, longest, 64, f"/kv/{worker}", ["shm"]))
+        facts = (100, fingerprint, blocks, longest, 64, f"/kv/{worker}", ["shm"], max_requests)
+        return self.say(worker, Hello(role, *facts))
 
     def beat(
         self,

@@ -85,6 +85,21 @@ def test_cancelling_every_choice_ends_the_request_and_stops_both_sides(rig):
     assert [abort.choice for abort in rig.aborts(prefill)] == [None]
 
 
+def test_worker_that_says_cancelled_does_not_end_what_the_caller_still_wants(rig):
+    """The last tokens of choice 0 are lost, and the worker has nothing left but choice 1, which the caller cancels."""
+    worker = rig.join("d0", "both")
+    rig.submit(max_tokens=4, n=2)
+    rig.out(3, choice=0)
+    rig.cancel(choice=1)
+    rig.failed(retriable=False, code="cancelled")
+    assert rig.ends == {}
+    assert rig.core.counters.broken_streams == 1
+    assert [state.choice for state in rig.start()[1].choices] == [0]
+    rig.finish("r", worker)
+    assert (rig.ends["r"].error, rig.ends["r"].attempts) == (None, 2)
+    assert rig.finished["r"] == {0: "length"}
+
+
 def test_cancel_of_unknown_or_ended_requests_is_ignored(rig):
     rig.join("d0", "both")
     rig.submit(max_tokens=1)
@@ -230,6 +245,49 @@ def test_always_waits_for_a_linked_prefill_worker(make_rig):
     prefill = rig.join("p0", "prefill")
     rig.beat(decode, links=[prefill])
     assert rig.prefill()[0] == prefill
+
+
+def test_worker_gets_no_more_attempts_than_it_takes_and_the_next_request_waits(rig):
+    worker = rig.join("d0", "both", max_requests=2)
+    for name in "abc":
+        rig.submit(name)
+    assert rig.live_on(worker) == [("a", 1), ("b", 1)]
+    assert rig.core.status().queued_requests == 1
+    rig.out(4, request_id="b", end="length")
+    assert rig.live_on(worker) == [("a", 1), ("c", 1)]
+    rig.finish("a", worker)
+    rig.finish("c", worker)
+    assert [end.attempts for end in rig.ends.values()] == [1, 1, 1]
+
+
+def test_worker_that_takes_nothing_by_its_own_word_is_tried_with_one(rig):
+    worker = rig.join("d0", "both", max_requests=0)
+    rig.submit("a")
+    rig.submit("b")
+    assert rig.live_on(worker) == [("a", 1)]
+
+
+def test_full_prefill_queue_makes_decode_prefill_itself_in_auto(rig):
+    rig.join("p0", "prefill", max_requests=1)
+    rig.join("d0")
+    for name in "ab":
+        rig.submit(name)
+    assert [rig.start(name)[1].ticket is None for name in "ab"] == [False, True]
+    rig.prefill_ended(request_id="a")
+    rig.submit("c")
+    assert rig.start("c")[1].ticket is not None
+
+
+def test_always_waits_for_a_place_in_a_prefill_queue(make_rig):
+    rig = make_rig(disaggregate="always")
+    rig.join("p0", "prefill", max_requests=1)
+    decode = rig.join("d0")
+    for name in "ab":
+        rig.submit(name)
+    assert rig.live_on(decode) == [("a", 1)]
+    rig.prefill_ended(request_id="a")
+    assert rig.live_on(decode) == [("a", 1), ("b", 1)]
+    assert rig.start("b")[1].ticket is not None
 
 
 def test_worker_of_both_roles_prefills_itself_in_auto(rig):

@@ -152,6 +152,11 @@ def attempt_failed_for_good(rig):
         rig.failed(retriable=False)
 
 
+def attempt_ended_as_cancelled(rig):
+    if started(rig):
+        rig.failed(retriable=False, code="cancelled")
+
+
 def prefill_failed(rig):
     begun = started(rig)
     if begun and begun[1].ticket is not None:
@@ -245,6 +250,7 @@ EVENTS = {
     everything_silent: None,
     attempt_failed_retriably: None,
     attempt_failed_for_good: "transfer_failed",
+    attempt_ended_as_cancelled: None,  # only the caller cancels a request
     prefill_failed: None,
     both_sides_failed: None,
     decode_has_a_new_epoch: None,

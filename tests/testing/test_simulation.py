@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from penstock.testing.chaos import ChaosProfile
 from penstock.testing.history import check_history, read_history
 from penstock.testing.invariants import INVARIANTS
 from penstock.testing.planted.catalog import plant_of
@@ -69,6 +71,21 @@ def test_simulation_perfect_network_ends_every_request_well() -> None:
     assert sum(outcome.num_requests for outcome in outcomes) > 0
     assert sum(outcome.num_retries for outcome in outcomes) == 0
     assert not any(name.startswith(("drop", "kill")) for outcome in outcomes for name in outcome.faults)
+
+
+def test_scenario_that_is_perfect_by_chance_has_the_room_of_one_that_is_by_design(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ChaosProfile, "draw", lambda rng: ChaosProfile())
+    scenarios = [draw_scenario(seed) for seed in range(1, 5)]
+    assert all(scenario.profile.is_perfect and scenario.shape.max_early == 1024 for scenario in scenarios)
+
+
+def test_simulation_perfect_network_with_little_room_on_workers_refuses_nothing() -> None:
+    for seed in range(0, 200, 10):
+        scenario = draw_scenario(seed)
+        cramped = replace(scenario, shape=replace(scenario.shape, max_requests=1 + seed % 3))
+        assert run_scenario(cramped).num_retries == 0
 
 
 def test_simulation_of_a_seed_writes_a_history_that_holds(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import msgspec
 
 from penstock.core.ids import AttemptKey, Ticket, WorkerKey
@@ -11,7 +13,9 @@ from penstock.engine.block_pool import BlockPool
 from penstock.engine.interface import ScheduledSeq
 from penstock.kvtransfer.destination import DestinationTable
 from penstock.kvtransfer.effects import AcceptBlocks, MessageArrived, PeerUp, Revoked
+from penstock.kvtransfer.transports.inproc import InprocMesh, InprocNetwork
 from penstock.protocol.messages import (
+    MAX_REQUESTS,
     Abort,
     AttemptFailed,
     ChoiceState,
@@ -31,7 +35,9 @@ from penstock.protocol.sampling import SamplingParams
 from penstock.testing.clock import FakeClock
 from penstock.testing.fake_engine import FakeEngine, expected_tokens
 from penstock.worker.core import CoreEffect, WorkerCore
+from penstock.worker.process import hello_of
 from penstock.worker.role import Tell
+from penstock.worker.within_step import Item
 
 PROMPT = [3, 4, 5, 6, 7]
 PARAMS = SamplingParams(max_tokens=5, temperature=0, ignore_eos=True)
@@ -40,11 +46,14 @@ PARAMS = SamplingParams(max_tokens=5, temperature=0, ignore_eos=True)
 class Bench:
     """A decode worker whose engine refuses the requests named in `poison`."""
 
-    def __init__(self, role: Role = "decode", poison: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self, role: Role = "decode", poison: frozenset[str] = frozenset(), max_requests: int = MAX_REQUESTS
+    ) -> None:
         engine = FakeEngine(fails=lambda entry: self.refuses(entry))
         pool = BlockPool(64, 4)
         me = WorkerKey("w", "0" * 16)
-        roles = [DecodeRole(me, engine.spec, pool, DestinationTable(5.0), b"k" * 32)]
+        destination = DestinationTable(5.0)
+        roles = [DecodeRole(me, engine.spec, pool, destination, b"k" * 32, max_requests=max_requests)]
         self.core = WorkerCore(me, role, engine, pool, list(roles), FakeClock())
         self.poison, self.number = poison, 0
 
@@ -75,6 +84,25 @@ def start(request_id: str) -> StartDecode:
 def tokens_of(messages: list[ToRouter], request_id: str) -> list[int]:
     items = [item for m in messages if isinstance(m, Output) for item in m.items if item.request_id == request_id]
     return [token.token_id for item in items for token in item.tokens]
+
+
+def test_hello_tells_how_many_attempts_the_worker_takes() -> None:
+    core = Bench(max_requests=3).core
+    mesh = InprocMesh(core.key, "decode", core.engine.spec.fingerprint, core.engine.memory, print, InprocNetwork())
+    assert hello_of(core, mesh).max_requests == 3
+
+
+def test_full_worker_takes_the_attempt_behind_an_abort_that_has_to_wait_for_the_step() -> None:
+    bench = Bench(max_requests=1)
+    bench.command(start("old"))
+    batch, _ = bench.core.begin_step()
+    bodies: list[ToWorker] = [Abort("old", 1), start("new")]
+    waiting: deque[Item] = deque(FromRouter("a" * 16, 2 + i, body) for i, body in enumerate(bodies))
+    assert list(bench.core.take_within_step(batch, waiting)) == []
+    bench.core.end_step(batch, bench.core.compute(batch))
+    heard = [message for body in bodies for message in bench.command(body)]
+    assert [(m.request_id, m.code) for m in heard if isinstance(m, AttemptFailed)] == [("old", "cancelled")]
+    assert bench.core.snapshot().active == (AttemptKey("new", 1),)
 
 
 def test_step_that_one_request_breaks_ends_only_that_request() -> None:

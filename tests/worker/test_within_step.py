@@ -43,10 +43,10 @@ def says(message: HandoffMessage) -> MessageArrived:
     return MessageArrived(PEER, message)
 
 
-def taken(*items: Item, has_prefill: bool = False) -> tuple[list[Item], list[Item]]:
+def taken(*items: Item, has_prefill: bool = False, is_full: bool = False) -> tuple[list[Item], list[Item]]:
     """(taken now, left waiting), while attempt 1 of request "busy" is computed."""
     waiting = deque(items)
-    return list(take_now(waiting, EPOCH, {AttemptKey("busy", 1)}, has_prefill)), list(waiting)
+    return list(take_now(waiting, EPOCH, {AttemptKey("busy", 1)}, has_prefill, lambda: is_full)), list(waiting)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +83,20 @@ def test_what_may_end_a_sequence_of_the_batch_waits_and_is_overtaken(item: Item)
     assert taken(item, frame(START), ARRIVED) == ([frame(START), ARRIVED], [item])
 
 
+def test_start_on_a_full_worker_waits_for_the_abort_that_makes_its_place() -> None:
+    abort, start = frame(Abort("busy", 1)), frame(START)
+    assert taken(abort, start, ARRIVED, is_full=True) == ([ARRIVED], [abort, start])
+
+
+def test_abort_of_a_sequence_that_waits_makes_place_within_the_step() -> None:
+    abort, start = frame(Abort("waits", 1)), frame(START)
+    waiting: deque[Item] = deque([abort, start])
+    handled: list[Item] = []
+    for item in take_now(waiting, EPOCH, set(), False, lambda: not handled):
+        handled.append(item)  # noqa: PERF402  the next one depends on it
+    assert handled == [abort, start]
+
+
 def test_lost_link_of_a_worker_that_prefills_holds_up_all_that_came_behind_it() -> None:
     """What it hands over may be in the batch, and the link's successor speaks next."""
     lost, up = PeerLost(PEER, "x"), PeerUp(PEER, "shm")
@@ -92,4 +106,6 @@ def test_lost_link_of_a_worker_that_prefills_holds_up_all_that_came_behind_it() 
 def test_frame_of_another_router_holds_up_all_that_came_behind_it() -> None:
     assert taken(frame(START, OTHER), ARRIVED) == ([], [frame(START, OTHER), ARRIVED])
     waiting: deque[Item] = deque([frame(START)])
-    assert list(take_now(waiting, None, set(), False)) == [], "nor is the first frame of the first router"
+    assert list(take_now(waiting, None, set(), False, lambda: False)) == [], (
+        "nor is the first frame of the first router"
+    )
