@@ -26,7 +26,7 @@ Given = Mapping[int, BlockId]  # ordinal → the source's block
 NO_GIFTS: Given = MappingProxyType({})
 
 MAX_QUEUED = 4096  # announced pushes that have not been taken
-_WARM_BYTES = 1 << 20
+_WARM_BYTES = 4 << 20
 
 
 class PushReceiver:
