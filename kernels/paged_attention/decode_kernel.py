@@ -22,14 +22,19 @@ from .call import Call, next_power_of_two
 from .device_plan import choose_splits
 from .key_loop import attend, read_queries, write_rows
 from .plan import SHORT_QUERY
-from .tuning import tuned
+from .tuning import Setting, tuned
 
-_SETTINGS = [
-    ({"BLOCK_KEYS": keys}, warps, stages)
-    for keys, warps, stages in [
-        (32, 2, 4), (32, 4, 4), (64, 2, 3), (64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 8, 3), (128, 4, 2), (128, 4, 3), (128, 8, 3),
-    ]
-]  # fmt: skip
+_SETTINGS: list[Setting] = [
+    ({"BLOCK_KEYS": 32}, 2, 5),
+    ({"BLOCK_KEYS": 32}, 4, 7),
+    ({"BLOCK_KEYS": 64}, 2, 5),
+    ({"BLOCK_KEYS": 64}, 4, 3),
+    ({"BLOCK_KEYS": 64}, 4, 5),
+    ({"BLOCK_KEYS": 64}, 4, 7),
+    ({"BLOCK_KEYS": 128}, 4, 3),
+    ({"BLOCK_KEYS": 128}, 4, 5),
+    ({"BLOCK_KEYS": 128}, 8, 5),
+]
 
 
 def attend_short(call: Call) -> None:

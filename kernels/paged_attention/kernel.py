@@ -28,7 +28,9 @@ def paged_attention(
 ) -> torch.Tensor:
     """As `op.paged_attention`, which has checked the arguments. Unused slots may hold anything."""
     if q.shape[1] // kv_pool.shape[4] > MAX_GROUP:
-        raise InternalError(f"{q.shape[1]} query heads for {kv_pool.shape[4]} KV heads: more than {MAX_GROUP} share one")
+        raise InternalError(
+            f"{q.shape[1]} query heads for {kv_pool.shape[4]} KV heads: more than {MAX_GROUP} share one"
+        )
     if q.stride(2) != 1 or not kv_pool.is_contiguous():
         raise InternalError("the numbers of a head in q, and the whole pool, have to be dense")
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -17,15 +17,20 @@ import triton.language as tl
 
 from .call import Call
 from .key_loop import attend, read_queries, write_rows
-from .tuning import tuned
+from .tuning import Setting, tuned
 
-_SETTINGS = [
-    ({"BLOCK_ROWS": rows, "BLOCK_KEYS": keys}, warps, stages)
-    for rows, keys, warps, stages in [
-        (64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 32, 4, 3), (128, 64, 4, 3), (128, 64, 8, 2),
-        (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3),
-    ]
-]  # fmt: skip
+_SETTINGS: list[Setting] = [
+    ({"BLOCK_ROWS": 64, "BLOCK_KEYS": 32}, 4, 5),
+    ({"BLOCK_ROWS": 64, "BLOCK_KEYS": 64}, 4, 3),
+    ({"BLOCK_ROWS": 64, "BLOCK_KEYS": 64}, 4, 5),
+    ({"BLOCK_ROWS": 64, "BLOCK_KEYS": 128}, 4, 3),
+    ({"BLOCK_ROWS": 128, "BLOCK_KEYS": 32}, 4, 5),
+    ({"BLOCK_ROWS": 128, "BLOCK_KEYS": 64}, 4, 5),
+    ({"BLOCK_ROWS": 128, "BLOCK_KEYS": 64}, 8, 3),
+    ({"BLOCK_ROWS": 128, "BLOCK_KEYS": 64}, 8, 5),
+    ({"BLOCK_ROWS": 128, "BLOCK_KEYS": 64}, 8, 7),
+    ({"BLOCK_ROWS": 128, "BLOCK_KEYS": 128}, 8, 3),
+]
 
 
 def attend_long(call: Call) -> None:

@@ -4,6 +4,9 @@ Timings are kept in Triton's cache (`TRITON_CACHE_DIR`), so a restarted worker d
 a key runs the kernel many times and waits: make it before a CUDA graph is captured. The number of keys in a block
 decides the order of a sum, so two machines that choose differently may differ in the last bits.
 
+Stages come in odd numbers: a key is found through the block table, and Triton shares the stages between both loads,
+so n stages keep (n - 1) / 2 blocks of keys in flight, and an even number only takes more registers.
+
 Triton's interpreter has nothing to time: there one setting is used, small so that short inputs take several rounds.
 """
 
