@@ -6,10 +6,12 @@ import numpy as np
 import torch
 
 from ..core.errors import InternalError
-from ..kernels.kv_write.op import kv_rows
+from ..kernels.decoder_step.op import DecoderStep, StepBatch
+from ..kernels.kv_write.op import clear_blocks, kv_rows
 from ..kernels.paged_attention.plan import PoolShape, build_plan
 from ..models.config import ModelConfig
 from ..models.decoder import Decoder, StepInput
+from ..models.native_step import native_step
 from .batch import Batch
 from .interface import OnLayers
 from .kv_memory import KVMemory
@@ -36,6 +38,7 @@ class ModelRunner:
     def __init__(self, decoder: Decoder, kv_pool: torch.Tensor) -> None:
         config = decoder.config
         self._decoder, self._pool, self._block_size = decoder, kv_pool, kv_pool.shape[3]
+        self._step = native_step(decoder)
         self._shape = PoolShape(
             config.num_layers, self._block_size, config.num_heads // config.num_kv_heads, decoder.dtype
         )
@@ -47,7 +50,23 @@ class ModelRunner:
         Raises InternalError for an id or position out of range.
         """
         self._check(batch)
+        if self._step is not None:
+            return self._run_natively(self._step, batch, on_layers)
         return self._decoder.forward(self._step_input(batch), self._pool, on_layers)
+
+    def _run_natively(self, step: DecoderStep, batch: Batch, on_layers: OnLayers | None) -> torch.Tensor:
+        if len(batch.fresh_blocks):
+            clear_blocks(self._pool, torch.from_numpy(batch.fresh_blocks))
+        arrays = StepBatch(
+            batch.token_ids,
+            batch.positions,
+            batch.slot_mapping,
+            batch.cu_seqlens_q,
+            batch.context_lens,
+            batch.block_table,
+            batch.sampled_rows,
+        )
+        return step.run(arrays, self._pool, on_layers)
 
     def _step_input(self, batch: Batch) -> StepInput:
         return StepInput(

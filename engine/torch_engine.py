@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 
 from ..core.errors import ConfigError
-from ..models.checkpoint import open_checkpoint
+from ..kernels.quant_linear.op import is_native
+from ..models.checkpoint import Checkpoint, open_checkpoint
 from ..models.config import ModelConfig
 from ..models.decoder import Decoder
-from ..models.weights import load_weights
+from ..models.weights import Weight, load_weights
 from ..protocol.messages import Fingerprint, SampledToken
 from .batch import build_batch
 from .interface import EngineSpec, OnLayers, ScheduledSeq
@@ -42,7 +43,7 @@ class TorchEngine:
         block_size: int = 16,
         make_memory: MakeMemory | None = None,
     ) -> None:
-        config, dtype = decoder.config, decoder.dtype
+        config, dtype = decoder.config, decoder.cache_dtype
         self.decoder = decoder
         make_memory = make_memory or _own_memory
         self.memory = make_memory(num_blocks, config.num_layers, layer_bytes(config, block_size, dtype))
@@ -74,6 +75,7 @@ class TorchEngine:
         *,
         model_name: str,
         dtype: str = "auto",
+        quantization: str = "auto",
         num_blocks: int | None = None,
         kv_bytes: int = DEFAULT_KV_BYTES,
         block_size: int = 16,
@@ -85,14 +87,17 @@ class TorchEngine:
         """Load the model at `path`. The pool has `num_blocks` blocks, or as many as fit in `kv_bytes`.
 
         `make_memory`: where the blocks lie, when they are not to have a memory of their own.
-        Sets torch's number of threads for the whole process. Raises ModelFileError or ConfigError.
+        `quantization`: see `resolve_grouping`. Sets torch's number of threads for the whole process. Raises ModelFileError or ConfigError.
         """
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         checkpoint = open_checkpoint(path)
         config, kind = checkpoint.config, resolve_dtype(dtype)
         blocks = num_blocks or blocks_in(kv_bytes, config.num_layers * layer_bytes(config, block_size, kind))
-        decoder = build_decoder(config, checkpoint.tensors(), kind, _max_context(config, max_model_len), progress)
+        grouped = resolve_grouping(quantization, dtype, checkpoint)
+        tensors = checkpoint.grouped_tensors() if grouped else checkpoint.tensors()
+        context = _max_context(config, max_model_len)
+        decoder = build_decoder(config, tensors, kind, context, progress, grouped=grouped)
         return cls(
             decoder,
             model_name=model_name,
@@ -120,17 +125,20 @@ class TorchEngine:
 
 def build_decoder(
     config: ModelConfig,
-    tensors: Iterable[tuple[str, torch.Tensor]],
+    tensors: Iterable[tuple[str, Weight]],
     dtype: torch.dtype,
     max_context: int | None = None,
     progress: Progress | None = None,
+    *,
+    grouped: bool = False,
 ) -> Decoder:
     """The network of `config` with these weights.
 
-    Sequences may have up to `max_context` tokens, by default the model's window.
+    Sequences may have up to `max_context` tokens, by default the model's window. With `grouped` weights it computes in
+    float32, and `dtype` is that of the cache.
     """
-    weights = load_weights(config, tensors, dtype, progress)
-    return Decoder(config, weights, max_context or config.max_position)
+    weights = load_weights(config, tensors, torch.float32 if grouped else dtype, progress, grouped)
+    return Decoder(config, weights, max_context or config.max_position, dtype)
 
 
 def resolve_dtype(name: str) -> torch.dtype:
@@ -146,6 +154,23 @@ def resolve_dtype(name: str) -> torch.dtype:
             return torch.float16
         case _:
             raise ConfigError(f"model.dtype: {name!r} is not one of auto, float32, bfloat16, float16")
+
+
+def resolve_grouping(name: str, dtype: str, checkpoint: Checkpoint) -> bool:
+    """Whether matrices are multiplied as grouped weights: "none" never, "int8" always (what is stored in groups of 4 or
+    8 bits stays as it is), "auto" where they are stored so, the native kernels are here and `dtype` is "auto".
+
+    Raises ConfigError for another name.
+    """
+    match name:
+        case "none":
+            return False
+        case "int8":
+            return True
+        case "auto":
+            return dtype == "auto" and checkpoint.is_grouped and is_native()
+        case _:
+            raise ConfigError(f"model.quantization: {name!r} is not one of auto, none, int8")
 
 
 def _has_native_bfloat16() -> bool:

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from ..core.errors import ModelFileError
+from ..kernels.quant_linear.grouped import GroupedWeight
 from .config import ModelConfig
 from .gguf_checkpoint import GgufCheckpoint
 from .safetensors_folder import SafetensorsFolder
@@ -24,6 +25,7 @@ class Checkpoint(Protocol):
 
     config: ModelConfig
     identity: str
+    is_grouped: bool  # most matrices are stored as grouped weights
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every weight once, e.g. ("model.layers.3.self_attn.q_proj.weight", [num_heads * head_dim, hidden_size]).
@@ -31,6 +33,10 @@ class Checkpoint(Protocol):
         On the CPU, in float32, float16 or bfloat16 as stored, quantised ones as float32. A tied "lm_head.weight" is
         absent. Raises ModelFileError.
         """
+        ...
+
+    def grouped_tensors(self) -> Iterator[tuple[str, torch.Tensor | GroupedWeight]]:
+        """The same; matrices whose format is that of grouped weights as they are stored."""
         ...
 
 

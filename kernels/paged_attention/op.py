@@ -23,7 +23,7 @@ def paged_attention(
 ) -> torch.Tensor:
     """Causal attention of the new tokens over all tokens of their sequences, read through the block table.
 
-    q [num_tokens, num_heads, head_dim], rows may be strided; kv_pool [num_blocks, num_layers, 2 (K, V), block_size,
+    q [num_tokens, num_heads, head_dim], rows may be strided, float32 or the pool's type; kv_pool [num_blocks, num_layers, 2 (K, V), block_size,
     num_kv_heads, head_dim], contiguous, with the new tokens' keys and values already in it. Returns a tensor like q.
     `window`: a token sees the last `window` tokens, itself included; None for all. Unused slots of a sequence's
     blocks must be finite (`kv_write.clear_blocks`). Raises InternalError when shapes or types do not fit. Reference:
@@ -38,7 +38,7 @@ def _check(q: torch.Tensor, kv_pool: torch.Tensor, layer: int, plan: AttentionPl
     _, num_layers, _, _, num_kv_heads, pool_head_dim = kv_pool.shape
     if num_tokens != plan.num_tokens:
         raise InternalError(f"q has {num_tokens} rows, the plan {plan.num_tokens} tokens")
-    if head_dim != pool_head_dim or num_heads % num_kv_heads or q.dtype != kv_pool.dtype:
+    if head_dim != pool_head_dim or num_heads % num_kv_heads or q.dtype not in (kv_pool.dtype, torch.float32):
         raise InternalError(f"q is {list(q.shape)} {q.dtype}, the pool {list(kv_pool.shape)} {kv_pool.dtype}")
     if not 0 <= layer < num_layers:
         raise InternalError(f"layer {layer} of a pool with {num_layers} layers")
