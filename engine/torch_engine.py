@@ -5,13 +5,15 @@ The worker's process calls `execute` from one thread. Threads inside torch: see 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
 from ..core.errors import ConfigError
-from ..kernels.quant_linear.op import is_native
+from ..kernels.native.library import level
+from ..kernels.quant_linear.op import QuantLinear, is_native
 from ..models.checkpoint import Checkpoint, open_checkpoint
 from ..models.config import ModelConfig
 from ..models.decoder import Decoder
@@ -49,6 +51,7 @@ class TorchEngine:
         self.memory = make_memory(num_blocks, config.num_layers, layer_bytes(config, block_size, dtype))
         self._runner = ModelRunner(decoder, pool_view(self.memory, config, block_size, dtype))
         self._block_size = block_size
+        self.network_s = 0.0  # seconds within the network so far, for measurements
         self.spec = EngineSpec(
             fingerprint=Fingerprint(
                 model=model_name,
@@ -87,7 +90,8 @@ class TorchEngine:
         """Load the model at `path`. The pool has `num_blocks` blocks, or as many as fit in `kv_bytes`.
 
         `make_memory`: where the blocks lie, when they are not to have a memory of their own.
-        `quantization`: see `resolve_grouping`. Sets torch's number of threads for the whole process. Raises ModelFileError or ConfigError.
+        `quantization`: see `resolve_grouping`. Sets torch's number of threads for the whole process. Raises
+        ModelFileError or ConfigError.
         """
         if num_threads is not None:
             torch.set_num_threads(num_threads)
@@ -98,7 +102,7 @@ class TorchEngine:
         tensors = checkpoint.grouped_tensors() if grouped else checkpoint.tensors()
         context = _max_context(config, max_model_len)
         decoder = build_decoder(config, tensors, kind, context, progress, grouped=grouped)
-        return cls(
+        engine = cls(
             decoder,
             model_name=model_name,
             identity=checkpoint.identity,
@@ -106,18 +110,47 @@ class TorchEngine:
             block_size=block_size,
             make_memory=make_memory,
         )
+        engine.set_num_threads(torch.get_num_threads())
+        return engine
+
+    def set_num_threads(self, num_threads: int) -> None:
+        """Threads of the steps from now on; sets torch's for the whole process."""
+        self._runner.set_num_threads(num_threads)
 
     def execute(self, batch: list[ScheduledSeq], on_layers: OnLayers | None = None) -> list[tuple[SampledToken, ...]]:
         """See `Engine.execute`."""
         if not batch:
             return []
-        logits = self._runner.run(build_batch(batch, self._block_size), on_layers)
+        inputs = build_batch(batch, self._block_size)
+        started = time.perf_counter()
+        result = self._runner.step(inputs, on_layers)
+        self.network_s += time.perf_counter() - started
         sampling = [entry for entry in batch if entry.sample]
         rows = [
             SampledRow(row, entry.seq, choice) for row, entry in enumerate(sampling) for choice in entry.seq.choices
         ]
-        tokens = iter(sample(logits, rows, self.spec.eos_token_ids))
+        tokens = iter(sample(result, rows, self.spec.eos_token_ids))
         return [tuple(next(tokens) for _ in entry.seq.choices) if entry.sample else () for entry in batch]
+
+    @property
+    def quantization(self) -> str:
+        """How the weights are kept: "grouped" as 4 or 8 bits, or "none"."""
+        return "grouped" if isinstance(self.decoder.weights.head, QuantLinear) else "none"
+
+    @property
+    def is_native(self) -> bool:
+        """Steps run in the native kernel."""
+        return self._runner.is_native
+
+    @property
+    def num_threads(self) -> int:
+        """Threads of a step."""
+        return self._runner.num_threads
+
+    @property
+    def native_level(self) -> str:
+        """The level of instructions of the native step, or "off" where torch computes."""
+        return (level() or "off") if self._runner.is_native else "off"
 
     def rest(self) -> None:
         """See `Engine.rest`; nothing is held here."""

@@ -25,7 +25,11 @@ class Checkpoint(Protocol):
 
     config: ModelConfig
     identity: str
-    is_grouped: bool  # most matrices are stored as grouped weights
+
+    @property
+    def is_grouped(self) -> bool:
+        """Most of the weights are stored as grouped ones."""
+        ...
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every weight once, e.g. ("model.layers.3.self_attn.q_proj.weight", [num_heads * head_dim, hidden_size]).

@@ -12,7 +12,7 @@ whatever the type of the weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,6 +47,9 @@ class StepInput:
 
 class Projection(Protocol):
     """`kernels.linear.op.Linear`, or one with grouped weights."""
+
+    num_weights: int
+    num_bytes: int
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [rows, in] → [rows, out]."""
@@ -109,6 +112,21 @@ class Decoder:
         self.cache_dtype = cache_dtype or self.dtype
         self.scale = 1 / math.sqrt(config.head_dim)
         self._inv_freq, self._gain = rope_frequencies(config, max_context)
+
+    @property
+    def linear_weights(self) -> int:
+        """How many weights the products of one token have, the head's included."""
+        return sum(product.num_weights for product in self._products())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of these weights, which a step of few tokens reads once."""
+        return sum(product.num_bytes for product in self._products())
+
+    def _products(self) -> Iterator[Projection]:
+        for layer in self.weights.layers:
+            yield from (layer.qkv, layer.output, layer.gate_up, layer.down)
+        yield self.weights.head
 
     @torch.inference_mode()
     def forward(

@@ -44,7 +44,10 @@ class SafetensorsFolder:
         files = [WeightFile(shard.path, shard.header_bytes, shard.offsets) for shard in self._shards]
         self.identity = weight_identity(self.config, files)
 
-    is_grouped = False
+    @property
+    def is_grouped(self) -> bool:
+        """No such file has grouped weights that are read as they are."""
+        return False
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Each weight once, in the dtype of the file, shard by shard."""
@@ -58,7 +61,7 @@ class SafetensorsFolder:
                 raise ModelFileError(f"{shard.path.name}: {error}") from error
 
     def grouped_tensors(self) -> Iterator[tuple[str, torch.Tensor | GroupedWeight]]:
-        """The same: no such file has grouped weights that are read as they are."""
+        """The same."""
         yield from self.tensors()
 
 

@@ -24,9 +24,9 @@ struct LayerWeights {
 };
 
 struct Network {
-    int64_t hidden, inner, heads, kv_heads, head_dim, layers, positions;
+    int64_t hidden, inner, heads, kv_heads, head_dim, layers, vocab;
     float epsilon, scale;
-    const float *cosines, *sines;  // [positions, head_dim / 2]
+    const float *cosines, *sines;  // [longest sequence, head_dim / 2]
     const LayerWeights* layer;
     const float* norm;
     Matrix embedding, head;
@@ -38,12 +38,15 @@ struct Batch {
     const int64_t *starts, *context_lens, *blocks;  // [sequences + 1], [sequences], [sequences, table_width]
     const int64_t* sampled;                         // [samples], rows in order
     float* logits;                                  // [samples, head.outs]
+    int64_t* best;                                  // [samples], the first of the likeliest tokens
+    float* highest;                                 // [samples], its logit; NaN when any logit is
     void (*on_layers)(int64_t);                     // or null: keys and values of so many layers are stored
     int64_t threads;
 };
 
 namespace {
 
+constexpr int64_t FEW = 2;  // rows up to which every thread rounds all of them for itself, which spares a meeting
 constexpr int64_t SHORT = 8;  // queries of a sequence up to which its keys are cut into parts
 
 // What threads share of the attention: a part of the keys of a few queries, or a tile of many.
@@ -63,12 +66,30 @@ void normalize_row(const float* x, const float* weight, int64_t size, float epsi
     for (int64_t i = 0; i < size; i += LANES) store(out + i, mul(mul(load(x + i), factor), load(weight + i)));
 }
 
-// SiLU(gate) · up, in place of gate.
-void activate_row(float* gate, const float* up, int64_t size) {
+// SiLU(gate) · up.
+void activate_row(const float* gate, const float* up, int64_t size, float* out) {
     for (int64_t i = 0; i < size; i += LANES) {
         const Floats g = load(gate + i);
-        store(gate + i, mul(div(g, add(all(1.0f), exponential(sub(zeros(), g)))), load(up + i)));
+        store(out + i, mul(div(g, add(all(1.0f), exponential(sub(zeros(), g)))), load(up + i)));
     }
+}
+
+void find_best(const float* logits, int64_t size, int64_t& best, float& highest) {
+    Floats most = all(logits[0]);
+    bool is_broken = false;
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) {
+        most = larger(most, load(logits + i));
+        is_broken |= has_nan(load(logits + i));
+    }
+    highest = largest(most);
+    for (; i < size; ++i) {
+        highest = highest < logits[i] ? logits[i] : highest;
+        is_broken |= logits[i] != logits[i];
+    }
+    best = 0;
+    while (best < size - 1 && logits[best] != highest) ++best;
+    if (is_broken) highest = NAN;
 }
 
 // Dimension i turns with dimension i + size / 2.
@@ -85,11 +106,13 @@ class Step {
    public:
     Step(const Network& net, const Pool& pool, const Batch& batch, Arena& arena)
         : net_(net), pool_(pool), batch_(batch) {
-        const int64_t rows = batch.tokens, widest = std::max({net.hidden, net.inner, q_width()});
+        // Few rows are rounded by every thread for itself, each in a place of its own.
+        const int64_t rows = std::max(batch.tokens, FEW * batch.threads), widest = std::max({net.hidden, net.inner, q_width()});
         x_ = arena.take<float>(rows * net.hidden);
         normal_ = arena.take<float>(rows * net.hidden);
         qkv_ = arena.take<float>(rows * stride());
         attended_ = arena.take<float>(rows * q_width());
+        active_ = arena.take<float>(rows * net.inner);
         gate_up_ = arena.take<float>(rows * net.layer[0].gate_up.outs);
         codes_ = {arena.take<int8_t>(rows * widest), arena.take<float>(rows * widest / GROUP),
                   arena.take<float>(rows * widest / GROUP), 0};
@@ -123,40 +146,61 @@ class Step {
         }
         normalize(region, net_.norm, batch_.samples);
         product(region, net_.head, batch_.samples, batch_.logits, false);
+        region.each(batch_.samples, 1, [&](int64_t row) {
+            find_best(batch_.logits + row * net_.head.outs, net_.vocab, batch_.best[row], batch_.highest[row]);
+        });
     }
 
-    int64_t phases() const { return net_.layers * 12 + 4; }
+    int64_t phases() const { return net_.layers * 12 + 5; }
 
    private:
     int64_t q_width() const { return net_.heads * net_.head_dim; }
     int64_t group() const { return net_.heads / net_.kv_heads; }
     int64_t stride() const { return net_.layer[0].qkv.outs; }
-    Codes codes(int64_t ins) const { return {codes_.q, codes_.scale, codes_.shift, ins}; }
+
+    // The codes of a row, and of a few rows those of this thread: `place` is the first row that is written.
+    Codes codes(int64_t ins, int64_t place) const {
+        return Codes{codes_.q, codes_.scale, codes_.shift, ins}.from(place);
+    }
+
+    static int64_t place(const Region& region, int64_t rows) { return rows <= FEW ? region.index * FEW : 0; }
+
+    // round(row, place) for all rows: by all threads together, or few by every thread for itself.
+    template <class Round>
+    void each_row(Region& region, int64_t rows, Round round) {
+        const int64_t own = place(region, rows);
+        if (rows <= FEW) {
+            for (int64_t row = 0; row < rows; ++row) round(row, own + row);
+            return;
+        }
+        region.each(rows, 4, [&](int64_t row) { round(row, row); });
+    }
 
     void normalize(Region& region, const float* weight, int64_t rows) {
-        region.each(rows, 4, [&](int64_t row) {
-            float* normal = normal_ + row * net_.hidden;
+        each_row(region, rows, [&](int64_t row, int64_t to) {
+            float* normal = normal_ + to * net_.hidden;
             normalize_row(x_ + row * net_.hidden, weight, net_.hidden, net_.epsilon, normal);
-            quantize_row(normal, codes(net_.hidden).from(row));
+            quantize_row(normal, codes(net_.hidden, to));
         });
     }
 
     void quantize(Region& region, const float* x, int64_t size, int64_t step, int64_t rows) {
-        region.each(rows, 4, [&](int64_t row) { quantize_row(x + row * step, codes(size).from(row)); });
+        each_row(region, rows, [&](int64_t row, int64_t to) { quantize_row(x + row * step, codes(size, to)); });
     }
 
     void activate(Region& region, const LayerWeights& layer, int64_t rows) {
-        region.each(rows, 2, [&](int64_t row) {
-            float* gate = gate_up_ + row * layer.gate_up.outs;
-            activate_row(gate, gate + net_.inner, net_.inner);
-            quantize_row(gate, codes(net_.inner).from(row));
+        each_row(region, rows, [&](int64_t row, int64_t to) {
+            const float* gate = gate_up_ + row * layer.gate_up.outs;
+            activate_row(gate, gate + net_.inner, net_.inner, active_ + to * net_.inner);
+            quantize_row(active_ + to * net_.inner, codes(net_.inner, to));
         });
     }
 
     void product(Region& region, const Matrix& weight, int64_t rows, float* out, bool adds) {
         const int64_t blocks = weight.outs / BLOCK_OUTS;
+        const Codes from = codes(weight.ins, place(region, rows));
         region.each(blocks, std::clamp<int64_t>(blocks / (region.size * 6), 1, 16), [&](int64_t block) {
-            multiply_block(weight, block, codes(weight.ins), rows, out, weight.outs, adds);
+            multiply_block(weight, block, from, rows, out, weight.outs, adds);
         });
     }
 
@@ -183,17 +227,19 @@ class Step {
         int64_t partials = 0;
         for (int64_t seq = 0; seq < batch_.sequences; ++seq) {
             const int64_t count = batch_.starts[seq + 1] - batch_.starts[seq], context = batch_.context_lens[seq];
-            for (int64_t head = 0; head < net_.kv_heads; ++head) {
-                if (count > SHORT) {
-                    for (int64_t from = 0; from < count; from += TILE_QUERIES)
+            if (count > SHORT) {
+                for (int64_t from = 0; from < count; from += TILE_QUERIES)
+                    for (int64_t head = 0; head < net_.kv_heads; ++head)
                         pieces_.push_back({seq, head, from, std::min(from + TILE_QUERIES, count), -1});
-                    continue;
-                }
-                const int64_t rows = count * group(), parts = (context + PART_KEYS - 1) / PART_KEYS;
-                joins_.push_back({seq, head, parts, rows, partials});
-                for (int64_t part = 0; part < parts; ++part, partials += rows)
-                    pieces_.push_back({seq, head, part * PART_KEYS, std::min((part + 1) * PART_KEYS, context), partials});
+                continue;
             }
+            const int64_t rows = count * group(), parts = (context + PART_KEYS - 1) / PART_KEYS;
+            for (int64_t part = 0; part < parts; ++part)
+                for (int64_t head = 0; head < net_.kv_heads; ++head)
+                    pieces_.push_back({seq, head, part * PART_KEYS, std::min((part + 1) * PART_KEYS, context),
+                                       partials + (head * parts + part) * rows});
+            for (int64_t head = 0; head < net_.kv_heads; ++head, partials += parts * rows)
+                joins_.push_back({seq, head, parts, rows, partials});
         }
         // A later tile sees more keys: it goes first, so that no thread is left alone with one at the end.
         std::reverse(pieces_.begin(), pieces_.end());
@@ -214,14 +260,19 @@ class Step {
                 index,
                 head,
                 layer.window,
-                net_.scale};
+                net_.scale,
+                nullptr,
+                0};
     }
 
     void attend(Region& region, const LayerWeights& layer, int64_t index) {
-        region.each(pieces_.size(), 1, [&](int64_t at) {
+        // One thread takes all heads of a sequence, which share cache lines' pages, where there is enough for all.
+        const int64_t count = pieces_.size(), heads = net_.kv_heads;
+        region.each(count, count >= 4 * region.size * heads ? heads : 1, [&](int64_t at) {
             const Piece& piece = pieces_[at];
             Queries asked = queries(layer, index, piece.sequence, piece.head);
             if (piece.partial >= 0) {
+                announce(at, asked);
                 attend_part(pool_, asked, piece.from, piece.to, partials_ + piece.partial);
                 return;
             }
@@ -238,6 +289,14 @@ class Step {
                 join_parts(partials_ + join.partial + row, join.parts, join.rows, net_.head_dim,
                            asked.out + row / group() * asked.out_stride + row % group() * net_.head_dim);
         });
+    }
+
+    // What this head of the next piece of another sequence will read.
+    void announce(int64_t at, Queries& asked) const {
+        const size_t next = at + net_.kv_heads;
+        if (next >= pieces_.size() || pieces_[next].partial < 0 || pieces_[next].from != pieces_[at].from) return;
+        asked.next_blocks = batch_.blocks + pieces_[next].sequence * batch_.table_width;
+        asked.next_keys = pieces_[next].to;
     }
 
     // Behind the last attention only the sampled rows matter; they are in order, so they move up.
@@ -257,7 +316,7 @@ class Step {
     const Batch& batch_;
     std::vector<Piece> pieces_;
     std::vector<Join> joins_;
-    float *x_, *normal_, *qkv_, *attended_, *gate_up_;
+    float *x_, *normal_, *qkv_, *attended_, *gate_up_, *active_;
     Codes codes_;
     Partial* partials_;
 };

@@ -46,6 +46,7 @@ inline float sum(Floats v) {
     return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 }
 inline float largest(Floats v) { return _mm512_reduce_max_ps(v); }
+inline bool has_nan(Floats v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q) != 0; }
 // Whole numbers in [-128, 127] as bytes.
 inline void store_bytes(int8_t* at, Floats whole) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(at), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(whole)));
@@ -104,6 +105,10 @@ inline float largest(Floats v) {
     float found = lanes[0];
     for (int i = 1; i < 8; ++i) found = found < lanes[i] ? lanes[i] : found;
     return found;
+}
+inline bool has_nan(Floats v) {
+    const __m256 low = _mm256_cmp_ps(v.low, v.low, _CMP_UNORD_Q), high = _mm256_cmp_ps(v.high, v.high, _CMP_UNORD_Q);
+    return _mm256_movemask_ps(_mm256_or_ps(low, high)) != 0;
 }
 inline void store_bytes(int8_t* at, Floats whole) {
     const __m256i words = _mm256_permute4x64_epi64(

@@ -225,17 +225,45 @@ inline void transpose(const uint16_t* const* rows, int64_t pair, uint16_t* to) {
     for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * 2 * TILE_KEYS, r[i]);
 }
 
+// use(i, key row) for keys [from, from + count), without a division for each.
+template <class Use>
+void each_row(const Pool& pool, const int64_t* blocks, int64_t layer, int64_t head, int64_t from, int64_t count, Use use) {
+    const auto* data = static_cast<const uint16_t*>(pool.data);
+    const int64_t step = pool.kv_heads * pool.head_dim;
+    int64_t block = from / pool.block_size, slot = from % pool.block_size;
+    for (int64_t i = 0; i < count; ++block, slot = 0) {
+        const uint16_t* row = data + pool.row(blocks[block], layer, 0, slot, head);
+        for (; slot < pool.block_size && i < count; ++slot, ++i, row += step) use(i, row);
+    }
+}
+
+// A head's share of all that lies in these blocks for one layer, line after line: its rows are apart from each other, but
+// those of all heads together are a run of memory. What other heads ask for is what they need of this share.
+void call_blocks(const Pool& pool, const int64_t* blocks, const Queries& queries, int64_t from, int64_t to) {
+    const int64_t share = pool.row(0, 1, 0, 0, 0) * static_cast<int64_t>(sizeof(uint16_t)) / pool.kv_heads;
+    for (int64_t block = from / pool.block_size; block * pool.block_size < to; ++block) {
+        const auto* row = static_cast<const uint16_t*>(pool.data) + pool.row(blocks[block], queries.layer, 0, 0, 0);
+        const char* at = reinterpret_cast<const char*>(row) + queries.head * share;
+        // A function that only prefetches has no effect in the compiler's eyes, and it drops the call.
+        for (int64_t i = 0; i < share; i += 64) asm volatile("prefetcht1 %0" : : "m"(at[i]));
+    }
+}
+
+// A quarter of what the next sequence has at these keys: memory answers only so many calls at once.
+void call_quarter(const Pool& pool, const Queries& queries, int64_t key, int64_t quarter) {
+    const int64_t from = key + quarter * (TILE_KEYS / 4), to = std::min(from + TILE_KEYS / 4, queries.next_keys);
+    if (from < to) call_blocks(pool, queries.next_blocks, queries, from, to);
+}
+
 void load_keys(const Pool& pool, const Queries& queries, int64_t key, int64_t count, Tile& tile) {
     static const uint16_t nothing[MAX_HEAD_DIM] = {};
-    const auto* data = static_cast<const uint16_t*>(pool.data);
     const uint16_t *k[TILE_KEYS], *v[TILE_KEYS];
-    for (int64_t i = 0; i < TILE_KEYS; ++i) {
-        const int64_t at = key + i;
-        k[i] = v[i] = nothing;
-        if (i >= count) continue;
-        k[i] = data + pool.row(queries.blocks[at / pool.block_size], queries.layer, 0, at % pool.block_size, queries.head);
-        v[i] = k[i] + pool.row(0, 0, 1, 0, 0);
-    }
+    const int64_t values = pool.row(0, 0, 1, 0, 0);
+    each_row(pool, queries.blocks, queries.layer, queries.head, key, count, [&](int64_t i, const uint16_t* row) {
+        k[i] = row;
+        v[i] = row + values;
+    });
+    for (int64_t i = count; i < TILE_KEYS; ++i) k[i] = v[i] = nothing;
     for (int64_t i = 0; i < TILE_KEYS; i += 16)
         for (int64_t pair = 0; pair < pool.head_dim / 2; pair += 16)
             transpose(k + i, pair, tile.keys + (pair * TILE_KEYS + i) * 2);
@@ -334,19 +362,23 @@ void start_rows(const Pool& pool, const Queries& queries, Tile& tile) {
 void attend_brains(const Pool& pool, const Queries& queries, int64_t from, int64_t to, Partial* partial) {
     static thread_local Tile tile;
     const int64_t dim = pool.head_dim, rows = queries.count * queries.group;
-    start_rows(pool, queries, tile);
     const int64_t seen = std::max(from, first_key(queries, queries.first_position) / TILE_KEYS * TILE_KEYS);
     const int64_t last = std::min(to, queries.first_position + queries.count);
+    start_rows(pool, queries, tile);
     for (int64_t key = seen; key < last; key += TILE_KEYS) {
+        call_quarter(pool, queries, key, 0);
         load_keys(pool, queries, key, std::min(TILE_KEYS, last - key), tile);
+        call_quarter(pool, queries, key, 1);
         int64_t row = 0;
         for (; row + 4 <= rows; row += 4) score_rows<4>(tile, row, dim, tile.scores + row * TILE_KEYS);
         for (; row < rows; ++row) score_rows<1>(tile, row, dim, tile.scores + row * TILE_KEYS);
+        call_quarter(pool, queries, key, 2);
         for (row = 0; row < rows; ++row) {
             const int64_t position = queries.first_position + row / queries.group;
             const int64_t first = std::clamp<int64_t>(first_key(queries, position) - key, 0, TILE_KEYS);
             soften(tile, row, first, std::clamp<int64_t>(position + 1 - key, 0, TILE_KEYS), dim);
         }
+        call_quarter(pool, queries, key, 3);
         for (row = 0; row + 4 <= rows; row += 4) weigh<4>(tile, row, dim);
         for (; row < rows; ++row) weigh<1>(tile, row, dim);
     }

@@ -29,6 +29,8 @@ struct Queries {
     int64_t layer, head;    // of the pool
     int64_t window;         // keys that a token sees, itself included; 0 for all
     float scale;
+    const int64_t* next_blocks;  // of the sequence whose `next_keys` keys of this head are wanted afterwards
+    int64_t next_keys;           // 0: none
 };
 
 // A context is cut into parts of so many keys, which threads may share. A query's result is that of its parts joined in

@@ -23,8 +23,9 @@ def paged_attention(
 ) -> torch.Tensor:
     """Causal attention of the new tokens over all tokens of their sequences, read through the block table.
 
-    q [num_tokens, num_heads, head_dim], rows may be strided, float32 or the pool's type; kv_pool [num_blocks, num_layers, 2 (K, V), block_size,
-    num_kv_heads, head_dim], contiguous, with the new tokens' keys and values already in it. Returns a tensor like q.
+    q [num_tokens, num_heads, head_dim], rows may be strided, float32 or the pool's type; kv_pool [num_blocks,
+    num_layers, 2 (K, V), block_size, num_kv_heads, head_dim], contiguous, with the new tokens' keys and values already
+    in it. Returns a tensor like q.
     `window`: a token sees the last `window` tokens, itself included; None for all. Unused slots of a sequence's
     blocks must be finite (`kv_write.clear_blocks`). Raises InternalError when shapes or types do not fit. Reference:
     `reference.paged_attention`.

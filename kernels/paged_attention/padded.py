@@ -23,7 +23,9 @@ def paged_attention(
     """As `op.paged_attention`."""
     if len(plan.short) == 1 and not plan.long and isinstance(plan.short[0].rows, slice):
         bucket = plan.short[0]
-        return _attend_short(q, _gather(kv_pool, layer, bucket.block_rows, bucket.batch, q.dtype), bucket, scale, window)
+        return _attend_short(
+            q, _gather(kv_pool, layer, bucket.block_rows, bucket.batch, q.dtype), bucket, scale, window
+        )
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for bucket in plan.short:
         keys_values = _gather(kv_pool, layer, bucket.block_rows, bucket.batch, q.dtype)

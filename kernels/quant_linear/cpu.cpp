@@ -77,6 +77,8 @@ struct GroupCodes {
     }
 };
 
+constexpr int64_t AHEAD = 4096;  // bytes; weights follow each other in the order in which they are read
+
 template <int Bits, int Rows>
 inline void multiply_rows(const Matrix& weight, const uint8_t* at, const Codes& from, float* out, int64_t stride,
                           const float* bias, bool adds) {
@@ -85,6 +87,8 @@ inline void multiply_rows(const Matrix& weight, const uint8_t* at, const Codes& 
     Floats total[Rows];
     for (int r = 0; r < Rows; ++r) total[r] = bias ? load(bias) : zeros();
     for (int64_t group = 0; group < groups; ++group, at += CODES + 64) {
+        for (int64_t line = 0; line < CODES + 64; line += 64)
+            _mm_prefetch(reinterpret_cast<const char*>(at + AHEAD + line), _MM_HINT_T0);
         const GroupCodes<Bits> codes(at);
         const auto* scales = reinterpret_cast<const uint16_t*>(at + CODES);
         const Floats d = load_half(scales), m = load_half(scales + 16);

@@ -8,7 +8,11 @@ GGUF's Q4_0, Q4_1 and Q8_0 are of this form as they are; any other weight is rou
 
 from __future__ import annotations
 
+import contextlib
+import mmap
+import threading
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +23,7 @@ from ...core.errors import InternalError
 GROUP, BLOCK_OUTS = 32, 16
 _SCALE_BYTES = 64
 _ALIGNMENT = 64
+_CHUNK_BYTES = 32 << 20
 
 Bytes = npt.NDArray[np.uint8]
 Halves = npt.NDArray[np.float16]
@@ -35,7 +40,8 @@ class GroupedWeight:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.codes.shape[0], self.codes.shape[1]
+        outs, ins = self.codes.shape
+        return outs, ins
 
     def rows(self, order: npt.NDArray[np.int64]) -> GroupedWeight:
         """The outputs in another order."""
@@ -53,7 +59,7 @@ class PackedWeight:
 
     @property
     def padded_outs(self) -> int:
-        return self.data.shape[0] * BLOCK_OUTS
+        return int(self.data.shape[0]) * BLOCK_OUTS
 
 
 def group(weight: torch.Tensor) -> GroupedWeight:
@@ -68,9 +74,7 @@ def group(weight: torch.Tensor) -> GroupedWeight:
     step = d.to(torch.float32)
     inverse = torch.where(step > 0, 1 / step, 0.0)
     codes = (values * inverse[..., None]).round_().clamp_(-128, 127) + 128
-    return GroupedWeight(
-        codes.to(torch.uint8).view(outs, ins).numpy(), d.numpy(), (d * -128).numpy(), bits=8
-    )
+    return GroupedWeight(codes.to(torch.uint8).view(outs, ins).numpy(), d.numpy(), (d * -128).numpy(), bits=8)
 
 
 def joined(weights: list[GroupedWeight]) -> GroupedWeight:
@@ -139,13 +143,39 @@ def _check_ins(ins: int) -> None:
         raise InternalError(f"a weight with {ins} inputs cannot be cut into groups of {GROUP}")
 
 
-def _padded(rows: npt.NDArray[np.generic], blocks: int) -> npt.NDArray[np.generic]:
+def _padded(rows: npt.NDArray[Any], blocks: int) -> npt.NDArray[Any]:
     missing = blocks * BLOCK_OUTS - len(rows)
     return np.pad(rows, ((0, missing), (0, 0))) if missing else rows
 
 
+class _Room:
+    """Memory for packed weights, in pages as large as the system has: reading all of it at every step would else spend
+    much of its time on finding pages.
+    """
+
+    def __init__(self) -> None:
+        self._chunk = np.empty(0, np.uint8)
+        self._lock = threading.Lock()
+
+    def take(self, count: int) -> Bytes:
+        """`count` bytes from the beginning of a cache line on; given back when nobody holds a part of their chunk."""
+        with self._lock:
+            if len(self._chunk) < count:
+                self._chunk = _large_memory(max(count, _CHUNK_BYTES))
+            taken, self._chunk = self._chunk[:count], self._chunk[-(-count // _ALIGNMENT) * _ALIGNMENT :]
+            return taken
+
+
+def _large_memory(count: int) -> Bytes:
+    memory = mmap.mmap(-1, count)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)
+
+
+_room = _Room()
+
+
 def _aligned(shape: tuple[int, ...]) -> Bytes:
-    count = int(np.prod(shape))
-    room = np.empty(count + _ALIGNMENT, np.uint8)
-    start = -room.ctypes.data % _ALIGNMENT
-    return room[start : start + count].reshape(shape)
+    return _room.take(int(np.prod(shape))).reshape(shape)

@@ -34,6 +34,7 @@ class QuantLinear:
         self.outs, self.ins = weight.shape
         self.is_native = is_native()
         self.packed = pack(weight)
+        self.num_weights, self.num_bytes = self.outs * self.ins, self.packed.data.nbytes
         self.bias = None if bias is None else _padded(bias, self.packed.padded_outs)
         self._expanded = None if self.is_native else expand(weight)
 
