@@ -78,12 +78,12 @@ def measure(model: Path, texts: list[list[int]]) -> dict[str, dict[str, float]]:
             sums[name]["moved"] += float((reference.argmax(-1) != found.argmax(-1)).sum())
         print(f"{number} of {len(texts)} windows", file=sys.stderr, flush=True)
     results = {"float32": {"perplexity": math.exp(nll / total), "change": 0.0, "divergence": 0.0, "moved": 0.0}}
-    for name, found in sums.items():
+    for name, added in sums.items():
         results[name] = {
-            "perplexity": math.exp(found["nll"] / total),
-            "change": math.expm1((found["nll"] - nll) / total),
-            "divergence": found["divergence"] / total,
-            "moved": found["moved"] / total,
+            "perplexity": math.exp(added["nll"] / total),
+            "change": math.expm1((added["nll"] - nll) / total),
+            "divergence": added["divergence"] / total,
+            "moved": added["moved"] / total,
         }
     return results
 
