@@ -49,3 +49,25 @@ def e4m3_number(code):
 def int8_number(code):
     """The bits of an int8, given as uint8 → float32."""
     return code.to(tl.int8, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def code_numbers(codes, IS_FP8: tl.constexpr):
+    """uint8 codes of either 8-bit format → float32."""
+    return e4m3_number(codes) if IS_FP8 else int8_number(codes)
+
+
+@triton.jit
+def scaled_codes(values, scale, LARGEST: tl.constexpr, IS_FP8: tl.constexpr):
+    """float32 → uint8 codes in units of `scale`; zeros where it is NaN."""
+    quotients = tl.div_rn(values, tl.where(scale > 0, scale, 1.0))
+    quotients = tl.where(scale == scale, tl.minimum(tl.maximum(quotients, -LARGEST), LARGEST), 0.0)
+    return e4m3_code(quotients) if IS_FP8 else whole(quotients).to(tl.int8).to(tl.uint8, bitcast=True)
+
+
+@triton.jit
+def largest_magnitude(values, inside):
+    """The largest of |values|, a matrix; infinite where one is NaN, which a maximum would pass over."""
+    magnitude = tl.abs(values)
+    magnitude = tl.where(magnitude == magnitude, magnitude, float("inf"))
+    return tl.max(tl.max(tl.where(inside, magnitude, 0.0), axis=1), axis=0)

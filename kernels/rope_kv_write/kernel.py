@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from ..choice import next_power_of_two
-from ..triton_parts import e4m3_code, e4m3_number, int8_number, row_offset, whole
+from ..triton_parts import code_numbers, largest_magnitude, row_offset, scaled_codes
 from .layout import LARGEST, CacheLayer, Rotation
 
 
@@ -151,14 +151,6 @@ def _rotate_and_store(
 
 
 @triton.jit
-def _codes(values, scale, LARGEST: tl.constexpr, IS_FP8: tl.constexpr):
-    """float32 → the codes in units of `scale`; zeros where it is NaN."""
-    quotients = tl.div_rn(values, tl.where(scale > 0, scale, 1.0))
-    quotients = tl.where(scale == scale, tl.minimum(tl.maximum(quotients, -LARGEST), LARGEST), 0.0)
-    return e4m3_code(quotients) if IS_FP8 else whole(quotients).to(tl.int8).to(tl.uint8, bitcast=True)
-
-
-@triton.jit
 def _grown_scale(old, largest, LARGEST: tl.constexpr, IS_FP8: tl.constexpr):
     needed = tl.div_rn(largest, LARGEST)
     if IS_FP8:
@@ -171,16 +163,7 @@ def _grown_scale(old, largest, LARGEST: tl.constexpr, IS_FP8: tl.constexpr):
 @triton.jit
 def _rescale(place, inside, old, new, LARGEST: tl.constexpr, IS_FP8: tl.constexpr):
     codes = tl.load(place, mask=inside, other=0)
-    numbers = e4m3_number(codes) if IS_FP8 else int8_number(codes)
-    tl.store(place, _codes(numbers * old, new, LARGEST, IS_FP8), mask=inside)
-
-
-@triton.jit
-def _magnitude(values, inside):
-    """The largest of |values|; infinite where one is NaN, which a maximum would pass over."""
-    magnitude = tl.abs(values)
-    magnitude = tl.where(magnitude == magnitude, magnitude, float("inf"))
-    return tl.max(tl.max(tl.where(inside, magnitude, 0.0), axis=1), axis=0)
+    tl.store(place, scaled_codes(code_numbers(codes, IS_FP8) * old, new, LARGEST, IS_FP8), mask=inside)
 
 
 @triton.jit
@@ -230,7 +213,7 @@ def _store_scaled(
         scale_place = scales + scale_offset(block, layer, part, NUM_LAYERS, NUM_KV_HEADS) + head
         num_earlier = slot % BLOCK_SIZE
         old = tl.load(scale_place, mask=num_earlier > 0, other=0.0)
-        largest = tl.maximum(_magnitude(first, inside), _magnitude(second, inside))
+        largest = tl.maximum(largest_magnitude(first, inside), largest_magnitude(second, inside))
         new = _grown_scale(old, largest, LARGEST, IS_FP8)
         place = pool + slot_offset(own_slot, layer, part, NUM_LAYERS, BLOCK_SIZE, NUM_KV_HEADS * 2 * HALF)
         place += head * (2 * HALF) + dim
@@ -242,6 +225,6 @@ def _store_scaled(
             is_earlier = (row < num_earlier) & (dim < HALF)
             _rescale(earlier, is_earlier, old, new, LARGEST, IS_FP8)
             _rescale(earlier + HALF, is_earlier, old, new, LARGEST, IS_FP8)
-        tl.store(place, _codes(first, new, LARGEST, IS_FP8), mask=inside)
-        tl.store(place + HALF, _codes(second, new, LARGEST, IS_FP8), mask=inside)
+        tl.store(place, scaled_codes(first, new, LARGEST, IS_FP8), mask=inside)
+        tl.store(place + HALF, scaled_codes(second, new, LARGEST, IS_FP8), mask=inside)
         tl.store(scale_place, new)
