@@ -69,6 +69,12 @@ def number(low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
+def numbers(low: int, high: int) -> Callable[[str], list[int]]:
+    """Parses whole numbers from `low` to `high`, separated by commas."""
+    one = whole_number(low, high)
+    return lambda text: [one(part) for part in text.split(",")]
+
+
 def add_server_options(parser: Parser) -> None:
     parser.add_argument("--url", default=DEFAULT_URL, help=f"address of a running cluster (default: {DEFAULT_URL})")
     parser.add_argument("--api-key", metavar="KEY", help="API key (default: $PENSTOCK_API_KEY; none when unset)")
@@ -79,6 +85,12 @@ def add_model_options(parser: Parser) -> None:
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         help="number format of weights and KV cache (default: auto, bfloat16 where this machine computes it natively)",
+    )
+    parser.add_argument(
+        "--quantization",
+        choices=("auto", "none", "int8"),
+        help="how weights are multiplied: none, in that number format; int8, in 8 bits (or as stored where a GGUF file "
+        "has 4 or 8); auto, as they are stored, where native kernels can (default: auto)",
     )
     parser.add_argument(
         "--log-level",

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from typing import TYPE_CHECKING
 
-from .arguments import Commands, Parser, add_command, whole_number
+from ..models.store import DEFAULT_MODEL
+from .arguments import Commands, Parser, add_command, add_model_options, numbers, whole_number
 from .errors import CliError
+from .model_files import local_model
 from .terminal import table
 
 if TYPE_CHECKING:
+    from ..engine.engine_bench import EngineFigures
     from ..kvtransfer.transfer_bench import TransferFigures
 
 _DETAILS = """\
@@ -20,9 +24,14 @@ real hand-off does, and copies the same bytes plainly in the same run. GB/s, sha
 smallest hand-off, and processor seconds of both processes for each gigabyte. Transports that cannot be used here are
 named with the reason. Run it on an otherwise idle machine."""
 
+_ENGINE_DETAILS = """\
+Runs the engine alone, without router, gateway and hand-off: decode of several batches (prompts of 128 random tokens, 64
+new ones, greedy) and prefill of several lengths; what a step costs outside the network; and what share of this
+machine's measured limits that is. Run it on an otherwise idle machine."""
+
 
 def register(commands: Commands) -> None:
-    details = "Each measurement is a command of its own; see `penstock bench transfer --help`."
+    details = "Each measurement is a command of its own; see `penstock bench engine --help`."
     parser = add_command(commands, "bench", _needs_a_part, "Measure this machine.", details, "penstock bench transfer")
     parts = parser.add_subparsers(title="measurements", metavar="WHAT", dest="what", parser_class=Parser)
     transfer = add_command(
@@ -43,10 +52,77 @@ def register(commands: Commands) -> None:
         "--rounds", type=whole_number(1, 1000), default=7, help="repetitions of each figure (default: 7)"
     )
     transfer.add_argument("--json", action="store_true", help="print a JSON list, one object for each transport")
+    engine = add_command(
+        parts,
+        "engine",
+        run_engine,
+        "Measure how fast this machine decodes and prefills.",
+        _ENGINE_DETAILS,
+        "penstock bench engine --json",
+    )
+    engine.add_argument("model", nargs="?", default=DEFAULT_MODEL, help=f"model to run (default: {DEFAULT_MODEL})")
+    engine.add_argument("--batches", type=numbers(1, 4096), default=[1, 8, 32, 64], help="(default: 1,8,32,64)")
+    engine.add_argument("--prompts", type=numbers(1, 1 << 20), help="prompt lengths (default: 512,2048,8192, as fit)")
+    engine.add_argument("--rounds", type=whole_number(1, 1000), default=3, help="repetitions (default: 3)")
+    engine.add_argument("--threads", type=whole_number(1, 1024), help="threads (default: one for each core)")
+    engine.add_argument("--seed", type=whole_number(0, 1 << 62), default=0, help="of the random prompts (default: 0)")
+    engine.add_argument("--json", action="store_true", help="print a JSON object")
+    add_model_options(engine)
 
 
 def _needs_a_part(args: argparse.Namespace) -> int:
-    raise CliError("bench: say what to measure", "`penstock bench transfer`")
+    raise CliError("bench: say what to measure", "`penstock bench engine` or `penstock bench transfer`")
+
+
+def run_engine(args: argparse.Namespace) -> int:
+    from ..core.logging import setup_logging
+    from ..deploy.launch import available_cores
+    from ..engine.threads import thread_environment
+
+    setup_logging("bench", args.log_level or "warning")
+    model = local_model(args.model)
+    threads = args.threads or available_cores()
+    for name, value in thread_environment(threads).items():  # read by the thread library when torch is imported
+        os.environ.setdefault(name, value)
+    from ..engine.engine_bench import measure_engine
+    from ..engine.torch_engine import TorchEngine
+
+    engine = TorchEngine.load(
+        model.path,
+        model_name=model.name,
+        dtype=args.dtype or "auto",
+        quantization=args.quantization or "auto",
+        num_threads=threads,
+    )
+    prompts = args.prompts or [n for n in (512, 2048, 8192) if n < engine.spec.max_sequence_tokens]
+    try:
+        figures = measure_engine(engine, args.batches, prompts, args.rounds, args.seed, _say)
+    except ValueError as err:
+        raise CliError(f"--batches, --prompts: {err}") from err
+    print(_engine_json(figures) if args.json else _engine_table(figures))
+    return 0
+
+
+def _engine_json(figures: EngineFigures) -> str:
+    import msgspec
+
+    return json.dumps(msgspec.to_builtins(figures), indent=1)
+
+
+def _engine_table(figures: EngineFigures) -> str:
+    rows = [("WHAT", "tok/s", "OUTSIDE THE NETWORK, ms")]
+    rows += [
+        (f"decode, batch {batch}", f"{rate:.1f}", f"{figures.step_overhead_ms[batch]:.3f}")
+        for batch, rate in figures.decode_tok_s.items()
+    ]
+    rows += [(f"prefill of {length}", f"{rate:.0f}", "-") for length, rate in figures.prefill_tok_s.items()]
+    facts = [
+        f"weights {figures.quantization}, {figures.weight_bytes / 1e6:.0f} MB a step; KV {figures.dtype}, "
+        f"{figures.kv_bytes_per_token} bytes a token; native kernels {figures.native}, {figures.threads} threads",
+        f"this machine reads {figures.read_gb_s:.1f} GB/s (batch 1 uses {figures.share_of_read_limit:.0%}) and "
+        f"multiplies {figures.matrix_gflop_s:.0f} GFLOP/s (the longest prefill: {figures.share_of_matrix_limit:.0%})",
+    ]
+    return "\n".join([table(rows, right=frozenset((1, 2))), *facts])
 
 
 def run_transfer(args: argparse.Namespace) -> int:

@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         os.environ.setdefault(name, value)
     from ..decode_node.local import LocalRunner
 
-    runner = LocalRunner.open(model.path, model.name, args.dtype or "auto", threads)
+    runner = LocalRunner.open(model.path, model.name, args.dtype or "auto", threads, args.quantization or "auto")
     token_ids = (sampled.token_id for item in runner.stream(prompt_ids, params) for sampled in item.tokens)
     for piece in text_pieces(tokenizer, token_ids):
         print(printable(piece), end="", flush=True)

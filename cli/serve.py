@@ -126,6 +126,7 @@ def topology_from(args: argparse.Namespace) -> Topology:
         "source": args.model,
         "name": "" if args.model else None,
         "dtype": args.dtype,
+        "quantization": args.quantization,
         "max_model_len": args.max_model_len,
     }
     key_file = os.path.abspath(args.api_key_file) if args.api_key_file else None

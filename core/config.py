@@ -24,6 +24,7 @@ WireDtypeName = Literal["lossless", "auto", "float32", "bfloat16", "float16", "f
 PolicyName = Literal["prefix-affinity", "least-loaded", "round-robin"]
 Disaggregate = Literal["auto", "always", "never"]
 LevelName = Literal["debug", "info", "warning", "error"]
+QuantizationName = Literal["auto", "none", "int8"]
 WorkerRole = Literal["prefill", "decode", "both"]
 
 
@@ -32,6 +33,7 @@ class ModelConfig:
     source: str = DEFAULT_MODEL  # a name of the model store, a folder or file, pypi:package==version, hf:org/name
     name: str = ""  # what clients call it; empty: the last part of the source
     dtype: DTypeName = "auto"  # auto: bfloat16 where the machine computes it natively, else float32
+    quantization: QuantizationName = "auto"  # auto: as the file has it, where dtype is auto and native kernels run
     max_model_len: int | None = setting(None, 16, 1 << 24)  # tokens; None: the model's own window
 
     @property

@@ -35,11 +35,14 @@ class LocalRunner:
         self._number = 0
 
     @classmethod
-    def open(cls, path: Path, model_name: str, dtype: str, num_threads: int) -> LocalRunner:
+    def open(cls, path: Path, model_name: str, dtype: str, num_threads: int, quantization: str = "auto") -> LocalRunner:
         """A runner on the model at `path`. Imports torch. Raises ModelFileError or ConfigError."""
         from ..engine.torch_engine import TorchEngine
 
-        return cls(TorchEngine.load(path, model_name=model_name, dtype=dtype, num_threads=num_threads))
+        engine = TorchEngine.load(
+            path, model_name=model_name, dtype=dtype, quantization=quantization, num_threads=num_threads
+        )
+        return cls(engine)
 
     def stream(self, prompt_ids: list[int], params: SamplingParams, timeout_s: float = 1e6) -> Iterator[Tokens]:
         """The tokens of every choice as they come; each choice's last item has a finish_reason. Raises ServeError if

@@ -23,6 +23,7 @@ MAX_WORKERS = 256
 GRACE_S = 0.03  # a worker counts as computing for so long after a step: the next one usually follows at once
 STEP_S = 5.0  # and for so long into a step, so that a worker killed in one is forgotten
 MANY_TOKENS = 16  # from here on a second thread pays even in a decode step
+MANY_TOKENS_NATIVE = 2  # the same for the native step, which is one operator and not some two hundred
 _CELL = struct.Struct("<d")
 
 
@@ -78,15 +79,21 @@ class CoreShare:
 class SharingEngine:
     """An engine whose steps take this worker's share of the cores. Implements `engine.interface.Engine`."""
 
-    def __init__(self, engine: Engine, share: CoreShare, set_num_threads: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        share: CoreShare,
+        set_num_threads: Callable[[int], None],
+        many_tokens: int = MANY_TOKENS,
+    ) -> None:
         self.spec, self.memory = engine.spec, engine.memory
         self._engine, self._share, self._set_num_threads = engine, share, set_num_threads
-        self._num_threads = 0
+        self._num_threads, self._many_tokens = 0, many_tokens
 
     def execute(self, batch: list[ScheduledSeq], on_layers: OnLayers | None = None) -> list[tuple[SampledToken, ...]]:
         """See `Engine.execute`."""
         num_threads = self._share.begin()
-        if sum(entry.num_new_tokens for entry in batch) < MANY_TOKENS:
+        if sum(entry.num_new_tokens for entry in batch) < self._many_tokens:
             num_threads = max(1, num_threads // 2)
         if num_threads != self._num_threads:
             self._set_num_threads(num_threads)

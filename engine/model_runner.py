@@ -6,10 +6,12 @@ import numpy as np
 import torch
 
 from ..core.errors import InternalError
-from ..kernels.kv_write.op import kv_rows
+from ..kernels.decoder_step.op import DecoderStep, StepBatch, StepLogits, likeliest
+from ..kernels.kv_write.op import clear_blocks, kv_rows
 from ..kernels.paged_attention.plan import PoolShape, build_plan
 from ..models.config import ModelConfig
 from ..models.decoder import Decoder, StepInput
+from ..models.native_step import native_step
 from .batch import Batch
 from .interface import OnLayers
 from .kv_memory import KVMemory
@@ -36,18 +38,52 @@ class ModelRunner:
     def __init__(self, decoder: Decoder, kv_pool: torch.Tensor) -> None:
         config = decoder.config
         self._decoder, self._pool, self._block_size = decoder, kv_pool, kv_pool.shape[3]
+        self._step = native_step(decoder)
+        self.num_threads = torch.get_num_threads()
         self._shape = PoolShape(
             config.num_layers, self._block_size, config.num_heads // config.num_kv_heads, decoder.dtype
         )
         self._window = config.sliding_window if any(config.window_layers) else None
 
+    @property
+    def is_native(self) -> bool:
+        """Steps run in the native kernel."""
+        return self._step is not None
+
+    def set_num_threads(self, num_threads: int) -> None:
+        """Threads of the steps from now on. torch's own team, which would spin beside the native one, stays at one
+        thread where steps are native.
+        """
+        self.num_threads = num_threads
+        torch.set_num_threads(1 if self.is_native else num_threads)
+
     def run(self, batch: Batch, on_layers: OnLayers | None = None) -> torch.Tensor:
-        """Logits [sampled rows, vocab_size] in the type of the weights.
+        """Logits [sampled rows, vocab_size] in the type that the network computes in.
 
         Raises InternalError for an id or position out of range.
         """
+        return self.step(batch, on_layers).logits
+
+    def step(self, batch: Batch, on_layers: OnLayers | None = None) -> StepLogits:
+        """The same with the likeliest tokens."""
         self._check(batch)
-        return self._decoder.forward(self._step_input(batch), self._pool, on_layers)
+        if self._step is not None:
+            return self._run_natively(self._step, batch, on_layers)
+        return likeliest(self._decoder.forward(self._step_input(batch), self._pool, on_layers))
+
+    def _run_natively(self, step: DecoderStep, batch: Batch, on_layers: OnLayers | None) -> StepLogits:
+        if len(batch.fresh_blocks):
+            clear_blocks(self._pool, torch.from_numpy(batch.fresh_blocks))
+        arrays = StepBatch(
+            batch.token_ids,
+            batch.positions,
+            batch.slot_mapping,
+            batch.cu_seqlens_q,
+            batch.context_lens,
+            batch.block_table,
+            batch.sampled_rows,
+        )
+        return step.run(arrays, self._pool, self.num_threads, on_layers)
 
     def _step_input(self, batch: Batch) -> StepInput:
         return StepInput(

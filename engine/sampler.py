@@ -14,15 +14,20 @@ from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..core.errors import InternalError
 from ..core.random_bits import choice_seed
+from ..kernels.decoder_step.op import StepLogits
 from ..protocol.messages import SampledToken, TokenLogprob
 from ..protocol.sampling import SamplingParams
 from .logit_rules import adjust
 from .race import race_key, winner
 from .sequence import Sequence
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
 
 _HEADS = (128, 4096)  # likeliest tokens among which a cutoff is sought before the row is sorted as a whole
 _LOWEST_TEMPERATURE = 1e-5  # below, float32 logits divided by it would overflow; the draw is greedy long before
@@ -42,45 +47,45 @@ class SampledRow:
 
 
 @torch.inference_mode()
-def sample(logits: torch.Tensor, rows: list[SampledRow], eos_token_ids: frozenset[int]) -> list[SampledToken]:
-    """One token for each of `rows`. logits [n, vocab_size] of any float type.
+def sample(result: StepLogits, rows: list[SampledRow], eos_token_ids: frozenset[int]) -> list[SampledToken]:
+    """One token for each of `rows`, out of what a step gave.
 
     Raises InternalError that names the request whose logits hold no finite maximum (NaN, or all masked).
     """
     if not rows:
         return []
-    raw = _spread(logits, rows)
-    _check_finite(raw, rows)
+    index = [row.row for row in rows]
+    raw = _spread(result.logits, index)
+    _check_finite(result.highest[index], rows)
     adjusted = adjust(raw, [row.seq for row in rows], eos_token_ids)
     if adjusted is not raw:
-        _check_finite(adjusted, rows)
-    token_ids = _choose(adjusted, rows)
+        _check_finite(adjusted.amax(dim=-1).numpy(), rows)
+        best = adjusted.numpy().argmax(axis=-1)
+    else:
+        best = result.best[index]
+    token_ids = _choose(adjusted, best, rows)
     logprobs = _logprobs(raw, rows, token_ids)
     return [SampledToken(token_id, logprobs.get(index)) for index, token_id in enumerate(token_ids)]
 
 
-def _spread(logits: torch.Tensor, rows: list[SampledRow]) -> torch.Tensor:
-    """float32 logits in main memory with one row for each of `rows`; several choices may share a row of `logits`."""
-    index = [row.row for row in rows]
-    picked = logits if index == list(range(logits.shape[0])) else logits[index]
-    return picked.to("cpu", torch.float32)
+def _spread(logits: torch.Tensor, index: list[int]) -> torch.Tensor:
+    """One row of `logits` for each of `index`; several choices may share one."""
+    return logits if index == list(range(logits.shape[0])) else logits[index]
 
 
-def _check_finite(logits: torch.Tensor, rows: list[SampledRow]) -> None:
-    highest = logits.amax(dim=-1)
-    if bool(highest.isfinite().all()):
+def _check_finite(highest: Floats, rows: list[SampledRow]) -> None:
+    is_finite = np.isfinite(highest)
+    if is_finite.all():
         return
-    bad = int(torch.nonzero(~highest.isfinite())[0])
+    bad = int(np.flatnonzero(~is_finite)[0])
     raise InternalError(
         f"request {rows[bad].seq.key}: the highest logit is {float(highest[bad])}, no token can be drawn"
     )
 
 
-def _choose(logits: torch.Tensor, rows: list[SampledRow]) -> list[int]:
-    # numpy finds the first maximum of a row several times faster than torch does on a CPU.
-    token_ids = (
-        logits.numpy().argmax(axis=-1) if any(r.params.is_greedy for r in rows) else np.zeros(len(rows), np.int64)
-    )
+def _choose(logits: torch.Tensor, best: Ints, rows: list[SampledRow]) -> list[int]:
+    """`best`: the likeliest token of each row, which is what greedy rows take."""
+    token_ids = best.copy()
     drawn = [index for index, row in enumerate(rows) if not row.params.is_greedy]
     if drawn:
         some = logits if len(drawn) == len(rows) else logits[drawn]

@@ -5,16 +5,19 @@ The worker's process calls `execute` from one thread. Threads inside torch: see 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
 from ..core.errors import ConfigError
-from ..models.checkpoint import open_checkpoint
+from ..kernels.native.library import level
+from ..kernels.quant_linear.op import QuantLinear, is_native
+from ..models.checkpoint import Checkpoint, open_checkpoint
 from ..models.config import ModelConfig
 from ..models.decoder import Decoder
-from ..models.weights import load_weights
+from ..models.weights import Weight, load_weights
 from ..protocol.messages import Fingerprint, SampledToken
 from .batch import build_batch
 from .interface import EngineSpec, OnLayers, ScheduledSeq
@@ -42,12 +45,13 @@ class TorchEngine:
         block_size: int = 16,
         make_memory: MakeMemory | None = None,
     ) -> None:
-        config, dtype = decoder.config, decoder.dtype
+        config, dtype = decoder.config, decoder.cache_dtype
         self.decoder = decoder
         make_memory = make_memory or _own_memory
         self.memory = make_memory(num_blocks, config.num_layers, layer_bytes(config, block_size, dtype))
         self._runner = ModelRunner(decoder, pool_view(self.memory, config, block_size, dtype))
         self._block_size = block_size
+        self.network_s = 0.0  # seconds within the network so far, for measurements
         self.spec = EngineSpec(
             fingerprint=Fingerprint(
                 model=model_name,
@@ -74,6 +78,7 @@ class TorchEngine:
         *,
         model_name: str,
         dtype: str = "auto",
+        quantization: str = "auto",
         num_blocks: int | None = None,
         kv_bytes: int = DEFAULT_KV_BYTES,
         block_size: int = 16,
@@ -85,15 +90,19 @@ class TorchEngine:
         """Load the model at `path`. The pool has `num_blocks` blocks, or as many as fit in `kv_bytes`.
 
         `make_memory`: where the blocks lie, when they are not to have a memory of their own.
-        Sets torch's number of threads for the whole process. Raises ModelFileError or ConfigError.
+        `quantization`: see `resolve_grouping`. Sets torch's number of threads for the whole process. Raises
+        ModelFileError or ConfigError.
         """
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         checkpoint = open_checkpoint(path)
         config, kind = checkpoint.config, resolve_dtype(dtype)
         blocks = num_blocks or blocks_in(kv_bytes, config.num_layers * layer_bytes(config, block_size, kind))
-        decoder = build_decoder(config, checkpoint.tensors(), kind, _max_context(config, max_model_len), progress)
-        return cls(
+        grouped = resolve_grouping(quantization, dtype, checkpoint)
+        tensors = checkpoint.grouped_tensors() if grouped else checkpoint.tensors()
+        context = _max_context(config, max_model_len)
+        decoder = build_decoder(config, tensors, kind, context, progress, grouped=grouped)
+        engine = cls(
             decoder,
             model_name=model_name,
             identity=checkpoint.identity,
@@ -101,18 +110,47 @@ class TorchEngine:
             block_size=block_size,
             make_memory=make_memory,
         )
+        engine.set_num_threads(torch.get_num_threads())
+        return engine
+
+    def set_num_threads(self, num_threads: int) -> None:
+        """Threads of the steps from now on; sets torch's for the whole process."""
+        self._runner.set_num_threads(num_threads)
 
     def execute(self, batch: list[ScheduledSeq], on_layers: OnLayers | None = None) -> list[tuple[SampledToken, ...]]:
         """See `Engine.execute`."""
         if not batch:
             return []
-        logits = self._runner.run(build_batch(batch, self._block_size), on_layers)
+        inputs = build_batch(batch, self._block_size)
+        started = time.perf_counter()
+        result = self._runner.step(inputs, on_layers)
+        self.network_s += time.perf_counter() - started
         sampling = [entry for entry in batch if entry.sample]
         rows = [
             SampledRow(row, entry.seq, choice) for row, entry in enumerate(sampling) for choice in entry.seq.choices
         ]
-        tokens = iter(sample(logits, rows, self.spec.eos_token_ids))
+        tokens = iter(sample(result, rows, self.spec.eos_token_ids))
         return [tuple(next(tokens) for _ in entry.seq.choices) if entry.sample else () for entry in batch]
+
+    @property
+    def quantization(self) -> str:
+        """How the weights are kept: "grouped" as 4 or 8 bits, or "none"."""
+        return "grouped" if isinstance(self.decoder.weights.head, QuantLinear) else "none"
+
+    @property
+    def is_native(self) -> bool:
+        """Steps run in the native kernel."""
+        return self._runner.is_native
+
+    @property
+    def num_threads(self) -> int:
+        """Threads of a step."""
+        return self._runner.num_threads
+
+    @property
+    def native_level(self) -> str:
+        """The level of instructions of the native step, or "off" where torch computes."""
+        return (level() or "off") if self._runner.is_native else "off"
 
     def rest(self) -> None:
         """See `Engine.rest`; nothing is held here."""
@@ -120,17 +158,20 @@ class TorchEngine:
 
 def build_decoder(
     config: ModelConfig,
-    tensors: Iterable[tuple[str, torch.Tensor]],
+    tensors: Iterable[tuple[str, Weight]],
     dtype: torch.dtype,
     max_context: int | None = None,
     progress: Progress | None = None,
+    *,
+    grouped: bool = False,
 ) -> Decoder:
     """The network of `config` with these weights.
 
-    Sequences may have up to `max_context` tokens, by default the model's window.
+    Sequences may have up to `max_context` tokens, by default the model's window. With `grouped` weights it computes in
+    float32, and `dtype` is that of the cache.
     """
-    weights = load_weights(config, tensors, dtype, progress)
-    return Decoder(config, weights, max_context or config.max_position)
+    weights = load_weights(config, tensors, torch.float32 if grouped else dtype, progress, grouped)
+    return Decoder(config, weights, max_context or config.max_position, dtype)
 
 
 def resolve_dtype(name: str) -> torch.dtype:
@@ -146,6 +187,23 @@ def resolve_dtype(name: str) -> torch.dtype:
             return torch.float16
         case _:
             raise ConfigError(f"model.dtype: {name!r} is not one of auto, float32, bfloat16, float16")
+
+
+def resolve_grouping(name: str, dtype: str, checkpoint: Checkpoint) -> bool:
+    """Whether matrices are multiplied as grouped weights: "none" never, "int8" always (what is stored in groups of 4 or
+    8 bits stays as it is), "auto" where they are stored so, the native kernels are here and `dtype` is "auto".
+
+    Raises ConfigError for another name.
+    """
+    match name:
+        case "none":
+            return False
+        case "int8":
+            return True
+        case "auto":
+            return dtype == "auto" and checkpoint.is_grouped and is_native()
+        case _:
+            raise ConfigError(f"model.quantization: {name!r} is not one of auto, none, int8")
 
 
 def _has_native_bfloat16() -> bool:

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from ..core.errors import ModelFileError
+from ..kernels.quant_linear.grouped import GroupedWeight
 from .config import ModelConfig
 from .gguf_checkpoint import GgufCheckpoint
 from .safetensors_folder import SafetensorsFolder
@@ -25,12 +26,21 @@ class Checkpoint(Protocol):
     config: ModelConfig
     identity: str
 
+    @property
+    def is_grouped(self) -> bool:
+        """Most of the weights are stored as grouped ones."""
+        ...
+
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every weight once, e.g. ("model.layers.3.self_attn.q_proj.weight", [num_heads * head_dim, hidden_size]).
 
         On the CPU, in float32, float16 or bfloat16 as stored, quantised ones as float32. A tied "lm_head.weight" is
         absent. Raises ModelFileError.
         """
+        ...
+
+    def grouped_tensors(self) -> Iterator[tuple[str, torch.Tensor | GroupedWeight]]:
+        """The same; matrices whose format is that of grouped weights as they are stored."""
         ...
 
 

@@ -12,14 +12,14 @@ whatever the type of the weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
 from ..kernels.kv_write.op import clear_blocks, store_kv
-from ..kernels.linear.op import Linear
 from ..kernels.paged_attention.op import paged_attention
 from ..kernels.paged_attention.plan import AttentionPlan
 from .config import ModelConfig
@@ -45,6 +45,30 @@ class StepInput:
     plan: AttentionPlan
 
 
+class Projection(Protocol):
+    """`kernels.linear.op.Linear`, or one with grouped weights."""
+
+    num_weights: int
+    num_bytes: int
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [rows, in] → [rows, out]."""
+        ...
+
+    def plus(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """The same plus residual [rows, out]."""
+        ...
+
+
+class Embedding(Protocol):
+    """A tensor [vocab_size, hidden_size], or what gives its rows. `dtype`: what the network computes in."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def index_select(self, dim: int, index: torch.Tensor, /) -> torch.Tensor: ...
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerWeights:
     """One layer.
@@ -53,34 +77,56 @@ class LayerWeights:
     """
 
     attention_norm: torch.Tensor
-    qkv: Linear
-    output: Linear
+    qkv: Projection
+    output: Projection
     mlp_norm: torch.Tensor
-    gate_up: Linear
-    down: Linear
+    gate_up: Projection
+    down: Projection
     qk_norm: torch.Tensor | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DecoderWeights:
-    embedding: torch.Tensor  # [vocab_size, hidden_size]
+    embedding: Embedding
     layers: tuple[LayerWeights, ...]
     norm: torch.Tensor
-    head: Linear
+    head: Projection
 
 
 class Decoder:
     """The network with its weights, without a cache: engines that share it bring their own pools.
 
     max_context: the longest sequence, in tokens. Some kinds of rotary scaling depend on it, and with it the keys in
-    the cache.
+    the cache. `dtype`: what it computes in; `cache_dtype`: what keys and values are stored in.
     """
 
-    def __init__(self, config: ModelConfig, weights: DecoderWeights, max_context: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: DecoderWeights,
+        max_context: int,
+        cache_dtype: torch.dtype | None = None,
+    ) -> None:
         self.config, self.weights, self.max_context = config, weights, max_context
         self.dtype = weights.embedding.dtype
-        self._scale = 1 / math.sqrt(config.head_dim)
+        self.cache_dtype = cache_dtype or self.dtype
+        self.scale = 1 / math.sqrt(config.head_dim)
         self._inv_freq, self._gain = rope_frequencies(config, max_context)
+
+    @property
+    def linear_weights(self) -> int:
+        """How many weights the products of one token have, the head's included."""
+        return sum(product.num_weights for product in self._products())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of these weights, which a step of few tokens reads once."""
+        return sum(product.num_bytes for product in self._products())
+
+    def _products(self) -> Iterator[Projection]:
+        for layer in self.weights.layers:
+            yield from (layer.qkv, layer.output, layer.gate_up, layer.down)
+        yield self.weights.head
 
     @torch.inference_mode()
     def forward(
@@ -106,10 +152,13 @@ class Decoder:
             x = self._feed_forward(layer, layer.output.plus(attended, x))
         return self.weights.head(self._norm(x, self.weights.norm))
 
+    def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines for tokens at `positions`, [tokens, head_dim / 2] float32."""
+        angles = torch.outer(positions.float(), self._inv_freq)
+        return angles.cos().mul_(self._gain), angles.sin().mul_(self._gain)
+
     def _rotation(self, positions: torch.Tensor) -> Rotation:
-        """For tokens at `positions`; the angles are computed in float32."""
-        angles = torch.outer(positions.float(), self._inv_freq).unsqueeze(1)
-        cos, sin = angles.cos().mul_(self._gain), angles.sin().mul_(self._gain)
+        cos, sin = (part.unsqueeze(1) for part in self.angles(positions))
         return torch.cat((cos, cos), dim=-1).to(self.dtype), torch.cat((-sin, sin), dim=-1).to(self.dtype)
 
     def _attend(
@@ -131,10 +180,11 @@ class Decoder:
             qk.copy_(self._norm(qk, None).mul_(layer.qk_norm))
         if config.rope_layers[index]:
             rotate(qk, rotation)
-        store_kv(qkv[:, query_width:].view(num_tokens, 2, -1), kv_pool, index, step.kv_rows)
+        kv = qkv[:, query_width:].reshape(num_tokens, 2, -1)
+        store_kv(kv.to(kv_pool.dtype), kv_pool, index, step.kv_rows)
         window = config.sliding_window if config.window_layers[index] else None
         q = qk[:, : config.num_heads]
-        return paged_attention(q, kv_pool, index, step.plan, scale=self._scale, window=window).view(
+        return paged_attention(q, kv_pool, index, step.plan, scale=self.scale, window=window).view(
             num_tokens, query_width
         )
 

@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 
 from ..core.errors import ModelFileError
+from ..kernels.quant_linear.grouped import GroupedWeight
 from .config import ModelConfig, RopeScaling, config_from_gguf
 from .dequantize import dequantize
 from .gguf import GgufFile, read_gguf
+from .grouped_gguf import GROUPED_FORMATS, grouped
 from .weight_identity import WeightFile, weight_identity
 from .weight_shapes import check_shapes, weight_shapes
 
@@ -54,10 +56,29 @@ class GgufCheckpoint:
         offsets = [info.offset for info in self._file.tensors.values()]
         self.identity = weight_identity(self.config, [WeightFile(path, self._file.header_bytes, offsets)])
 
+    @property
+    def is_grouped(self) -> bool:
+        """Most of the bytes are."""
+        sizes = {True: 0, False: 0}
+        for info in self._file.tensors.values():
+            sizes[info.format.name in GROUPED_FORMATS] += info.num_bytes
+        return sizes[True] > sizes[False]
+
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Each weight once, under its canonical name. The tensors are copies: the file stays untouched."""
         for stored, name in self._names.items():
             yield name, _in_canonical_rows(_load(self._file, stored), name, self.config)
+
+    def grouped_tensors(self) -> Iterator[tuple[str, torch.Tensor | GroupedWeight]]:
+        """The same; matrices that are stored in groups of 32 stay so."""
+        for stored, name in self._names.items():
+            info = self._file.tensors[stored]
+            weight = grouped(self._file.raw(stored), info.format.name, info.shape)
+            if weight is None:
+                yield name, _in_canonical_rows(_load(self._file, stored), name, self.config)
+            else:
+                order = torch.arange(info.shape[0]).unsqueeze(1)
+                yield name, weight.rows(_in_canonical_rows(order, name, self.config).flatten().numpy())
 
 
 def gguf_name(name: str) -> str:

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..core.errors import ModelFileError
+from ..kernels.quant_linear.grouped import GroupedWeight
 from .config import ModelConfig, config_from_hf
 from .config_fields import Fields, printable, shown
 from .weight_identity import WeightFile, weight_identity
@@ -43,6 +44,11 @@ class SafetensorsFolder:
         files = [WeightFile(shard.path, shard.header_bytes, shard.offsets) for shard in self._shards]
         self.identity = weight_identity(self.config, files)
 
+    @property
+    def is_grouped(self) -> bool:
+        """No such file has grouped weights that are read as they are."""
+        return False
+
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Each weight once, in the dtype of the file, shard by shard."""
         for shard in self._shards:
@@ -53,6 +59,10 @@ class SafetensorsFolder:
                             yield name, file.get_tensor(name)
             except SafetensorError as error:
                 raise ModelFileError(f"{shard.path.name}: {error}") from error
+
+    def grouped_tensors(self) -> Iterator[tuple[str, torch.Tensor | GroupedWeight]]:
+        """The same."""
+        yield from self.tensors()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -96,10 +96,10 @@ def test_wheel_holds_every_module(tmp_path: Path, repo_root: Path, product_sourc
     for path, text in product_sources.items():
         (source / path).parent.mkdir(parents=True, exist_ok=True)
         (source / path).write_text(text, encoding="utf-8")
-    native = [
+    native: list[Path] = [
         path.relative_to(repo_root) for pattern in ("*.cpp", "*.h") for path in repo_root.glob(f"kernels/*/{pattern}")
     ]
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", *native):
+    for name in (*map(Path, ("pyproject.toml", "setup.py", "README.md", "LICENSE")), *native):
         (source / name).write_bytes((repo_root / name).read_bytes())
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     done = subprocess.run([*pip, "-w", str(tmp_path), str(source)], capture_output=True, text=True, check=False)

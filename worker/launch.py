@@ -13,7 +13,7 @@ from ..core.cluster_key import cluster_key
 from ..core.config import Topology, TransferConfig, WorkerSpec
 from ..core.ids import SecureIds, WorkerKey, new_epoch
 from ..engine.block_pool import BlockPool
-from ..engine.core_share import MAX_WORKERS, CoreShare, SharingEngine
+from ..engine.core_share import MANY_TOKENS, MANY_TOKENS_NATIVE, MAX_WORKERS, CoreShare, SharingEngine
 from ..engine.interface import Engine
 from ..engine.kv_memory import DEFAULT_KV_BYTES
 from ..kvtransfer.effects import LinkEvent
@@ -76,6 +76,7 @@ def load_engine(topology: Topology, spec: WorkerSpec, membership: Membership | N
         Path(topology.model.source),
         model_name=topology.model.served_name,
         dtype=pool.dtype or topology.model.dtype,
+        quantization=topology.model.quantization,
         num_blocks=pool.num_blocks,
         kv_bytes=pool.kv_cache_bytes or DEFAULT_KV_BYTES,
         block_size=pool.block_size or topology.block_size,
@@ -83,7 +84,8 @@ def load_engine(topology: Topology, spec: WorkerSpec, membership: Membership | N
         make_memory=membership.make_memory if membership is not None else None,
     )
     share.rest()
-    return SharingEngine(engine, share, torch.set_num_threads)
+    few = MANY_TOKENS_NATIVE if engine.is_native else MANY_TOKENS
+    return SharingEngine(engine, share, engine.set_num_threads, few)
 
 
 def _make_core(

@@ -24,6 +24,7 @@ class Linear:
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self.bias = bias
+        self.num_weights, self.num_bytes = weight.numel(), weight.nbytes
         self.is_packed = weight.device.type == "cpu" and can_pack(weight.dtype)
         self.weight = _pack(weight) if self.is_packed else weight.contiguous()
 

@@ -80,7 +80,9 @@ def _library() -> ctypes.CDLL | None:
     name = level()
     if name is None:
         if os.environ.get(VARIABLE) != "off":
-            logger.warning("no native kernels for this machine: torch computes, slower; a C++ compiler at install builds them")
+            logger.warning(
+                "no native kernels for this machine: torch computes, slower; a C++ compiler at install builds them"
+            )
         return None
     library = ctypes.CDLL(str(_path(name)))
     if library.penstock_abi() != ABI:

@@ -2,35 +2,34 @@
 
     python -m penstock.kernels.paged_attention.bench
 
-Each line is one shape: the median time of a call, its rate, and the share of the limit, which is measured in the same
-run: bytes of keys and values a second against a plain copy (decode), operations a second against a bfloat16 matrix
-product (prefill). The level-2 cache is overwritten before each call. Every shape is compared with torch's own
-attention first; nothing is timed that is wrong.
+Each line is one shape: the median time of a call, its rates, and its share of the limit, which is measured in the same
+run: a copy of memory for decode, a bfloat16 matrix product for prefill, whichever the shape meets first. Every shape is
+compared with torch's own attention before it is timed.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ...core.errors import ConfigError
+from ..gpu_limits import Work, bytes_per_second, check_close, operations_per_second, report, require_cuda
 from .device_plan import DevicePlan, build_device_plan
 from .op import EIGHT_BITS, paged_attention
 
 _POOL_DTYPES = {"bfloat16": torch.bfloat16, "int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
-_CACHE_BYTES = 256 << 20  # more than any level-2 cache
-_TOLERANCE = 2e-2
+_DECODES = [(1, 4096), (1, 131_072), (8, 8192), (32, 4096), (128, 2048), (256, 1024)]  # sequences, context
+_PREFILLS = [(1, 0, 2048), (1, 0, 8192), (8, 0, 1024), (1, 6144, 2048), (1, 30_720, 2048)]  # sequences, earlier, new
 
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """The sizes of a model's attention and of its pool."""
+    """The sizes of a model's attention and of its pool; `group` is query heads per KV head."""
 
     num_kv_heads: int
     group: int
@@ -41,142 +40,102 @@ class Heads:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Inputs:
-    """One call: arguments of `op.paged_attention` for sequences of one length."""
+    """One call for `batch` sequences of one length."""
 
+    heads: Heads
+    batch: int
+    new: int
     q: torch.Tensor
     kv_pool: torch.Tensor
     kv_scales: torch.Tensor | None
     plan: DevicePlan
-    batch: int
 
     def run(self) -> torch.Tensor:
-        scale = self.q.shape[2] ** -0.5
+        scale = self.heads.head_dim**-0.5
         return paged_attention(self.q, self.kv_pool, 0, self.plan, scale=scale, kv_scales=self.kv_scales)
 
     def check(self) -> None:
         """Raises AssertionError when the first sequence's result is not what torch's own attention says."""
-        rows = self.q.shape[0] // self.batch
-        blocks = self.kv_pool[self.plan.block_table[0].long(), 0].float()
+        block_ids = self.plan.block_table[0].long()
+        blocks = self.kv_pool[block_ids, 0].float()
         if self.kv_scales is not None:
-            blocks *= self.kv_scales[self.plan.block_table[0].long(), 0][:, :, None, :, None]
-        k, v = blocks.transpose(0, 1).flatten(1, 2)[:, : self.plan.max_context_len].transpose(1, 2)
-        visible = torch.ones(rows, k.shape[1], dtype=torch.bool, device=k.device).tril(k.shape[1] - rows)
-        q = self.q[:rows].float().transpose(0, 1)
-        expected = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=visible, enable_gqa=True)
-        actual = self.run()[:rows].float().transpose(0, 1)
-        torch.testing.assert_close(actual, expected[0], rtol=_TOLERANCE, atol=_TOLERANCE)
+            blocks *= self.kv_scales[block_ids, 0][:, :, None, :, None]
+        num_keys = self.plan.max_context_len
+        k, v = blocks.transpose(0, 1).flatten(1, 2)[:, :num_keys].transpose(1, 2)[:, None]
+        visible = torch.ones(self.new, num_keys, dtype=torch.bool, device=k.device).tril(num_keys - self.new)
+        q = self.q[: self.new].float().transpose(0, 1)[None]
+        expected = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)[0].transpose(0, 1)
+        check_close(self.run()[: self.new], expected)
+
+    def work(self) -> Work:
+        heads, num_keys = self.heads, self.plan.max_context_len
+        kv_bytes = 2 * num_keys * heads.num_kv_heads * heads.head_dim * heads.pool_dtype.itemsize
+        pairs = self.new * (num_keys - self.new) + self.new * (self.new + 1) // 2
+        operations = 4 * pairs * heads.num_kv_heads * heads.group * heads.head_dim
+        return Work(self.batch * kv_bytes + 2 * self.q.nbytes, self.batch * operations)
 
 
 def make_inputs(heads: Heads, batch: int, earlier: int, new: int, device: torch.device) -> Inputs:
-    """`batch` sequences with `earlier` tokens in the pool and `new` ones; their blocks lie in random order."""
+    """Sequences with `earlier` tokens in the pool and `new` ones; their blocks lie in random order."""
     generator = torch.Generator(device).manual_seed(0)
     per_seq = -(-(earlier + new) // heads.block_size)
     shape = (batch * per_seq, 1, 2, heads.block_size, heads.num_kv_heads, heads.head_dim)
-    kv_pool = torch.empty(shape, dtype=heads.pool_dtype, device=device)
+    values = torch.randn(shape, dtype=torch.bfloat16, device=device, generator=generator)
     kv_scales = None
-    step = 1.0
     if heads.pool_dtype in EIGHT_BITS:
         step = 1 / 32
         kv_scales = torch.full((*shape[:3], shape[4]), step, device=device)
-    for block in kv_pool:  # one at a time: the numbers before they are rounded need not fit beside the pool
-        block.copy_(torch.randn(shape[1:], device=device, generator=generator).clamp_(-3.9, 3.9).div_(step))
+        values.clamp_(-3.9, 3.9).div_(step)  # within the largest number of int8
     block_table = np.random.default_rng(0).permutation(batch * per_seq).reshape(batch, per_seq)
     plan = build_device_plan(np.arange(batch + 1) * new, np.full(batch, earlier + new), block_table, device)
-    num_heads = heads.num_kv_heads * heads.group
-    q = torch.randn(batch * new, num_heads, heads.head_dim, device=device, generator=generator).to(torch.bfloat16)
-    return Inputs(q, kv_pool, kv_scales, plan, batch)
-
-
-def measure(run: Callable[[], object], rounds: int = 30) -> float:
-    """Median seconds of one call on the device, with a cold cache, after three calls to warm up."""
-    cold = torch.empty(_CACHE_BYTES, dtype=torch.uint8, device="cuda")
-    for _ in range(3):
-        run()
-    times = []
-    for _ in range(rounds):
-        cold.zero_()
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop) / 1e3)
-    return statistics.median(times)
-
-
-def copy_rate(device: torch.device) -> float:
-    """Bytes a second, read and written together, of a copy of 1 GiB."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / measure(lambda: target.copy_(source))
-
-
-def product_rate(device: torch.device) -> float:
-    """Operations a second of a bfloat16 matrix product; a multiplication and an addition are two."""
-    side = 8192
-    a, b = torch.randn(2, side, side, device=device).to(torch.bfloat16)
-    return 2 * side**3 / measure(lambda: a @ b)
+    q_shape = (batch * new, heads.num_kv_heads * heads.group, heads.head_dim)
+    q = torch.randn(q_shape, dtype=torch.bfloat16, device=device, generator=generator)
+    return Inputs(heads, batch, new, q, values.to(heads.pool_dtype), kv_scales, plan)
 
 
 def bench_decode(heads: Heads, device: torch.device) -> None:
-    limit = copy_rate(device)
-    _say(f"decode, one new token a sequence; a copy moves {limit / 1e9:.0f} GB/s")
-    for batch, context in [(1, 4096), (1, 131_072), (8, 8192), (32, 4096), (128, 2048), (256, 1024)]:
+    sys.stdout.write(f"decode, one new token; a copy moves {bytes_per_second() / 1e9:.0f} GB/s\n")
+    for batch, context in _DECODES:
         inputs = make_inputs(heads, batch, context - 1, 1, device)
         inputs.check()
-        elapsed = measure(inputs.run)
-        width = heads.num_kv_heads * heads.head_dim * heads.pool_dtype.itemsize
-        rate = batch * context * 2 * width / elapsed
-        _say(
-            f"  batch {batch:>4}  context {context:>7}  {elapsed * 1e6:9.1f} us  {rate / 1e9:7.0f} GB/s  {rate / limit:6.1%}"
-        )
+        report(f"  {batch} sequences of {context} tokens", inputs.run, inputs.work())
 
 
 def bench_prefill(heads: Heads, device: torch.device) -> None:
-    limit = product_rate(device)
-    _say(f"prefill; a bfloat16 matrix product does {limit / 1e12:.0f} TFLOP/s")
-    for batch, earlier, new in [(1, 0, 2048), (1, 0, 8192), (8, 0, 1024), (1, 6144, 2048), (1, 30_720, 2048)]:
+    sys.stdout.write(f"prefill; a bfloat16 matrix product does {operations_per_second() / 1e12:.0f} TFLOP/s\n")
+    for batch, earlier, new in _PREFILLS:
         inputs = make_inputs(heads, batch, earlier, new, device)
         inputs.check()
-        elapsed = measure(inputs.run)
-        pairs = batch * (new * earlier + new * (new + 1) // 2)
-        rate = 4 * pairs * heads.num_kv_heads * heads.group * heads.head_dim / elapsed
-        _say(
-            f"  batch {batch:>2}  earlier {earlier:>6}  new {new:>5}  {elapsed * 1e6:9.1f} us"
-            f"  {rate / 1e12:6.1f} TFLOP/s  {rate / limit:6.1%}"
-        )
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
+        report(f"  {batch} sequences of {new} tokens after {earlier}", inputs.run, inputs.work())
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m penstock.kernels.paged_attention.bench",
-        description="Measure paged attention on a CUDA device against the rate of a copy and of a matrix product.",
+        description="Measure paged attention on a CUDA device against the rates of a copy and of a matrix product.",
         epilog="example: python -m penstock.kernels.paged_attention.bench --only decode --pool-dtype int8",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--only", choices=["decode", "prefill", "both"], default="both", help="what to measure")
-    parser.add_argument("--kv-heads", type=int, default=8, help="KV heads")
-    parser.add_argument("--group", type=int, default=4, help="query heads that share a KV head")
-    parser.add_argument("--head-dim", type=int, default=128, help="numbers in a head")
-    parser.add_argument("--block-size", type=int, default=16, help="tokens in a block of the pool")
-    parser.add_argument(
-        "--pool-dtype", choices=_POOL_DTYPES, default="bfloat16", help="type of the numbers in the pool"
-    )
+    parser.add_argument("--kv-heads", type=int, default=8, metavar="N", help="KV heads")
+    parser.add_argument("--group", type=int, default=4, metavar="N", help="query heads that share a KV head")
+    parser.add_argument("--head-dim", type=int, default=128, metavar="N", help="numbers in a head")
+    parser.add_argument("--block-size", type=int, default=16, metavar="TOKENS", help="tokens in a block of the pool")
+    parser.add_argument("--pool-dtype", choices=_POOL_DTYPES, default="bfloat16", help="type of the pool's numbers")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The exit status: 1 where there is no device to measure."""
     chosen = parse(arguments)
-    if not torch.cuda.is_available():
-        sys.stderr.write("bench: torch finds no CUDA device here; run this on a machine with a GPU\n")
+    try:
+        device = require_cuda()
+    except ConfigError as err:
+        sys.stderr.write(f"bench: {err}\n")
         return 1
-    device = torch.device("cuda")
-    heads = Heads(chosen.kv_heads, chosen.group, chosen.head_dim, chosen.block_size, _POOL_DTYPES[chosen.pool_dtype])
-    _say(f"{torch.cuda.get_device_name(device)}, {heads}")
+    dtype = _POOL_DTYPES[chosen.pool_dtype]
+    heads = Heads(chosen.kv_heads, chosen.group, chosen.head_dim, chosen.block_size, dtype)
+    sys.stdout.write(f"{torch.cuda.get_device_name(device)}: {heads}\n")
     if chosen.only != "prefill":
         bench_decode(heads, device)
     if chosen.only != "decode":

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..choice import next_power_of_two
 from .device_plan import DevicePlan
 
 
@@ -44,8 +45,3 @@ class Call:
             "DIMS": next_power_of_two(head_dim),
             "WINDOW": self.window or 0,
         }
-
-
-def next_power_of_two(number: int) -> int:
-    """The smallest that is not below `number`, which is at least 1."""
-    return 1 << (number - 1).bit_length()

@@ -18,7 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .call import Call, next_power_of_two
+from ..choice import next_power_of_two
+from .call import Call
 from .device_plan import choose_splits
 from .key_loop import attend, read_queries, write_rows
 from .plan import SHORT_QUERY
@@ -101,23 +102,23 @@ def _num_processors(device: torch.device) -> int:
 @tuned(_SETTINGS, interpreted={"BLOCK_KEYS": 32}, key=("BLOCK_ROWS",))
 @triton.jit(do_not_specialize=["layer", "max_query"])
 def _decode(
-    q_at: tl.tensor,
-    kv_pool: tl.tensor,
-    kv_scales: tl.tensor | None,
-    tree: tl.tensor | None,
-    out: tl.tensor,
-    partials: tl.tensor | None,
-    partial_logs: tl.tensor | None,
-    short_seqs: tl.tensor,
-    cu_seqlens_q: tl.tensor,
-    context_lens: tl.tensor,
-    block_table: tl.tensor,
-    q_row_stride: tl.tensor,
-    q_head_stride: tl.tensor,
-    table_stride: tl.tensor,
-    layer: tl.tensor,
-    log2_scale: tl.tensor,
-    max_query: tl.tensor,
+    q_at,
+    kv_pool,
+    kv_scales,
+    tree,
+    out,
+    partials,
+    partial_logs,
+    short_seqs,
+    cu_seqlens_q,
+    context_lens,
+    block_table,
+    q_row_stride,
+    q_head_stride,
+    table_stride,
+    layer,
+    log2_scale,
+    max_query,
     NUM_LAYERS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
@@ -128,7 +129,7 @@ def _decode(
     TREE_WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
-) -> None:
+):
     place, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     seq = tl.load(short_seqs + place).to(tl.int64)
     first_token = tl.load(cu_seqlens_q + seq)
@@ -172,7 +173,7 @@ def _decode(
 
 
 @triton.jit
-def _num_ancestors(tree_bits: tl.tensor, queries: tl.tensor, TREE_WIDTH: tl.constexpr) -> tl.tensor:
+def _num_ancestors(tree_bits, queries, TREE_WIDTH: tl.constexpr):
     """How many new tokens before it each row sees."""
     places = tl.arange(0, TREE_WIDTH)
     is_seen = ((tree_bits[:, None] >> places.to(tl.int64)[None, :]) & 1) != 0
@@ -181,13 +182,13 @@ def _num_ancestors(tree_bits: tl.tensor, queries: tl.tensor, TREE_WIDTH: tl.cons
 
 @triton.jit
 def _key_range(
-    split: tl.tensor,
-    num_splits: tl.tensor,
-    earlier: tl.tensor,
-    context_len: tl.tensor,
+    split,
+    num_splits,
+    earlier,
+    context_len,
     WINDOW: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
-) -> tl.tuple:
+):
     """A split's keys: [start, full_stop) are seen by all rows, [full_stop, stop) perhaps not. Empty when start >= stop.
 
     The keys of the window are cut into equal parts of whole blocks of keys; the last parts may be empty.
@@ -205,17 +206,17 @@ def _key_range(
 
 @triton.jit
 def _reduce(
-    partials: tl.tensor,
-    partial_logs: tl.tensor,
-    out: tl.tensor,
-    short_seqs: tl.tensor,
-    cu_seqlens_q: tl.tensor,
-    num_splits: tl.tensor,
+    partials,
+    partial_logs,
+    out,
+    short_seqs,
+    cu_seqlens_q,
+    num_splits,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIMS: tl.constexpr,
     SPLITS: tl.constexpr,
-) -> None:
+):
     place, query, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     seq = tl.load(short_seqs + place)
     token = tl.load(cu_seqlens_q + seq) + query

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ...core.errors import InternalError
@@ -85,7 +86,7 @@ class PlanBuffers:
             num_splits=num_splits,
         )
 
-    def _upload(self, values: np.ndarray, target: torch.Tensor) -> None:
+    def _upload(self, values: npt.NDArray[np.int32], target: torch.Tensor) -> None:
         staged = torch.from_numpy(values)
         if self._device.type == "cuda":
             # Torch reuses pinned memory only after the copy from it has run, so the host need not wait.
@@ -97,7 +98,8 @@ def build_device_plan(
     cu_seqlens_q: Ints, context_lens: Ints, block_table: Ints, device: torch.device, num_splits: int | None = None
 ) -> DevicePlan:
     """The plan of one step in memory of its own."""
-    return PlanBuffers(*block_table.shape, device).fill(cu_seqlens_q, context_lens, block_table, num_splits)
+    num_seqs, width = block_table.shape
+    return PlanBuffers(num_seqs, width, device).fill(cu_seqlens_q, context_lens, block_table, num_splits)
 
 
 def choose_splits(num_seqs: int, num_kv_heads: int, max_keys: int, num_processors: int) -> int:

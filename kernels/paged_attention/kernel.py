@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from ...core.errors import InternalError
+from ..choice import check_same_device
 from .call import Call
 from .decode_kernel import attend_short
 from .device_plan import DevicePlan
@@ -26,7 +27,8 @@ def paged_attention(
     tree: torch.Tensor | None = None,
     kv_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As `op.paged_attention`, which has checked the arguments. Unused slots may hold anything."""
+    """As `op.paged_attention`, which has checked shapes and types. Unused slots may hold anything."""
+    check_same_device(q=q, kv_pool=kv_pool, tree=tree, kv_scales=kv_scales, block_table=plan.block_table)
     if q.shape[1] // kv_pool.shape[4] > MAX_GROUP:
         raise InternalError(
             f"{q.shape[1]} query heads for {kv_pool.shape[4]} KV heads: more than {MAX_GROUP} share one"

@@ -21,16 +21,16 @@ _IS_INTERPRETED: tl.constexpr = tl.constexpr(IS_INTERPRETED)
 
 @triton.jit
 def slot_offsets(
-    block_ids: tl.tensor,
-    layer: tl.tensor,
+    block_ids,
+    layer,
     part: tl.constexpr,
-    slots: tl.tensor,
-    head: tl.tensor,
+    slots,
+    head,
     NUM_LAYERS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-) -> tl.tensor:
+):
     """Elements from the pool's start to the first dimension of a head. Twin: `addressing.slot_offsets`."""
     row = (block_ids.to(tl.int64) * NUM_LAYERS + layer) * 2 + part
     return ((row * BLOCK_SIZE + slots) * NUM_KV_HEADS + head) * HEAD_DIM
@@ -38,28 +38,28 @@ def slot_offsets(
 
 @triton.jit
 def scale_offsets(
-    block_ids: tl.tensor,
-    layer: tl.tensor,
+    block_ids,
+    layer,
     part: tl.constexpr,
-    head: tl.tensor,
+    head,
     NUM_LAYERS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
-) -> tl.tensor:
+):
     """Elements from the start of the scales. Twin: `addressing.scale_offsets`."""
     return ((block_ids.to(tl.int64) * NUM_LAYERS + layer) * 2 + part) * NUM_KV_HEADS + head
 
 
 @triton.jit
 def read_queries(
-    q_at: tl.tensor,
-    tokens: tl.tensor,
-    heads: tl.tensor,
-    is_row: tl.tensor,
-    row_stride: tl.tensor,
-    head_stride: tl.tensor,
+    q_at,
+    tokens,
+    heads,
+    is_row,
+    row_stride,
+    head_stride,
     HEAD_DIM: tl.constexpr,
     DIMS: tl.constexpr,
-) -> tl.tensor:
+):
     """[rows, DIMS] of q; zeros where there is no row, and in dimensions that only fill up to a power of two."""
     dims = tl.arange(0, DIMS)
     is_number = is_row[:, None] & (dims < HEAD_DIM)[None, :]
@@ -69,13 +69,13 @@ def read_queries(
 
 @triton.jit
 def write_rows(
-    out: tl.tensor,
-    values: tl.tensor,
-    places: tl.tensor,
-    is_row: tl.tensor,
+    out,
+    values,
+    places,
+    is_row,
     HEAD_DIM: tl.constexpr,
     DIMS: tl.constexpr,
-) -> None:
+):
     """Write values [rows, DIMS] to rows `places` (int64) of out [n, HEAD_DIM], which is dense."""
     dims = tl.arange(0, DIMS)
     is_number = is_row[:, None] & (dims < HEAD_DIM)[None, :]
@@ -84,7 +84,7 @@ def write_rows(
 
 
 @triton.jit
-def product(a: tl.tensor, b: tl.tensor, added: tl.tensor) -> tl.tensor:
+def product(a, b, added):
     """a · b + added, float32; `a` and `b` are of one type, float32 is not cut to TF32."""
     if _IS_INTERPRETED:  # the interpreter multiplies the bits of bfloat16 as if they were integers
         a, b = a.to(tl.float32), b.to(tl.float32)
@@ -92,7 +92,7 @@ def product(a: tl.tensor, b: tl.tensor, added: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def read_keys(kv_pool: tl.tensor, offsets: tl.tensor, dims: tl.tensor, is_read: tl.tensor, q: tl.tensor) -> tl.tensor:
+def read_keys(kv_pool, offsets, dims, is_read, q):
     """[keys, DIMS] of the pool in the type of q, exactly: 8 bits go through float32, which holds all of them."""
     numbers = tl.load(kv_pool + offsets[:, None] + dims[None, :], mask=is_read, other=0.0)
     return numbers if numbers.dtype == q.dtype else numbers.to(tl.float32).to(q.dtype)
@@ -100,14 +100,14 @@ def read_keys(kv_pool: tl.tensor, offsets: tl.tensor, dims: tl.tensor, is_read: 
 
 @triton.jit
 def is_visible(
-    keys: tl.tensor,
-    queries: tl.tensor,
-    tree_bits: tl.tensor | None,
-    depths: tl.tensor,
-    earlier: tl.tensor,
-    context_len: tl.tensor,
+    keys,
+    queries,
+    tree_bits,
+    depths,
+    earlier,
+    context_len,
     WINDOW: tl.constexpr,
-) -> tl.tensor:
+):
     """[rows, keys]: whether a query sees a key; `queries` and `depths` [rows] as in `attend`."""
     new = keys - earlier
     visible = (keys < context_len)[None, :] & (new[None, :] <= queries[:, None])
@@ -121,21 +121,21 @@ def is_visible(
 
 @triton.jit
 def attend(
-    state: tl.tuple,
-    q: tl.tensor,
-    queries: tl.tensor,
-    tree_bits: tl.tensor | None,
-    depths: tl.tensor,
-    kv_pool: tl.tensor,
-    kv_scales: tl.tensor | None,
-    table: tl.tensor,
-    start: tl.tensor,
-    stop: tl.tensor,
-    earlier: tl.tensor,
-    context_len: tl.tensor,
-    layer: tl.tensor,
-    kv_head: tl.tensor,
-    log2_scale: tl.tensor,
+    state,
+    q,
+    queries,
+    tree_bits,
+    depths,
+    kv_pool,
+    kv_scales,
+    table,
+    start,
+    stop,
+    earlier,
+    context_len,
+    layer,
+    kv_head,
+    log2_scale,
     NUM_LAYERS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
@@ -144,7 +144,7 @@ def attend(
     WINDOW: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     IS_MASKED: tl.constexpr,
-) -> tl.tuple:
+):
     """Add keys [start, stop) to `state`: (sum of values [rows, DIMS], row_max [rows], row_sum [rows]), all float32.
 
     queries: a row's place among the new tokens of its sequence. depths: the same where they form a chain, the number

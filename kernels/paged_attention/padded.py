@@ -23,21 +23,25 @@ def paged_attention(
     """As `op.paged_attention`."""
     if len(plan.short) == 1 and not plan.long and isinstance(plan.short[0].rows, slice):
         bucket = plan.short[0]
-        return _attend_short(q, _gather(kv_pool, layer, bucket.block_rows, bucket.batch), bucket, scale, window)
+        return _attend_short(
+            q, _gather(kv_pool, layer, bucket.block_rows, bucket.batch, q.dtype), bucket, scale, window
+        )
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for bucket in plan.short:
-        keys_values = _gather(kv_pool, layer, bucket.block_rows, bucket.batch)
+        keys_values = _gather(kv_pool, layer, bucket.block_rows, bucket.batch, q.dtype)
         _put(out, bucket, _attend_short(q[bucket.rows], keys_values, bucket, scale, window))
     for query in plan.long:
-        keys_values = _gather(kv_pool, layer, query.block_rows, 1)
+        keys_values = _gather(kv_pool, layer, query.block_rows, 1, q.dtype)
         _attend_long(q, keys_values, query, scale, window, out)
     return out
 
 
-def _gather(kv_pool: torch.Tensor, layer: int, block_rows: torch.Tensor, batch: int) -> torch.Tensor:
+def _gather(
+    kv_pool: torch.Tensor, layer: int, block_rows: torch.Tensor, batch: int, dtype: torch.dtype
+) -> torch.Tensor:
     """[2 (K, V), batch, num_kv_heads, keys, head_dim], a view of blocks copied side by side."""
     _, _, _, block_size, num_kv_heads, head_dim = kv_pool.shape
-    blocks = kv_pool.view(-1, block_size * num_kv_heads * head_dim)[2 * layer :].index_select(0, block_rows)
+    blocks = kv_pool.view(-1, block_size * num_kv_heads * head_dim)[2 * layer :].index_select(0, block_rows).to(dtype)
     return blocks.view(2, batch, -1, num_kv_heads, head_dim).transpose(2, 3)
 
 

@@ -61,19 +61,19 @@ def attend_long(call: Call) -> None:
 @tuned(_SETTINGS, interpreted={"BLOCK_ROWS": 32, "BLOCK_KEYS": 32})
 @triton.jit(do_not_specialize=["layer"])
 def _prefill(
-    q_at: tl.tensor,
-    kv_pool: tl.tensor,
-    kv_scales: tl.tensor | None,
-    out: tl.tensor,
-    long_seqs: tl.tensor,
-    cu_seqlens_q: tl.tensor,
-    context_lens: tl.tensor,
-    block_table: tl.tensor,
-    q_row_stride: tl.tensor,
-    q_head_stride: tl.tensor,
-    table_stride: tl.tensor,
-    layer: tl.tensor,
-    log2_scale: tl.tensor,
+    q_at,
+    kv_pool,
+    kv_scales,
+    out,
+    long_seqs,
+    cu_seqlens_q,
+    context_lens,
+    block_table,
+    q_row_stride,
+    q_head_stride,
+    table_stride,
+    layer,
+    log2_scale,
     NUM_LAYERS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
@@ -83,7 +83,7 @@ def _prefill(
     WINDOW: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
-) -> None:
+):
     # Whole tokens only: where GROUP does not divide BLOCK_ROWS, the last rows of a tile are empty.
     TOKENS: tl.constexpr = BLOCK_ROWS // GROUP
     seq, kv_head = tl.load(long_seqs + tl.program_id(1)).to(tl.int64), tl.program_id(2)

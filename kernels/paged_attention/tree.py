@@ -9,6 +9,8 @@ Only sequences with at most `plan.SHORT_QUERY` new tokens may be trees; in longe
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 CAUSAL = -1
@@ -23,9 +25,9 @@ def pack_tree(mask: torch.Tensor) -> torch.Tensor:
 def unpack_tree(tree: torch.Tensor, cu_seqlens_q: list[int]) -> torch.Tensor:
     """bool [num_tokens, max_query_len]: the inverse of `pack_tree` for rows of these sequences, later bits cleared."""
     rows = tree.tolist()
-    lengths = [stop - start for start, stop in zip(cu_seqlens_q, cu_seqlens_q[1:], strict=False)]
+    lengths = [stop - start for start, stop in pairwise(cu_seqlens_q)]
     mask = torch.zeros(len(rows), max(lengths, default=0), dtype=torch.bool)
-    for start, length in zip(cu_seqlens_q, lengths, strict=False):
+    for start, length in zip(cu_seqlens_q[:-1], lengths, strict=True):
         for index in range(length):
             for other in range(index + 1):
                 mask[start + index, other] = bool(rows[start + index] >> other & 1)

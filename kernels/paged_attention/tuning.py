@@ -29,8 +29,9 @@ def tuned(settings: list[Setting], interpreted: dict[str, int], key: tuple[str, 
     It is tuned for each value of these, of those named in `key`, and of the tensors' types.
     """
     configs = [triton.Config(constants, num_warps=warps, num_stages=stages) for constants, warps, stages in settings]
-    return triton.autotune(
+    decorator: Callable[[Any], Any] = triton.autotune(
         configs=[triton.Config(interpreted)] if IS_INTERPRETED else configs,
         key=["HEAD_DIM", "GROUP", "BLOCK_SIZE", *key],
         cache_results=True,
     )
+    return decorator

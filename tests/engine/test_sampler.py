@@ -11,13 +11,19 @@ from hypothesis import strategies as st
 from penstock.core.errors import InternalError
 from penstock.core.ids import AttemptKey
 from penstock.core.random_bits import choice_seed
+from penstock.engine import sampler
 from penstock.engine.race import arrival_times, race_key
-from penstock.engine.sampler import SampledRow, sample
+from penstock.engine.sampler import SampledRow
 from penstock.engine.sequence import Sequence
+from penstock.kernels.decoder_step.op import likeliest
 from penstock.protocol.messages import SampledToken
 from penstock.protocol.sampling import SamplingParams
 
 EOS = frozenset({0})
+
+
+def sample(logits: torch.Tensor, rows: list[SampledRow], eos_token_ids: frozenset[int]) -> list[SampledToken]:
+    return sampler.sample(likeliest(logits), rows, eos_token_ids)
 
 
 def row(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -14,23 +13,11 @@ from penstock.core.errors import InternalError
 from penstock.kernels.digest import op, reference
 from penstock.kernels.native import library
 
+from .native_levels import any_level
+
+__all__ = ["any_level"]
+
 SIZES = (1, 16, 240, 241, 256, 300, 1023, 1024, 1025, 1088, 1089, 2048, 4095, 12288, 12289, 65536)
-
-
-@pytest.fixture(params=[*library.LEVELS, "off"])
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Each level that runs here, in place of the best one."""
-    name: str = request.param
-    if name != "off" and (name not in library.usable_levels() or library._path(name) is None):
-        pytest.skip(f"no native kernels for {name} here")
-    monkeypatch.setenv(library.VARIABLE, name)
-    caches = (library.level, library._library, op._native)
-    for cached in caches:
-        cached.cache_clear()
-    yield name
-    monkeypatch.undo()
-    for cached in caches:
-        cached.cache_clear()
 
 
 def places_of(sizes: tuple[int, ...], gap: int) -> list[tuple[int, int]]:
@@ -40,13 +27,13 @@ def places_of(sizes: tuple[int, ...], gap: int) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("shift", [0, 1, 63])
-def test_digest_of_one_block_is_that_of_the_library(level: str, size: int, shift: int) -> None:
+def test_digest_of_one_block_is_that_of_the_library(any_level: str, size: int, shift: int) -> None:
     region = memoryview(random.Random(size).randbytes(size + 128))
     assert op.digests(region, [(shift, size)]) == reference.block_digest(region[shift : shift + size])
 
 
 @pytest.mark.parametrize("shift", [0, 1, 64])
-def test_copy_brings_the_bytes_the_digests_and_nothing_else(level: str, shift: int) -> None:
+def test_copy_brings_the_bytes_the_digests_and_nothing_else(any_level: str, shift: int) -> None:
     rng = random.Random(5)
     places = places_of(SIZES[3:], gap=7)
     total = places[-1][0] + places[-1][1]
@@ -61,19 +48,19 @@ def test_copy_brings_the_bytes_the_digests_and_nothing_else(level: str, shift: i
     assert target == expected
 
 
-def test_native_kernel_is_taken_where_it_is(level: str) -> None:
+def test_native_kernel_is_taken_where_it_is(any_level: str) -> None:
     before = library.calls["digest"]
     op.digests(memoryview(bytes(4096)), [(0, 4096)])
-    assert library.calls["digest"] - before == (level != "off")
-    assert op.copies_natively() == (level != "off")
+    assert library.calls["digest"] - before == (any_level != "off")
+    assert op.copies_natively() == (any_level != "off")
 
 
-def test_no_blocks_have_no_digests(level: str) -> None:
+def test_no_blocks_have_no_digests(any_level: str) -> None:
     assert op.digests(memoryview(b""), []) == b""
 
 
 @pytest.mark.parametrize("place", [(-1, 10), (0, 301), (299, 2), (10, -1)])
-def test_block_outside_the_region_is_refused(level: str, place: tuple[int, int]) -> None:
+def test_block_outside_the_region_is_refused(any_level: str, place: tuple[int, int]) -> None:
     region = memoryview(bytearray(300))
     with pytest.raises(InternalError, match="outside a region of 300 bytes"):
         op.digests(region, [place])
@@ -81,7 +68,7 @@ def test_block_outside_the_region_is_refused(level: str, place: tuple[int, int])
         op.copied(region, [(0, 10)], region, [place])
 
 
-def test_copy_between_other_sizes_is_refused(level: str) -> None:
+def test_copy_between_other_sizes_is_refused(any_level: str) -> None:
     region = memoryview(bytearray(300))
     with pytest.raises(InternalError, match="other sizes"):
         op.copied(region, [(0, 10)], region, [(20, 11)])

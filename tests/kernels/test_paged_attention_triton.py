@@ -8,7 +8,6 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +16,7 @@ import pytest
 import torch
 
 from penstock.core.errors import ConfigError, InternalError
-from penstock.kernels.paged_attention import op, reference
+from penstock.kernels.paged_attention import bench, op, reference
 from penstock.kernels.paged_attention.addressing import PoolLayout, scale_offsets, slot_offsets
 from penstock.kernels.paged_attention.device_plan import (
     MAX_SPLITS,
@@ -29,6 +28,7 @@ from penstock.kernels.paged_attention.device_plan import (
 )
 from penstock.kernels.paged_attention.plan import SHORT_QUERY, PoolShape, build_plan
 from penstock.kernels.paged_attention.tree import CAUSAL, pack_tree, unpack_tree
+from penstock.tests.kernels import on_triton
 from penstock.tests.kernels.tolerances import TOLERANCES
 
 triton = pytest.importorskip("triton", reason="the GPU kernels are written in Triton, which is not installed")
@@ -36,19 +36,11 @@ tl = pytest.importorskip("triton.language")
 kernel = pytest.importorskip("penstock.kernels.paged_attention.kernel")
 key_loop = pytest.importorskip("penstock.kernels.paged_attention.key_loop")
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = torch.device(on_triton.DEVICE)
 NUM_LAYERS = 2
 LAYER = 1
 SCALE = 0.3
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-
-
-@pytest.fixture(autouse=True)
-def _poisoned() -> Iterator[None]:
-    """`torch.empty` returns NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @dataclass(frozen=True)
@@ -75,17 +67,23 @@ class Case:
     tree: torch.Tensor | None = None
 
     def run(self) -> torch.Tensor:
-        window = self.shape.window
-        return kernel.paged_attention(
-            self.q, self.pool, LAYER, self.plan, SCALE, window, tree=self.tree, kv_scales=self.scales
+        return on_triton.run(
+            op.paged_attention,
+            self.q,
+            self.pool,
+            LAYER,
+            self.plan,
+            scale=SCALE,
+            window=self.shape.window,
+            tree=self.tree,
+            kv_scales=self.scales,
         )
 
     def check(self) -> None:
         expected = reference.paged_attention(
             self.q, self.pool, LAYER, self.plan, SCALE, self.shape.window, tree=self.tree, kv_scales=self.scales
         )
-        relative, absolute = TOLERANCES[self.q.dtype]
-        torch.testing.assert_close(self.run(), expected, rtol=relative, atol=absolute)
+        on_triton.assert_close(self.run(), expected)
 
 
 def make_case(lengths: list[tuple[int, int]], shape: Shape, seed: int = 0) -> Case:
@@ -163,6 +161,11 @@ def test_8_bit_pool_equals_reference(dtype: torch.dtype, pool_dtype: torch.dtype
     make_case(DECODES, Shape(dtype, pool_dtype, group=2, window=20, num_splits=2)).check()
 
 
+def test_float32_queries_on_a_16_bit_pool_equal_reference() -> None:
+    case = make_case(MIXED, Shape(torch.bfloat16, group=3))
+    replace(case, q=case.q.float()).check()
+
+
 def random_tree(query_lens: list[int], seed: int) -> torch.Tensor:
     """Each token but the first hangs below a random earlier one."""
     order = random.Random(seed)
@@ -223,8 +226,7 @@ def test_chunks_of_a_prompt_equal_the_whole() -> None:
     for start, stop in ((0, 31), (31, 70)):
         plan = build_device_plan(np.array([0, stop - start]), np.array([stop]), table, DEVICE)
         parts.append(replace(whole, q=whole.q[start:stop], plan=plan).run())
-    relative, absolute = TOLERANCES[torch.float32]
-    torch.testing.assert_close(torch.cat(parts), whole.run(), rtol=relative, atol=absolute)
+    on_triton.assert_close(torch.cat(parts), whole.run())
 
 
 def test_padding_sequence_yields_zeros() -> None:
@@ -336,7 +338,11 @@ def test_op_without_triton_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_op_does_not_load_triton() -> None:
-    code = "import sys, penstock.kernels.paged_attention.op; assert 'penstock.kernels.paged_attention.kernel' not in sys.modules"
+    code = """
+import sys
+import penstock.kernels.paged_attention.op
+assert "penstock.kernels.paged_attention.kernel" not in sys.modules
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -349,14 +355,17 @@ def test_op_refuses_what_the_kernels_cannot_take() -> None:
         op.paged_attention(OnCuda(q), pool, 0, host_plan, scale=SCALE)  # type: ignore[arg-type]
     with pytest.raises(InternalError, match="context of 33 tokens in 2 blocks of 16"):
         op.paged_attention(q, pool, 0, replace(plan, max_context_len=33), scale=SCALE)
-    with pytest.raises(InternalError, match=r"tree is \[2\] torch.int64, not \[3\]"):
+    with pytest.raises(InternalError, match=r"tree is \[2\] torch\.int64, not \[3\]"):
         op.paged_attention(q, pool, 0, plan, scale=SCALE, tree=torch.zeros(2, dtype=torch.int64))
     with pytest.raises(InternalError, match="window of 5 tokens may cut a tree"):
         op.paged_attention(q, pool, 0, plan, scale=SCALE, window=5, tree=torch.full((3,), CAUSAL))
-    with pytest.raises(InternalError, match="a pool of torch.int8 takes"):
+    with pytest.raises(InternalError, match=r"a pool of torch\.int8 without scales"):
         op.paged_attention(q, pool.to(torch.int8), 0, plan, scale=SCALE)
-    with pytest.raises(InternalError, match="a pool of torch.float32 takes None"):
-        op.paged_attention(q, pool, 0, plan, scale=SCALE, kv_scales=torch.ones(pool.shape[0], 2, 2, 2))
+    scales = torch.ones(pool.shape[0], 2, 2, 2)
+    with pytest.raises(InternalError, match=r"a pool of torch\.float32 with scales"):
+        op.paged_attention(q, pool, 0, plan, scale=SCALE, kv_scales=scales)
+    with pytest.raises(InternalError, match=r"kv_scales are \[2, 2\] torch\.float32, not \[5, 2, 2, 2\]"):
+        op.paged_attention(q, pool.to(torch.int8), 0, plan, scale=SCALE, kv_scales=scales[0, 0])
 
 
 @pytest.mark.parametrize("pool_dtype", [None, torch.int8])
@@ -366,10 +375,9 @@ def test_op_on_a_cpu_takes_trees_and_8_bit_pools_to_the_reference(pool_dtype: to
     plan = build_device_plan(
         np.array([0, 2, 5]), np.array([5, 23]), case.plan.block_table.cpu().numpy(), torch.device("cpu")
     )
-    scales = None if case.scales is None else case.scales.cpu()
-    arguments: Any = (case.q.cpu(), case.pool.cpu(), LAYER, plan)
-    expected = reference.paged_attention(*arguments, SCALE, None, tree, scales)
-    assert torch.equal(op.paged_attention(*arguments, scale=SCALE, tree=tree, kv_scales=scales), expected)
+    q, pool, scales = case.q.cpu(), case.pool.cpu(), None if case.scales is None else case.scales.cpu()
+    expected = reference.paged_attention(q, pool, LAYER, plan, SCALE, None, tree, scales)
+    assert torch.equal(op.paged_attention(q, pool, LAYER, plan, scale=SCALE, tree=tree, kv_scales=scales), expected)
 
 
 def visible_keys(mask: torch.Tensor, earlier: int, window: int | None) -> list[list[int]]:
@@ -388,3 +396,19 @@ def test_reference_tree_shows_a_row_its_ancestors() -> None:
     mask = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]], dtype=torch.bool)
     assert visible_keys(mask, 2, None) == [[0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 4], [0, 1, 2, 3, 5]]
     assert visible_keys(mask, 2, 3) == [[0, 1, 2], [1, 2, 3], [1, 2, 4], [2, 3, 5]]
+
+
+@pytest.mark.parametrize("pool_dtype", [torch.bfloat16, *LARGEST], ids=str)
+def test_bench_inputs_pass_their_own_check(pool_dtype: torch.dtype) -> None:
+    heads = bench.Heads(num_kv_heads=2, group=3, head_dim=64, block_size=16, pool_dtype=pool_dtype)
+    decode = bench.make_inputs(heads, 2, 40, 1, DEVICE)
+    on_triton.run(decode.check)
+    on_triton.run(bench.make_inputs(heads, 2, 21, 20, DEVICE).check)
+    assert decode.work().nbytes == 2 * (2 * 41 * 2 * 64 * pool_dtype.itemsize + 2 * 6 * 64 * 2)
+    assert decode.work().operations == 2 * 41 * 6 * 64 * 4
+
+
+def test_bench_without_a_device_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench.main([]) == 1
+    assert "CUDA device" in capsys.readouterr().err

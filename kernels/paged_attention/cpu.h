@@ -1,0 +1,61 @@
+// Paged attention on the CPU, one sequence's queries against one KV head.
+#pragma once
+
+#include "../native/simd.h"
+
+namespace penstock {
+
+enum class Kind : int32_t { FLOAT = 0, BRAIN = 1, HALF = 2 };
+
+// [blocks, layers, 2 (K, V), block_size, kv_heads, head_dim]; offsets are in elements and need 64 bits.
+struct Pool {
+    void* data;
+    int64_t layers, block_size, kv_heads, head_dim;
+    Kind kind;
+
+    int64_t row(int64_t block, int64_t layer, int64_t part, int64_t slot, int64_t head) const {
+        return ((((block * layers + layer) * 2 + part) * block_size + slot) * kv_heads + head) * head_dim;
+    }
+};
+
+// Queries of one sequence: rows `first` … of q and out, the heads of one KV head; key 0 is the sequence's first token.
+struct Queries {
+    const float* q;  // of the first query's first head
+    float* out;
+    int64_t q_stride, out_stride;  // from one token to the next
+    int64_t count, group;          // tokens, heads that share the KV head
+    int64_t first_position;
+    const int64_t* blocks;  // the sequence's block table
+    int64_t layer, head;    // of the pool
+    int64_t window;         // keys that a token sees, itself included; 0 for all
+    float scale;
+    const int64_t* next_blocks;  // of the sequence whose `next_keys` keys of this head are wanted afterwards
+    int64_t next_keys;           // 0: none
+};
+
+// A context is cut into parts of so many keys, which threads may share. A query's result is that of its parts joined in
+// order, whoever computed them, however many queries beside it: so it is the same bit for bit in a decode step, in a
+// prompt and in another chunk of it.
+constexpr int64_t PART_KEYS = 512;
+constexpr int64_t TILE_QUERIES = 16;  // tokens of a prompt computed together against a block of keys
+constexpr int64_t MAX_HEAD_DIM = 256;
+
+// What a part of the keys contributes: the largest score, the sum of the weights, and the weighted sum of the values.
+struct Partial {
+    float largest, sum;
+    float values[MAX_HEAD_DIM];
+};
+
+// Keys [from, to) of one part, for at most TILE_QUERIES queries, into `partial` [count · group].
+void attend_part(const Pool& pool, const Queries& queries, int64_t from, int64_t to, Partial* partial);
+
+// The parts of one query and head together, into out [head_dim]. What the first one held is lost.
+void join_parts(Partial* partial, int64_t parts, int64_t stride, int64_t head_dim, float* out);
+
+// All keys of at most TILE_QUERIES queries, part after part.
+void attend_tile(const Pool& pool, const Queries& queries);
+
+// One token's K or V row into the pool, in its type.
+void store_row(const Pool& pool, int64_t element, const float* values);
+
+}  // namespace penstock
