@@ -229,6 +229,12 @@ def test_chunks_of_a_prompt_equal_the_whole() -> None:
     on_triton.assert_close(torch.cat(parts), whole.run())
 
 
+def test_tile_with_empty_rows_leaves_the_next_tile_alone() -> None:
+    # Three heads do not divide a tile of 32 rows: 10 tokens and 2 empty rows. The third tile ends with its block of
+    # keys, so whoever computed the 31st token there would miss its own key.
+    make_case([(2, 45)], Shape(group=3)).check()
+
+
 def test_padding_sequence_yields_zeros() -> None:
     case = make_case([(20, 1), (30, 1)], Shape(num_splits=2))
     plan = build_device_plan(
