@@ -42,9 +42,9 @@ def launch(y: torch.Tensor, x: torch.Tensor, adapters: Adapters, chosen: torch.T
 
 
 @triton.jit
-def weight_offset(adapter, row, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Elements from the start of [adapters, ROWS, WIDTH] to a row of one adapter, in int64."""
-    return (adapter.to(tl.int64) * ROWS + row) * WIDTH
+def weight_offset(adapter, row, rows, width):
+    """Elements from the start of [adapters, rows, width] to a row of one adapter, in int64."""
+    return (adapter.to(tl.int64) * rows + row) * width
 
 
 @triton.jit
@@ -115,7 +115,7 @@ def _expand(
     total = tl.zeros([BLOCK_ROWS, BLOCK_OUTS], tl.float32)
     adapter = _next_adapter(own, -1)
     while adapter != _NONE:
-        weights = up + adapter.to(tl.int64) * outs * OWN_INNER + row_offset(column, OWN_INNER)[:, None] + inner
+        weights = up + weight_offset(adapter, column, outs, OWN_INNER)[:, None] + inner
         weight = tl.load(weights, mask=(column < outs)[:, None] & (inner < OWN_INNER), other=0.0)
         part = tl.load(scales + adapter) * product(tile, tl.trans(weight.to(tl.float32)), PRECISION)
         total = tl.where((own == adapter)[:, None], part, total)
