@@ -13,7 +13,8 @@ from penstock.core.errors import ConfigError
 from penstock.kernels import gpu_limits
 from penstock.kernels.gpu_limits import Work, check_close, report
 
-BENCHES = sorted(path.parent.name for path in Path(gpu_limits.__file__).parent.glob("*/bench.py"))
+WITH_OPTIONS = {"paged_attention"}  # it parses a command line, and is tested with its kernels
+BENCHES = sorted({path.parent.name for path in Path(gpu_limits.__file__).parent.glob("*/bench.py")} - WITH_OPTIONS)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device to measure")
