@@ -6,9 +6,12 @@ units, one with them, and Triton's interpreter round in three different ways.
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
 
+_IS_INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _ROUNDER: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 · 2^23: float32 numbers of this size are whole
 
 
@@ -71,3 +74,12 @@ def largest_magnitude(values, inside):
     magnitude = tl.abs(values)
     magnitude = tl.where(magnitude == magnitude, magnitude, float("inf"))
     return tl.max(tl.max(tl.where(inside, magnitude, 0.0), axis=1), axis=0)
+
+
+@triton.jit
+def product(a, b, PRECISION: tl.constexpr):
+    """a · b with sums in float32. To the interpreter the bits of a bfloat16 are a whole number, so it gets float32."""
+    if _IS_INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, input_precision=PRECISION)

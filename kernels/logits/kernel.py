@@ -97,8 +97,11 @@ def _adjust(
     inside = token < VOCAB
     values = tl.load(logits + row_offset(row, stride) + token, mask=inside, other=0.0).to(tl.float32)
     if starts is not None:
-        for entry in range(tl.load(starts + row), tl.load(starts + row + 1)):
+        entry = tl.load(starts + row)
+        stop = tl.load(starts + row + 1)
+        while entry < stop:  # not a range: the interpreter of Triton 3.6 takes no loaded bounds
             values = tl.where(token == tl.load(token_ids + entry), values + tl.load(amounts + entry), values)
+            entry += 1
     if uses is not None:
         state = tl.load(states + row)
         if state >= 0:
@@ -265,7 +268,9 @@ def _draw_rows(
             log_total = _log_total(raw, raw_peak, VOCAB, BLOCK)
             tl.store(logprobs + row, tl.load(raw + token).to(tl.float32) - log_total)
             logit, other = _highest(raw, float("inf"), -1, VOCAB, BLOCK)
-            for place in range(0, num_top):
+            place = num_top * 0
+            while place < num_top:
                 tl.store(top_ids + row_offset(row, most_top) + place, other.to(tl.int64))
                 tl.store(top_logprobs + row_offset(row, most_top) + place, logit - log_total)
                 logit, other = _highest(raw, logit, other, VOCAB, BLOCK)
+                place += 1

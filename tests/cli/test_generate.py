@@ -67,7 +67,7 @@ def echo(monkeypatch: pytest.MonkeyPatch) -> type[Echo]:
 def test_prompt_goes_through_the_chat_template(echo: type[Echo], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "häy", "--threads", "2"]) == 0
     assert capsys.readouterr().out == "<häy>\n"
-    assert echo.made == [(Path("/tiny.gguf"), "tiny", "auto", 2)]
+    assert echo.made == [(Path("/tiny.gguf"), "tiny", "auto", 2, "auto")]
     assert (echo.asked[0].temperature, echo.asked[0].max_tokens) == (0.0, 256)
 
 
