@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from typing import TYPE_CHECKING
 
 from ..models.store import DEFAULT_MODEL
 from .arguments import Commands, Parser, add_command, add_model_options, numbers, whole_number
 from .errors import CliError
-from .model_files import local_model
+from .model_files import local_model, use_threads
 from .terminal import table
 
 if TYPE_CHECKING:
@@ -77,13 +76,11 @@ def _needs_a_part(args: argparse.Namespace) -> int:
 def run_engine(args: argparse.Namespace) -> int:
     from ..core.logging import setup_logging
     from ..deploy.launch import available_cores
-    from ..engine.threads import thread_environment
 
     setup_logging("bench", args.log_level or "warning")
     model = local_model(args.model)
     threads = args.threads or available_cores()
-    for name, value in thread_environment(threads).items():  # read by the thread library when torch is imported
-        os.environ.setdefault(name, value)
+    use_threads(threads)
     from ..engine.engine_bench import measure_engine
     from ..engine.torch_engine import TorchEngine
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import secrets
 import sys
 from collections.abc import Iterator
@@ -63,10 +62,9 @@ def register(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..core.logging import setup_logging
     from ..deploy.launch import available_cores
-    from ..engine.threads import thread_environment
     from ..models.tokenizer import load_tokenizer
     from ..protocol.sampling import SamplingParams
-    from .model_files import local_model
+    from .model_files import local_model, use_threads
 
     setup_logging("generate", args.log_level or "warning")
     text = _prompt(args.prompt)
@@ -79,8 +77,7 @@ def run(args: argparse.Namespace) -> int:
         seed=secrets.randbits(63) if args.seed is None else args.seed,
     )
     threads = args.threads or available_cores()
-    for name, value in thread_environment(threads).items():  # read by the thread library when torch is imported
-        os.environ.setdefault(name, value)
+    use_threads(threads)
     from ..decode_node.local import LocalRunner
 
     runner = LocalRunner.open(model.path, model.name, args.dtype or "auto", threads, args.quantization or "auto")

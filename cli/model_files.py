@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,14 @@ def local_model(source: str) -> ModelPath:
 
     with progress_bar(f"fetching {source}") as report:
         return resolve(source, progress=report)
+
+
+def use_threads(num_threads: int) -> None:
+    """For this process, before torch is imported: its thread library reads these settings then."""
+    from ..engine.threads import thread_environment
+
+    for name, value in thread_environment(num_threads).items():
+        os.environ.setdefault(name, value)
 
 
 def with_local_model(topology: Topology) -> Topology:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from ..core.errors import InternalError
-from ..kernels.decoder_step.op import DecoderStep, StepBatch, StepLogits, likeliest
+from ..kernels.decoder_step.op import DecoderStep, StepLogits, likeliest
 from ..kernels.kv_write.op import clear_blocks, kv_rows
 from ..kernels.paged_attention.plan import PoolShape, build_plan
 from ..models.config import ModelConfig
@@ -74,16 +74,7 @@ class ModelRunner:
     def _run_natively(self, step: DecoderStep, batch: Batch, on_layers: OnLayers | None) -> StepLogits:
         if len(batch.fresh_blocks):
             clear_blocks(self._pool, torch.from_numpy(batch.fresh_blocks))
-        arrays = StepBatch(
-            batch.token_ids,
-            batch.positions,
-            batch.slot_mapping,
-            batch.cu_seqlens_q,
-            batch.context_lens,
-            batch.block_table,
-            batch.sampled_rows,
-        )
-        return step.run(arrays, self._pool, self.num_threads, on_layers)
+        return step.run(batch, self._pool, self.num_threads, on_layers)
 
     def _step_input(self, batch: Batch) -> StepInput:
         return StepInput(

@@ -19,7 +19,7 @@ import torch
 
 from ..core.errors import InternalError
 from ..core.random_bits import choice_seed
-from ..kernels.decoder_step.op import StepLogits
+from ..kernels.decoder_step.op import StepLogits, likeliest
 from ..protocol.messages import SampledToken, TokenLogprob
 from ..protocol.sampling import SamplingParams
 from .logit_rules import adjust
@@ -58,11 +58,11 @@ def sample(result: StepLogits, rows: list[SampledRow], eos_token_ids: frozenset[
     raw = _spread(result.logits, index)
     _check_finite(result.highest[index], rows)
     adjusted = adjust(raw, [row.seq for row in rows], eos_token_ids)
+    best = result.best[index]
     if adjusted is not raw:
-        _check_finite(adjusted.amax(dim=-1).numpy(), rows)
-        best = adjusted.numpy().argmax(axis=-1)
-    else:
-        best = result.best[index]
+        again = likeliest(adjusted)
+        _check_finite(again.highest, rows)
+        best = again.best
     token_ids = _choose(adjusted, best, rows)
     logprobs = _logprobs(raw, rows, token_ids)
     return [SampledToken(token_id, logprobs.get(index)) for index, token_id in enumerate(token_ids)]

@@ -18,7 +18,8 @@ def native_step(decoder: Decoder) -> DecoderStep | None:
 
 def _network(decoder: Decoder) -> StepNetwork | None:
     config, weights = decoder.config, decoder.weights
-    layers = [_layer(config, index, layer) for index, layer in enumerate(weights.layers)]
+    found = (_layer(config, index, layer) for index, layer in enumerate(weights.layers))
+    layers = [layer for layer in found if layer is not None]
     embedding, head = weights.embedding, weights.head
     if not isinstance(embedding, QuantEmbedding) or not isinstance(head, QuantLinear):
         return None
@@ -33,7 +34,7 @@ def _network(decoder: Decoder) -> StepNetwork | None:
         scale=decoder.scale,
         cosines=cosines.contiguous(),
         sines=sines.contiguous(),
-        layers=[layer for layer in layers if layer is not None],
+        layers=layers,
         norm=weights.norm.contiguous(),
         embedding=embedding.linear,
         head=head,

@@ -1,8 +1,7 @@
 """A whole step of a decoder of the Llama family in one call: batch in, logits out, keys and values stored on the way.
 
 It is `models.decoder.Decoder.forward` for grouped weights, in one parallel region; that is its slow, obvious twin. The
-result of a token does not depend on the tokens beside it, on how a prompt is cut into chunks of more than eight tokens,
-nor on threads.
+result of a token does not depend on the tokens beside it, on how a prompt is cut into chunks, nor on threads.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,6 @@ from ...core.errors import InternalError
 from ..native.library import ADDRESS, FLOAT, INT32, INT64, Function, function
 from ..quant_linear.op import Matrix, QuantLinear
 
-MAX_HEAD_DIM = 256
 _VECTORS = (1, 2, 4, 5, 6, 8, 16)  # of 16 numbers in a head, as the kernel is compiled for
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -63,17 +62,23 @@ class StepNetwork:
     head: QuantLinear
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class StepBatch:
-    """A ragged batch, all int64 and contiguous; names as in `engine.batch.Batch`."""
+class StepBatch(Protocol):
+    """A ragged batch, all int64 and contiguous: what the step reads of `engine.batch.Batch`."""
 
-    token_ids: Ints
-    positions: Ints
-    slot_mapping: Ints
-    cu_seqlens_q: Ints
-    context_lens: Ints
-    block_table: Ints
-    sampled_rows: Ints
+    @property
+    def token_ids(self) -> Ints: ...
+    @property
+    def positions(self) -> Ints: ...
+    @property
+    def slot_mapping(self) -> Ints: ...
+    @property
+    def cu_seqlens_q(self) -> Ints: ...
+    @property
+    def context_lens(self) -> Ints: ...
+    @property
+    def block_table(self) -> Ints: ...
+    @property
+    def sampled_rows(self) -> Ints: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -12,7 +12,7 @@ import numpy as np
 
 from ...core.errors import ProtocolError, TransferFailed
 from ...engine.kv_memory import KVMemory
-from ...kernels.digest.op import copied
+from ...kernels.digest.op import copied, copies_natively
 from ..bulk import Bulk, Span
 from .runs import paired
 
@@ -42,11 +42,12 @@ class ShmBulk(Bulk):
     """Copies from the peer's memory into ours. `pool` is None at an end that never receives."""
 
     quarantine_s = 0.0
-    in_parts = False  # digests are taken on the way
 
     def __init__(self, memory: KVMemory, pool: MappedPool | None, digests: bool = True) -> None:
         self._memory, self._pool, self._stopped = memory, pool, threading.Event()
-        self._digests = digests
+        # Without the native kernel a copy and a digest are two passes: then each part is digested while it is warm.
+        self._digests = digests and copies_natively()
+        self.in_parts = not self._digests
 
     def send(self, spans: Sequence[Span]) -> None:
         """The peer reads by itself."""
