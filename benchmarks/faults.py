@@ -1,8 +1,9 @@
 """What a cluster of real processes survives: `python benchmarks/faults.py [--moments 100] [--streams 32]`.
 
-2 prefill and 2 decode workers with the real model in float32, under streams that are kept going: as one ends the next
-begins. At each moment one worker, prefill or decode, is killed (SIGKILL), frozen (SIGSTOP, SIGCONT after 2 to 4 s) or
-loses all its hand-off links; each fault is seen to have happened before it counts. Then:
+2 prefill and 2 decode workers with the real model, in float32 or (`--dtype auto`) as it is served by default, under
+streams that are kept going: as one ends the next begins. At each moment one worker, prefill or decode, is killed
+(SIGKILL), frozen (SIGSTOP, SIGCONT after 2 to 4 s) or loses all its hand-off links; each fault is seen to have happened
+before it counts. Then:
 
     errors            streams that ended with an error or not at all                                     must be 0
     exact             answers equal to the undisturbed run: text, tokens, finish, logprobs within 1e-3   must be all
@@ -43,7 +44,7 @@ from penstock.testing.serving import serving
 
 # Steps that last no longer than a reader would wait: on a few cores a prompt of 1,000 tokens in one step takes seconds.
 TOPOLOGY = """
-model: { dtype: float32 }
+model: { dtype: DTYPE }
 prefill: { replicas: 2, kv_cache_bytes: 536870912, max_num_batched_tokens: 128 }
 decode: { replicas: 2, kv_cache_bytes: 536870912, max_num_batched_tokens: 128 }
 """
@@ -119,12 +120,14 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=32, help="streams at all times (default 32)")
     parser.add_argument("--max-tokens", type=int, default=24, help="longest answer (default 24)")
     parser.add_argument("--seed", type=int, default=1, help="of prompts, moments and victims (default 1)")
+    parser.add_argument("--dtype", default="float32", help="model.dtype of the workers (default float32)")
     parser.add_argument("--no-save", action="store_true", help="do not write benchmarks/results/")
     args = parser.parse_args()
+    topology = TOPOLOGY.replace("DTYPE", args.dtype)
     plan = FaultPlan(args.moments, args.streams, args.seed, args.max_tokens)
     load = os.getloadavg()
     with NamedTemporaryFile("w", suffix=".yaml") as file:
-        file.write(TOPOLOGY)
+        file.write(topology)
         file.flush()
         with serving("--topology", file.name, environment=ENVIRONMENT) as cluster:
             result = run_faults(cluster, plan, lambda line: print(line, file=sys.stderr, flush=True))
@@ -133,14 +136,14 @@ def main() -> int:
         "date": now.isoformat(timespec="seconds"),
         "commit": commit(),
         "machine": machine() | {"load_before": [round(value, 1) for value in load]},
-        "topology": TOPOLOGY,
+        "topology": topology,
         "options": sys.argv[1:],
         "results": figures(result),
     }
     print(json.dumps(record, indent=1))
     if not args.no_save:
         RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{now:%Y-%m-%d}-{record['commit']}-faults-{record['machine']['cores']}core.json"
+        path = RESULTS / f"{now:%Y-%m-%d}-{record['commit']}-faults-{args.dtype}-{record['machine']['cores']}core.json"
         path.write_text(json.dumps(record, indent=1) + "\n")
         print(f"written to {path}", file=sys.stderr)
     return 0 if is_flawless(record["results"]) else 1
