@@ -128,8 +128,9 @@ class Placer:
     ) -> WorkerRecord | None:
         if self._prefers_local(record, decode, matched):
             return None
-        free = self._free_to_prefill(record, decode)
-        return _pick(self._prefill_policy, _without(free, record.avoid), matched) if free else None
+        free = _without(self._free_to_prefill(record, decode), record.avoid)
+        survivors = [worker for worker in free if worker.key == record.prefilled_by]
+        return _pick(self._prefill_policy, survivors or free, matched) if free else None
 
     def _prefers_local(self, record: RequestRecord, decode: WorkerRecord, matched: dict[WorkerKey, int]) -> bool:
         mode = self._config.disaggregate

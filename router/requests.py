@@ -106,6 +106,7 @@ class RequestRecord:
     num_resumed: int = 0  # attempts that delivered something behind an earlier one's tokens
     fruitless: int = 0  # attempts in a row without a new token
     avoid: tuple[WorkerKey, ...] = ()  # blamed for the last failure
+    prefilled_by: WorkerKey | None = None  # in the last attempt: it may still hold the prompt's blocks
     last_error: ServeError | None = None
     unavailable_at: float = 0.0
     not_before: float = 0.0
@@ -179,6 +180,7 @@ class RequestRecord:
         self._leave(State.DISPATCHED, State.RUNNING)
         assert self.attempt is not None
         self.fruitless = 0 if self.attempt.has_progress else self.fruitless + 1
+        self.prefilled_by = self.attempt.prefill or self.prefilled_by
         self.state, self.attempt = State.WAITING, None
         self.last_error, self.avoid, self.unavailable_at = error, blamed, unavailable_at
 

@@ -59,3 +59,18 @@ def test_request_that_ends_with_an_error_tells_how_often_it_was_resumed(rig):
     assert rig.ends["r"].error is not None
     assert rig.ends["r"].resumed == 1
     assert rig.live_on(worker) == []
+
+
+def test_resumption_prefills_where_the_prompt_was_prefilled_though_another_is_idler(rig):
+    for name, role in (("p0", "prefill"), ("p1", "prefill"), ("d0", "decode"), ("d1", "decode")):
+        rig.join(name, role)
+    rig.submit()
+    first, _ = rig.prefill()
+    rig.prefill_ended()
+    rig.out(1)
+    rig.submit("other", prompt=100)
+    assert rig.prefill("other")[0] == first, "now it has more to do than p1"
+    rig.goodbye(rig.start()[0])
+    assert (rig.start()[1].attempt, rig.prefill()[0]) == (2, first)
+    rig.prefill_ended(ok=False)  # its own fault: the next attempt avoids it
+    assert (rig.start()[1].attempt, rig.prefill()[0] != first) == (3, True)
