@@ -261,8 +261,7 @@ class Step {
                 head,
                 layer.window,
                 net_.scale,
-                nullptr,
-                0};
+                {}};
     }
 
     void attend(Region& region, const LayerWeights& layer, int64_t index) {
@@ -272,7 +271,7 @@ class Step {
             const Piece& piece = pieces_[at];
             Queries asked = queries(layer, index, piece.sequence, piece.head);
             if (piece.partial >= 0) {
-                announce(at, asked);
+                asked.next = following(at);
                 attend_part(pool_, asked, piece.from, piece.to, partials_ + piece.partial);
                 return;
             }
@@ -291,12 +290,11 @@ class Step {
         });
     }
 
-    // What this head of the next piece of another sequence will read.
-    void announce(int64_t at, Queries& asked) const {
-        const size_t next = at + net_.kv_heads;
-        if (next >= pieces_.size() || pieces_[next].partial < 0 || pieces_[next].from != pieces_[at].from) return;
-        asked.next_blocks = batch_.blocks + pieces_[next].sequence * batch_.table_width;
-        asked.next_keys = pieces_[next].to;
+    // What the next piece will read, which most often falls to the same thread.
+    Ahead following(size_t at) const {
+        if (at + 1 >= pieces_.size() || pieces_[at + 1].partial < 0) return {};
+        const Piece& next = pieces_[at + 1];
+        return {batch_.blocks + next.sequence * batch_.table_width, next.head, next.from, next.to};
     }
 
     // Behind the last attention only the sampled rows matter; they are in order, so they move up.

@@ -1,6 +1,8 @@
 // Paged attention on the CPU, one sequence's queries against one KV head.
 #pragma once
 
+#include <algorithm>
+
 #include "../native/simd.h"
 
 namespace penstock {
@@ -18,6 +20,12 @@ struct Pool {
     }
 };
 
+// Keys [from, to) of one head of a sequence that are wanted soon; none when `to` is not above `from`.
+struct Ahead {
+    const int64_t* blocks;
+    int64_t head, from, to;
+};
+
 // Queries of one sequence: rows `first` … of q and out, the heads of one KV head; key 0 is the sequence's first token.
 struct Queries {
     const float* q;  // of the first query's first head
@@ -29,22 +37,29 @@ struct Queries {
     int64_t layer, head;    // of the pool
     int64_t window;         // keys that a token sees, itself included; 0 for all
     float scale;
-    const int64_t* next_blocks;  // of the sequence whose `next_keys` keys of this head are wanted afterwards
-    int64_t next_keys;           // 0: none
+    Ahead next;             // what the caller asks for afterwards
 };
 
 // A context is cut into parts of so many keys, which threads may share. A query's result is that of its parts joined in
 // order, whoever computed them, however many queries beside it: so it is the same bit for bit in a decode step, in a
 // prompt and in another chunk of it.
 constexpr int64_t PART_KEYS = 512;
-constexpr int64_t TILE_QUERIES = 16;  // tokens of a prompt computed together against a block of keys
+constexpr int64_t TILE_QUERIES = 32;  // tokens of a prompt computed together against a block of keys
 constexpr int64_t MAX_HEAD_DIM = 256;
+
+inline int64_t first_key(const Queries& queries, int64_t position) {
+    return queries.window > 0 ? std::max<int64_t>(0, position - queries.window + 1) : 0;
+}
 
 // What a part of the keys contributes: the largest score, the sum of the weights, and the weighted sum of the values.
 struct Partial {
     float largest, sum;
     float values[MAX_HEAD_DIM];
 };
+
+// Keys [from, to) of one part by products of bfloat16 pairs, where processor and pool have them.
+bool can_attend_brains(const Pool& pool, const Queries& queries);
+void attend_brains(const Pool& pool, const Queries& queries, int64_t from, int64_t to, Partial* partial);
 
 // Keys [from, to) of one part, for at most TILE_QUERIES queries, into `partial` [count · group].
 void attend_part(const Pool& pool, const Queries& queries, int64_t from, int64_t to, Partial* partial);
