@@ -77,7 +77,7 @@ class PrefillConfig:
     threads: int | None = setting(None, 1, 4096)  # None: every core of the machine
     kv_cache_bytes: int | None = setting(None, 1 << 16, 1 << 50)  # None, without num_blocks: 1 GiB
     num_blocks: int | None = setting(None, 2, 1 << 20)
-    max_num_batched_tokens: int = setting(1024, 16, 1 << 20)
+    max_num_batched_tokens: int | None = setting(None, 16, 1 << 20)  # None: measured (`engine.saturation`)
     max_num_seqs: int = setting(64, 1, 1 << 16)
 
 
@@ -89,7 +89,7 @@ class DecodeConfig:
     threads: int | None = setting(None, 1, 4096)
     kv_cache_bytes: int | None = setting(None, 1 << 16, 1 << 50)
     num_blocks: int | None = setting(None, 2, 1 << 20)
-    max_num_batched_tokens: int = setting(1024, 16, 1 << 20)  # only when it prefills itself
+    max_num_batched_tokens: int | None = setting(None, 16, 1 << 20)  # only when it prefills itself
     max_num_seqs: int = setting(64, 1, 1 << 16)
     park_bytes: int = setting(256 << 20, 0, 1 << 50)  # host memory for preempted sequences; 0: they are computed again
 

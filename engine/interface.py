@@ -41,6 +41,7 @@ class EngineSpec:
     vocab_size: int
     eos_token_ids: frozenset[int]
     bytes_per_token: int
+    saturation_tokens: int = 512  # a step of more new tokens computes each of them no faster
 
     @property
     def layer_bytes(self) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from .interface import EngineSpec, OnLayers, ScheduledSeq
 from .kv_memory import DEFAULT_KV_BYTES, KVMemory, blocks_in
 from .model_runner import ModelRunner, layer_bytes, pool_view
 from .sampler import SampledRow, sample
+from .saturation import measure_saturation
 
 LAYOUT = "block-major"
 STAGING_BYTES = 512 << 20  # likewise: only links that convert what they carry use it
@@ -84,14 +86,15 @@ class TorchEngine:
         block_size: int = 16,
         max_model_len: int | None = None,
         num_threads: int | None = None,
+        measures: bool = False,
         progress: Progress | None = None,
         make_memory: MakeMemory | None = None,
     ) -> TorchEngine:
         """Load the model at `path`. The pool has `num_blocks` blocks, or as many as fit in `kv_bytes`.
 
         `make_memory`: where the blocks lie, when they are not to have a memory of their own.
-        `quantization`: see `resolve_grouping`. Sets torch's number of threads for the whole process. Raises
-        ModelFileError or ConfigError.
+        `quantization`: see `resolve_grouping`. `measures`: find out `spec.saturation_tokens`. Sets torch's number of
+        threads for the whole process. Raises ModelFileError or ConfigError.
         """
         if num_threads is not None:
             torch.set_num_threads(num_threads)
@@ -111,6 +114,9 @@ class TorchEngine:
             make_memory=make_memory,
         )
         engine.set_num_threads(torch.get_num_threads())
+        if measures:
+            chunk = measure_saturation(decoder, block_size, engine.num_threads)
+            engine.spec = replace(engine.spec, saturation_tokens=chunk)
         return engine
 
     def set_num_threads(self, num_threads: int) -> None:

@@ -81,6 +81,7 @@ def load_engine(topology: Topology, spec: WorkerSpec, membership: Membership | N
         kv_bytes=pool.kv_cache_bytes or DEFAULT_KV_BYTES,
         block_size=pool.block_size or topology.block_size,
         max_model_len=topology.model.max_model_len,
+        measures=pool.max_num_batched_tokens is None,
         make_memory=membership.make_memory if membership is not None else None,
     )
     share.rest()
@@ -110,7 +111,7 @@ def _make_core(
         pool,
         make_roles(key, engine, pool, topology, ownership),
         clock,
-        max_batch_tokens=spec.config.max_num_batched_tokens,
+        max_batch_tokens=spec.config.max_num_batched_tokens or engine.spec.saturation_tokens,
         max_batch_seqs=spec.config.max_num_seqs,
     )
 
