@@ -2,6 +2,10 @@
 
 Perplexity of windows of two books under the dequantised model in float32, and under each other way to compute the same
 weights; how far the predictions move (divergence in nats, and where the likeliest token is another one).
+
+    bfloat16   dequantised, computed in bfloat16
+    grouped    4-bit weights as the file stores them, rows in 8 bits
+    int8       dequantised and rounded anew to 8 bits, rows in 8 bits: what a model of plain weights becomes
 """
 
 from __future__ import annotations
@@ -21,25 +25,25 @@ import torch
 
 from penstock.engine.batch import build_batch
 from penstock.engine.model_runner import ModelRunner, pool_view
-from penstock.engine.torch_engine import TorchEngine
+from penstock.engine.torch_engine import TorchEngine, build_decoder
 from penstock.models import store
+from penstock.models.checkpoint import open_checkpoint
+from penstock.models.decoder import Decoder
 from penstock.models.tokenizer import load_tokenizer
 from penstock.testing.stepper import Stepper
 
 BLOCK_SIZE = 16
 BOOKS = ("pride_and_prejudice", "tinyshakespeare")
-WAYS = {"bfloat16": ("bfloat16", "none"), "grouped": ("bfloat16", "int8")}  # name: dtype, quantization
+WAYS = ("bfloat16", "grouped", "int8")
 
 
 class Way:
     """One way to compute the model."""
 
-    def __init__(self, model: Path, dtype: str, quantization: str, window: int) -> None:
+    def __init__(self, model: Path, name: str, window: int) -> None:
         num_blocks = -(-window // BLOCK_SIZE) + 1
-        self._engine = TorchEngine.load(
-            model, model_name="m", dtype=dtype, quantization=quantization, num_blocks=num_blocks, block_size=BLOCK_SIZE
-        )
-        decoder = self._engine.decoder
+        decoder = load(model, name)
+        self._engine = TorchEngine(decoder, model_name="m", identity="m", num_blocks=num_blocks, block_size=BLOCK_SIZE)
         self._pool = pool_view(self._engine.memory, decoder.config, BLOCK_SIZE, decoder.cache_dtype)
         self._runner, self._num_blocks = ModelRunner(decoder, self._pool), num_blocks
 
@@ -49,6 +53,13 @@ class Way:
         batch = build_batch([stepper.schedule(stepper.add(token_ids))], BLOCK_SIZE)
         logits = self._runner.run(replace(batch, sampled_rows=np.arange(len(token_ids))))
         return logits.float().log_softmax(dim=-1)
+
+
+def load(model: Path, name: str) -> Decoder:
+    checkpoint = open_checkpoint(model)
+    tensors = checkpoint.grouped_tensors() if name == "grouped" else checkpoint.tensors()
+    dtype = torch.float32 if name == "float32" else torch.bfloat16
+    return build_decoder(checkpoint.config, tensors, dtype, grouped=name in ("grouped", "int8"))
 
 
 def windows(data: Path, model: Path, length: int, count: int) -> Iterator[list[int]]:
@@ -63,8 +74,8 @@ def windows(data: Path, model: Path, length: int, count: int) -> Iterator[list[i
 
 def measure(model: Path, texts: list[list[int]]) -> dict[str, dict[str, float]]:
     window = max(map(len, texts))
-    base = Way(model, "float32", "none", window)
-    others = {name: Way(model, *settings, window) for name, settings in WAYS.items()}
+    base = Way(model, "float32", window)
+    others = {name: Way(model, name, window) for name in WAYS}
     sums: dict[str, dict[str, float]] = {name: {"nll": 0.0, "divergence": 0.0, "moved": 0.0} for name in WAYS}
     total, nll = 0, 0.0
     for number, token_ids in enumerate(texts, 1):
