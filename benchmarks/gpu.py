@@ -37,9 +37,8 @@ NUM_SEQS, PEER_CONTEXT = 64, 1024
 
 def measure(device: torch.device, quick: bool) -> tuple[list[Figure], list[str]]:
     """The figures, and what was left out with the reason."""
-    say(
-        f"a copy moves {bytes_per_second() / 1e9:.0f} GB/s, a product does {operations_per_second() / 1e12:.0f} TFLOP/s"
-    )
+    limits = bytes_per_second() / 1e9, operations_per_second() / 1e12
+    say("a copy moves {:.0f} GB/s, a product does {:.0f} TFLOP/s".format(*limits))
     figures = [*gpu_ops.attention(device, quick), *gpu_ops.fused(device, quick)]
     contexts = [PEER_CONTEXT] if quick else [PEER_CONTEXT, 4096]
     steps = list(gpu_decode.decode_steps(device, gpu_decode.LLAMA_8B, NUM_SEQS, contexts))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import statistics
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def peer_step_seconds(config: ModelConfig, num_seqs: int, context: int, num_step
 def _late_gaps(result: Any) -> list[float]:
     times = getattr(result, "timestamps", None) or []
     late = times[len(times) // 2 :]
-    return [after - before for before, after in zip(late, late[1:], strict=False)]
+    return [after - before for before, after in pairwise(late)]
 
 
 def _generate(config: ModelConfig, num_seqs: int, context: int, num_steps: int) -> list[Any]:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,8 +76,5 @@ def test_table_gives_share_bar_and_others() -> None:
 
 
 def test_gaps_of_a_peer_are_those_of_the_later_half() -> None:
-    class Result:
-        timestamps = [0.0, 5.0, 6.0, 6.5, 7.5]
-
-    assert _late_gaps(Result()) == [0.5, 1.0]
+    assert _late_gaps(SimpleNamespace(timestamps=[0.0, 5.0, 6.0, 6.5, 7.5])) == [0.5, 1.0]
     assert _late_gaps(object()) == []

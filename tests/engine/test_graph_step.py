@@ -12,12 +12,10 @@ import pytest
 import torch
 
 from penstock.core.errors import InternalError
-from penstock.core.ids import BlockId
 from penstock.engine.decode_batch import DecodeBatch, Draws, Ints
 from penstock.engine.decode_loop import Decoding, decode
 from penstock.engine.graph_step import GraphStep, Ids, padded_size
-from penstock.engine.kv_memory import KVMemory
-from penstock.engine.model_runner import layer_bytes, pool_view
+from penstock.engine.model_runner import pool_view
 from penstock.engine.sequence import blocks_for
 from penstock.engine.torch_engine import TorchEngine, build_decoder
 from penstock.models.device_decoder import DeviceDecoder, DevicePool, make_pool

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -23,7 +26,7 @@ TOLERANCE = 1e-4  # on logits that spread over several units
 BLOCK_SIZE = 4
 NUM_BLOCKS = 40
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-EIGHT_BITS = [torch.int8, torch.float8_e4m3fn]
+EIGHT_BITS = {torch.int8: 0.1, torch.float8_e4m3fn: 0.25}  # how far logits may move, as a share of their spread
 
 CONFIGS = {
     "llama": tiny_config(),
@@ -62,9 +65,15 @@ def poisoned_pool(config: ModelConfig, dtype: torch.dtype = torch.float32) -> De
 
 
 class Both:
-    """The same steps through both networks, each with its own pool."""
+    """The same steps through both networks, each with its own pool; the fused one by its references or its kernels."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype = torch.float32,
+        by: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self.by = by
         decoder = build_decoder(config, random_weights(config).items(), torch.float32)
         memory = KVMemory(NUM_BLOCKS, config.num_layers, layer_bytes(config, BLOCK_SIZE, torch.float32))
         self.runner = ModelRunner(decoder, pool_view(memory, config, BLOCK_SIZE, torch.float32))
@@ -74,9 +83,11 @@ class Both:
     def logits(self, entries: list[ScheduledSeq]) -> tuple[torch.Tensor, torch.Tensor]:
         """(fused, twin), each [sampled rows, vocab_size]; the sequences advance by what was computed."""
         batch = build_batch(entries, BLOCK_SIZE)
-        found = self.device.forward(device_step(batch), self.pool).cpu(), self.runner.run(batch)
+        with self.by():
+            fused = self.device.forward(device_step(batch), self.pool).cpu()
+        expected = self.runner.run(batch)
         self.stepper.commit(entries, [()] * len(entries))
-        return found
+        return fused, expected
 
 
 def prompt(length: int, seed: int = 1) -> list[int]:
@@ -103,10 +114,10 @@ def test_logits_equal_the_twin(name: str) -> None:
         torch.testing.assert_close(actual, expected, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("dtype", EIGHT_BITS, ids=str)
-def test_eight_bit_pool_stays_near_the_twin(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "most_apart"), EIGHT_BITS.items(), ids=str)
+def test_eight_bit_pool_stays_near_the_twin(dtype: torch.dtype, most_apart: float) -> None:
     for actual, expected in steps_of(Both(CONFIGS["llama"], dtype)):
-        assert 0 < float((actual - expected).std() / expected.std()) < 0.15
+        assert 0 < float((actual - expected).std() / expected.std()) < most_apart
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
@@ -114,8 +125,7 @@ def test_triton_kernels_give_what_the_references_give(dtype: torch.dtype) -> Non
     pytest.importorskip("triton", reason="the GPU kernels are written in Triton, which is not installed")
     config = CONFIGS["qwen3 with norms of heads"]
     expected = steps_of(Both(config, dtype))
-    with triton_everywhere():
-        actual = steps_of(Both(config, dtype))
+    actual = steps_of(Both(config, dtype, triton_everywhere))
     for (found, _), (by_reference, _) in zip(actual, expected, strict=True):
         torch.testing.assert_close(found, by_reference, atol=2e-3 if dtype == torch.int8 else TOLERANCE, rtol=0)
 
