@@ -57,8 +57,8 @@ def random_network(
 
 
 def with_layers(config: ModelConfig, num_layers: int) -> ModelConfig:
-    kinds = {"window_layers": config.window_layers[:num_layers], "rope_layers": config.rope_layers[:num_layers]}
-    return replace(config, num_layers=num_layers, **kinds)
+    windows, rope = config.window_layers[:num_layers], config.rope_layers[:num_layers]
+    return replace(config, num_layers=num_layers, window_layers=windows, rope_layers=rope)
 
 
 def plain_logits(config: ModelConfig, weights: DecoderWeights, token_ids: torch.Tensor) -> torch.Tensor:
@@ -70,7 +70,7 @@ def plain_logits(config: ModelConfig, weights: DecoderWeights, token_ids: torch.
     x = weights.embedding.index_select(0, token_ids)
     for layer in weights.layers:
         qkv = layer.qkv(F.rms_norm(x, x.shape[-1:], layer.attention_norm, config.rms_norm_eps))
-        q, k, v = (part.contiguous() for part in qkv.view(len(x), -1, config.head_dim).split(sizes, dim=1))
+        q, k, v = (part.contiguous() for part in torch.split(qkv.view(len(x), -1, config.head_dim), sizes, 1))
         rotate(q, rotation)
         rotate(k, rotation)
         q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import statistics
+from importlib import import_module
 from itertools import pairwise
 from typing import Any
 
@@ -40,9 +41,8 @@ def _late_gaps(result: Any) -> list[float]:
 
 
 def _generate(config: ModelConfig, num_seqs: int, context: int, num_steps: int) -> list[Any]:
-    from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
-
-    settings = LlamaConfig(
+    transformers = import_module("transformers")
+    settings = transformers.LlamaConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
@@ -60,12 +60,16 @@ def _generate(config: ModelConfig, num_seqs: int, context: int, num_steps: int) 
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("cuda"):
-            model = LlamaForCausalLM(settings).eval()
+            model = transformers.LlamaForCausalLM(settings).eval()
     finally:
         torch.set_default_dtype(default)
     # Without the package it would fetch kernels, and there may be no network.
-    batching = ContinuousBatchingConfig(auto_switch_to_flash=importlib.util.find_spec("flash_attn") is not None)
-    generation = GenerationConfig(max_new_tokens=num_steps, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    batching = transformers.ContinuousBatchingConfig(
+        auto_switch_to_flash=importlib.util.find_spec("flash_attn") is not None
+    )
+    generation = transformers.GenerationConfig(
+        max_new_tokens=num_steps, do_sample=False, eos_token_id=-1, pad_token_id=0
+    )
     prompts = torch.randint(1, config.vocab_size, (num_seqs, context)).tolist()
     results = model.generate_batch(
         prompts, generation_config=generation, continuous_batching_config=batching, record_timestamps=True

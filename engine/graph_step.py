@@ -84,7 +84,7 @@ class GraphStep:
         self._known = torch.zeros(2, max_seqs, dtype=torch.int64, device=self._device)
         self._draws = DrawBuffers(max_seqs, self._device)
         self._host = torch.zeros(2, max_seqs, dtype=torch.int64, pin_memory=self._is_cuda)
-        self._arrived = [torch.cuda.Event() for _ in range(2)] if self._is_cuda else []
+        self._arrived = [torch.Event(device=self._device) for _ in range(2)] if self._is_cuda else []
         self._num_launched = self._last_size = 0
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         self._graph_memory = torch.cuda.graph_pool_handle() if self._is_cuda else None

@@ -63,7 +63,7 @@ class Inputs:
         if self.kv_scales is not None:
             blocks *= self.kv_scales[block_ids, 0][:, :, :, None, :, None].to(self.q.dtype)
         parts = blocks.transpose(1, 2).flatten(2, 3)[:, :, : self.plan.max_context_len].transpose(2, 3)
-        q = self.q[: num_seqs * self.new].unflatten(0, (num_seqs, self.new)).transpose(1, 2)
+        q = self.q[: num_seqs * self.new].view(num_seqs, self.new, *self.q.shape[1:]).transpose(1, 2)
         return q.contiguous(), parts[:, 0].contiguous(), parts[:, 1].contiguous()
 
     def check(self) -> None:

