@@ -66,7 +66,7 @@ def plain_logits(config: ModelConfig, weights: DecoderWeights, token_ids: torch.
     angles = rope_angles(torch.arange(len(token_ids)), *rope_frequencies(config))
     cos, sin = (part.to(token_ids.device, weights.embedding.dtype)[:, None] for part in angles)
     rotation = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-    sizes = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+    sizes = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
     x = weights.embedding.index_select(0, token_ids)
     for layer in weights.layers:
         qkv = layer.qkv(F.rms_norm(x, x.shape[-1:], layer.attention_norm, config.rms_norm_eps))
