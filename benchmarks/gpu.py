@@ -46,7 +46,7 @@ def measure(device: torch.device, quick: bool) -> tuple[list[Figure], list[str]]
     torch.cuda.empty_cache()
     left_out = []
     try:
-        peer = peer_step_seconds(gpu_decode.LLAMA_8B, NUM_SEQS, PEER_CONTEXT, num_steps=64)
+        peer = peer_step_seconds(gpu_decode.LLAMA_8B, NUM_SEQS, PEER_CONTEXT, 64, device)
     except NoPeer as err:
         left_out.append(f"no decode step beside ours: {err}")
         say(left_out[0])

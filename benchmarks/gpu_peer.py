@@ -17,7 +17,7 @@ class NoPeer(Exception):
     """It cannot be measured here; the message says why."""
 
 
-def peer_step_seconds(config: ModelConfig, num_seqs: int, context: int, num_steps: int) -> float:
+def peer_step_seconds(config: ModelConfig, num_seqs: int, context: int, num_steps: int, device: torch.device) -> float:
     """Median time between two tokens of a request, in the second half of its tokens, when all requests decode.
 
     Raises NoPeer with the reason.
@@ -25,7 +25,7 @@ def peer_step_seconds(config: ModelConfig, num_seqs: int, context: int, num_step
     if importlib.util.find_spec("transformers") is None:
         raise NoPeer("transformers is not installed")
     try:
-        results = _generate(config, num_seqs, context, num_steps)
+        results = _generate(config, num_seqs, context, num_steps, device)
     except (ImportError, AttributeError, TypeError, ValueError, RuntimeError, OSError) as err:
         raise NoPeer(f"transformers' continuous batching failed: {type(err).__name__}: {err}") from err
     gaps = [gap for result in results for gap in _late_gaps(result)]
@@ -40,7 +40,7 @@ def _late_gaps(result: Any) -> list[float]:
     return [after - before for before, after in pairwise(late)]
 
 
-def _generate(config: ModelConfig, num_seqs: int, context: int, num_steps: int) -> list[Any]:
+def _generate(config: ModelConfig, num_seqs: int, context: int, num_steps: int, device: torch.device) -> list[Any]:
     transformers = import_module("transformers")
     settings = transformers.LlamaConfig(
         vocab_size=config.vocab_size,
@@ -59,7 +59,7 @@ def _generate(config: ModelConfig, num_seqs: int, context: int, num_steps: int) 
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with torch.device("cuda"):
+        with device:
             model = transformers.LlamaForCausalLM(settings).eval()
     finally:
         torch.set_default_dtype(default)
