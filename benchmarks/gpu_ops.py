@@ -20,7 +20,7 @@ from penstock.kernels.rope_kv_write import bench as rope_kv_write
 from penstock.kernels.silu_mul import bench as silu_mul
 
 DECODE_BAR, PREFILL_BAR, FUSED_BAR = 0.85, 0.55, 0.85
-_LONGEST_LAUNCH_BYTES = 16 << 20  # an op that moves less is over sooner than a launch: its share says nothing
+_LEAST_BYTES = 16 << 20  # an op that moves less is over sooner than a launch: its share says nothing
 _POOLS = {"bfloat16": torch.bfloat16, "int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
 
 
@@ -55,7 +55,7 @@ def fused(device: torch.device, quick: bool) -> Iterator[Figure]:
     """Norms, activation, rotation with the cache's write; sampling and quantised products are shown without a bar."""
     for cases in (rms_norm.cases, silu_mul.cases, rope_kv_write.cases):
         for case in cases(device):
-            yield _case(case, FUSED_BAR if case.work.nbytes >= _LONGEST_LAUNCH_BYTES else None, "torch")
+            yield _case(case, FUSED_BAR if case.work.nbytes >= _LEAST_BYTES else None, "torch")
     if quick:
         return
     for case in logits.cases(device):

@@ -18,6 +18,7 @@ from penstock.engine.graph_step import GraphStep, Ids, padded_size
 from penstock.engine.model_runner import pool_view
 from penstock.engine.sequence import blocks_for
 from penstock.engine.torch_engine import TorchEngine, build_decoder
+from penstock.kernels.choice import triton_everywhere
 from penstock.models.device_decoder import DeviceDecoder, DevicePool, make_pool
 from penstock.models.weights import load_weights
 from penstock.protocol.sampling import SamplingParams
@@ -28,6 +29,7 @@ CONFIG = tiny_config()
 BLOCK_SIZE = 4
 NUM_BLOCKS = 64
 NUM_NEW = 9
+DRAWN = SamplingParams(temperature=0.8, top_k=20, top_p=0.9, seed=5, ignore_eos=True)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -70,6 +72,25 @@ class Prompted:
             Decoding(table, length, first, count)
             for table, length, first, count in zip(self.tables, self.lengths, self.first_ids, counts, strict=True)
         ]
+
+    def batch(self, number: int, params: SamplingParams | None = None) -> DecodeBatch:
+        """Step `number` of all the sequences; the host knows no id but the first."""
+        num_seqs, width = len(self.lengths), max(map(len, self.tables))
+        draws = params and Draws(
+            seeds=np.full(num_seqs, params.seed),
+            indices=np.full(num_seqs, 1 + number),
+            temperature=np.full(num_seqs, params.temperature, dtype=np.float32),
+            top_k=np.full(num_seqs, params.top_k),
+            top_p=np.full(num_seqs, params.top_p, dtype=np.float32),
+            min_p=np.full(num_seqs, params.min_p, dtype=np.float32),
+        )
+        return DecodeBatch(
+            context_lens=np.array(self.lengths) + 1 + number,
+            block_table=np.stack([np.pad(own, (0, width - len(own))) for own in self.tables]),
+            sources=np.arange(num_seqs) if number else np.full(num_seqs, -1),
+            token_ids=np.array(self.first_ids) if number == 0 else np.full(num_seqs, 311),
+            draws=draws,
+        )
 
 
 def _engine() -> TorchEngine:
@@ -139,12 +160,8 @@ def test_next_step_is_launched_before_ids_are_read(
 def test_host_gives_no_id_but_the_first(decoder: DeviceDecoder, pool: DevicePool) -> None:
     """Wrong ids from the host change nothing where a row takes what the step before drew."""
     prompted = Prompted(pool, [5])
-    step, table = GraphStep(decoder, pool, 2), prompted.tables[0][None]
-    found = []
-    for number in range(4):
-        source, token_id = (-1, prompted.first_ids[0]) if number == 0 else (0, 311)
-        batch = DecodeBatch(np.array([6 + number]), table, np.array([source]), np.array([token_id]))
-        found.append(int(step.launch(batch).wait()[0]))
+    step = GraphStep(decoder, pool, 2)
+    found = [int(step.launch(prompted.batch(number)).wait()[0]) for number in range(4)]
     assert found == prompted.tokens[0][:4]
 
 
@@ -165,26 +182,22 @@ def test_buffers_never_move(decoder: DeviceDecoder, pool: DevicePool, monkeypatc
 
 
 def test_drawn_tokens_equal_the_samplers(decoder: DeviceDecoder, pool: DevicePool) -> None:
-    params = SamplingParams(temperature=0.8, top_k=20, top_p=0.9, seed=5, ignore_eos=True)
-    prompted = Prompted(pool, [5, 11, 2], params)
+    prompted = Prompted(pool, [5, 11, 2], DRAWN)
     step = GraphStep(decoder, pool, 4)
-    width = max(map(len, prompted.tables))
-    table = np.stack([np.pad(own, (0, width - len(own))) for own in prompted.tables])
-    found = []
-    for number in range(NUM_NEW - 1):
-        draws = Draws(
-            seeds=np.full(3, 5),
-            indices=np.full(3, 1 + number),
-            temperature=np.full(3, 0.8, dtype=np.float32),
-            top_k=np.full(3, 20),
-            top_p=np.full(3, 0.9, dtype=np.float32),
-            min_p=np.zeros(3, dtype=np.float32),
-        )
-        sources = np.arange(3) if number else np.full(3, -1)
-        lens = np.array(prompted.lengths) + 1 + number
-        batch = DecodeBatch(lens, table, sources, np.array(prompted.first_ids), draws)
-        found.append(step.launch(batch).wait().tolist())
+    found = [step.launch(prompted.batch(number, DRAWN)).wait().tolist() for number in range(NUM_NEW - 1)]
     assert [list(tokens) for tokens in zip(*found, strict=True)] == prompted.tokens
+
+
+@pytest.mark.parametrize("params", [None, DRAWN], ids=["greedy", "drawn"])
+def test_triton_kernels_give_the_same_tokens(
+    params: SamplingParams | None, decoder: DeviceDecoder, pool: DevicePool
+) -> None:
+    pytest.importorskip("triton", reason="the GPU kernels are written in Triton, which is not installed")
+    prompted = Prompted(pool, [18, 11, 2], params)
+    step = GraphStep(decoder, pool, 4, num_splits=2)
+    with triton_everywhere():
+        found = [step.launch(prompted.batch(number, params)).wait().tolist() for number in range(3)]
+    assert [list(tokens) for tokens in zip(*found, strict=True)] == [tokens[:3] for tokens in prompted.tokens]
 
 
 def test_logits_without_a_maximum_are_told_a_step_late(decoder: DeviceDecoder, pool: DevicePool) -> None:
