@@ -16,6 +16,7 @@ Without CUDA every step runs uncaptured, through the same buffers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,12 +87,13 @@ class GraphStep:
         self._host = torch.zeros(2, max_seqs, dtype=torch.int64, pin_memory=self._is_cuda)
         self._arrived = [torch.Event(device=self._device) for _ in range(2)] if self._is_cuda else []
         self._num_launched = self._last_size = 0
-        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self.captures = self._is_cuda
+        self._replays: dict[tuple[int, bool], Callable[[], None]] = {}
         self._graph_memory = torch.cuda.graph_pool_handle() if self._is_cuda else None
 
     @property
     def num_graphs(self) -> int:
-        return len(self._graphs)
+        return len(self._replays)
 
     def launch(self, batch: DecodeBatch) -> Ids:
         """Begin a step. Raises InternalError for a batch that does not fit, before anything is changed."""
@@ -138,17 +140,22 @@ class GraphStep:
         return self._rows[: 3 * size].view(3, size)
 
     def _run(self, size: int, draws: bool, plan: DevicePlan) -> None:
-        graph = self._graphs.get((size, draws))
-        if graph is not None:
-            graph.replay()
+        replay = self._replays.get((size, draws))
+        if replay is not None:
+            replay()
             return
         self._compute(size, draws, plan)
-        if self._is_cuda:
-            graph = torch.cuda.CUDAGraph()
-            # One memory for all graphs: they run one after the other, and what outlives a step is in our buffers.
-            with torch.cuda.graph(graph, pool=self._graph_memory):
-                self._compute(size, draws, plan)
-            self._graphs[size, draws] = graph
+        if self.captures:
+            self._replays[size, draws] = self._capture(size, draws, self._plans.widest(plan, self.max_context))
+
+    def _capture(self, size: int, draws: bool, plan: DevicePlan) -> Callable[[], None]:
+        """A step of this kind as one call; `plan` holds for all of them. Runs nothing now."""
+        graph = torch.cuda.CUDAGraph()
+        # One memory for all graphs: they run one after the other, and what outlives a step is in our buffers.
+        with torch.cuda.graph(graph, pool=self._graph_memory):
+            self._compute(size, draws, plan)
+        replay: Callable[[], None] = graph.replay
+        return replay
 
     @torch.inference_mode()
     def _compute(self, size: int, draws: bool, plan: DevicePlan) -> None:

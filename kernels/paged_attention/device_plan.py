@@ -10,7 +10,7 @@ No mask is built: the kernels work it out from positions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -85,6 +85,11 @@ class PlanBuffers:
             max_context_len=int(context_lens.max(initial=0)),
             num_splits=num_splits,
         )
+
+    def widest(self, plan: DevicePlan, max_context_len: int) -> DevicePlan:
+        """What `plan`, the latest of these buffers, says of every later one with as many sequences and new tokens."""
+        table = self._block_table[: plan.block_table.shape[0]]
+        return replace(plan, block_table=table, max_context_len=max_context_len)
 
 
 def upload(values: npt.NDArray[np.generic], target: torch.Tensor) -> None:

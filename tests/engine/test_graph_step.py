@@ -5,6 +5,7 @@ On a CUDA device the same tests run through captured graphs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +20,7 @@ from penstock.engine.model_runner import pool_view
 from penstock.engine.sequence import blocks_for
 from penstock.engine.torch_engine import TorchEngine, build_decoder
 from penstock.kernels.choice import triton_everywhere
+from penstock.kernels.paged_attention.device_plan import DevicePlan
 from penstock.models.device_decoder import DeviceDecoder, DevicePool, make_pool
 from penstock.models.weights import load_weights
 from penstock.protocol.sampling import SamplingParams
@@ -76,13 +78,17 @@ class Prompted:
     def batch(self, number: int, params: SamplingParams | None = None) -> DecodeBatch:
         """Step `number` of all the sequences; the host knows no id but the first."""
         num_seqs, width = len(self.lengths), max(map(len, self.tables))
-        draws = params and Draws(
-            seeds=np.full(num_seqs, params.seed),
-            indices=np.full(num_seqs, 1 + number),
-            temperature=np.full(num_seqs, params.temperature, dtype=np.float32),
-            top_k=np.full(num_seqs, params.top_k),
-            top_p=np.full(num_seqs, params.top_p, dtype=np.float32),
-            min_p=np.full(num_seqs, params.min_p, dtype=np.float32),
+        draws = (
+            None
+            if params is None
+            else Draws(
+                seeds=np.full(num_seqs, params.seed),
+                indices=np.full(num_seqs, 1 + number),
+                temperature=np.full(num_seqs, params.temperature, dtype=np.float32),
+                top_k=np.full(num_seqs, params.top_k),
+                top_p=np.full(num_seqs, params.top_p, dtype=np.float32),
+                min_p=np.full(num_seqs, params.min_p, dtype=np.float32),
+            )
         )
         return DecodeBatch(
             context_lens=np.array(self.lengths) + 1 + number,
@@ -112,9 +118,12 @@ def test_padded_sizes_are_few() -> None:
 @pytest.mark.parametrize("lengths", [[5], [1, 7, 12], [9, 3, 4, 21, 2]], ids=str)
 def test_greedy_tokens_equal_the_plain_loop(lengths: list[int], decoder: DeviceDecoder, pool: DevicePool) -> None:
     prompted = Prompted(pool, lengths)
+    strangers = sorted(set(range(NUM_BLOCKS)).difference(*(table.tolist() for table in prompted.tables)))
+    pool.numbers[strangers] = 7.0
     seqs = prompted.decodings()
     assert decode(GraphStep(decoder, pool, 8), seqs) == NUM_NEW - 1
     assert [seq.output_ids for seq in seqs] == prompted.tokens
+    assert bool((pool.numbers[strangers] == 7.0).all())  # rows that pad a step store nothing
 
 
 def test_sequences_that_end_earlier_leave_and_rows_move_up(decoder: DeviceDecoder, pool: DevicePool) -> None:
@@ -165,6 +174,33 @@ def test_host_gives_no_id_but_the_first(decoder: DeviceDecoder, pool: DevicePool
     assert found == prompted.tokens[0][:4]
 
 
+class Recorded(GraphStep):
+    """Captures anywhere: what a graph would replay is the same call with the same views of the buffers."""
+
+    def __init__(self, decoder: DeviceDecoder, pool: DevicePool, max_seqs: int) -> None:
+        super().__init__(decoder, pool, max_seqs)
+        self.captures, self.replayed = True, 0
+
+    def _capture(self, size: int, draws: bool, plan: DevicePlan) -> Callable[[], None]:
+        def replay() -> None:
+            self.replayed += 1
+            self._compute(size, draws, plan)
+
+        return replay
+
+
+def test_replay_of_the_first_step_of_a_size_serves_all_that_follow(decoder: DeviceDecoder, pool: DevicePool) -> None:
+    """Contexts grow into blocks that the captured step had not, and rows move up, all through that step's views."""
+    prompted = Prompted(pool, [5, 11, 2, 8, 6])
+    counts = [8, 1, 5, 6, 7]
+    seqs = prompted.decodings(counts)
+    step = Recorded(decoder, pool, 8)
+    assert decode(step, seqs) == 8
+    assert [seq.output_ids for seq in seqs] == [t[:n] for t, n in zip(prompted.tokens, counts, strict=True)]
+    assert step.num_graphs == 4  # of 8, 4, 2 and 1 rows
+    assert step.replayed == 8 - 4
+
+
 def test_buffers_never_move(decoder: DeviceDecoder, pool: DevicePool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a graph of one size reads and writes is at the same addresses in every step."""
     seen: list[tuple[int, ...]] = []
@@ -193,7 +229,7 @@ def test_triton_kernels_give_the_same_tokens(
     params: SamplingParams | None, decoder: DeviceDecoder, pool: DevicePool
 ) -> None:
     pytest.importorskip("triton", reason="the GPU kernels are written in Triton, which is not installed")
-    prompted = Prompted(pool, [18, 11, 2], params)
+    prompted = Prompted(pool, [40, 11, 2], params)
     step = GraphStep(decoder, pool, 4, num_splits=2)
     with triton_everywhere():
         found = [step.launch(prompted.batch(number, params)).wait().tolist() for number in range(3)]
