@@ -33,14 +33,14 @@ from .sequence import blocks_for
 
 Ints = npt.NDArray[np.int64]
 
-_FULL_STEPS = 8  # sizes above are multiples of it: a row more costs a decode step next to nothing, a graph costs memory
+_MULTIPLE = 8  # sizes above are multiples of it: a row more costs a decode step next to nothing, a graph costs memory
 
 
 def padded_size(num_seqs: int, max_seqs: int) -> int:
     """1, 2, 4, 8, then multiples of 8, none above `max_seqs`."""
-    if num_seqs <= _FULL_STEPS:
+    if num_seqs <= _MULTIPLE:
         return min(1 << (num_seqs - 1).bit_length(), max_seqs)
-    return min(-(-num_seqs // _FULL_STEPS) * _FULL_STEPS, max_seqs)
+    return min(-(-num_seqs // _MULTIPLE) * _MULTIPLE, max_seqs)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,7 +63,7 @@ class GraphStep:
     """Steps of up to `max_seqs` sequences of up to `max_context` tokens. Not for several threads.
 
     num_splits: parts that a context is cut into, for all sizes; None chooses for each size what its longest contexts
-    keep the device busy with.
+    keep the device busy with. captures: whether steps are captured and replayed; by default where there is CUDA.
     """
 
     def __init__(
