@@ -15,10 +15,10 @@ import gzip
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -37,8 +37,16 @@ BOOKS = ("pride_and_prejudice", "tinyshakespeare")
 WAYS = ("bfloat16", "grouped", "int8")
 
 
+class Predictor(Protocol):
+    """One way to compute a model."""
+
+    def predictions(self, token_ids: list[int]) -> torch.Tensor:
+        """Log-probabilities behind every token, [tokens, vocab_size] float32."""
+        ...
+
+
 class Way:
-    """One way to compute the model."""
+    """A `Predictor` out of the engine's own network."""
 
     def __init__(self, model: Path, name: str, window: int) -> None:
         num_blocks = -(-window // BLOCK_SIZE) + 1
@@ -48,7 +56,6 @@ class Way:
         self._runner, self._num_blocks = ModelRunner(decoder, self._pool), num_blocks
 
     def predictions(self, token_ids: list[int]) -> torch.Tensor:
-        """Log-probabilities behind every token, [tokens, vocab_size] float32."""
         stepper = Stepper(self._num_blocks, BLOCK_SIZE)
         batch = build_batch([stepper.schedule(stepper.add(token_ids))], BLOCK_SIZE)
         logits = self._runner.run(replace(batch, sampled_rows=np.arange(len(token_ids))))
@@ -74,9 +81,12 @@ def windows(data: Path, model: Path, length: int, count: int) -> Iterator[list[i
 
 def measure(model: Path, texts: list[list[int]]) -> dict[str, dict[str, float]]:
     window = max(map(len, texts))
-    base = Way(model, "float32", window)
-    others = {name: Way(model, name, window) for name in WAYS}
-    sums: dict[str, dict[str, float]] = {name: {"nll": 0.0, "divergence": 0.0, "moved": 0.0} for name in WAYS}
+    return compare(Way(model, "float32", window), {name: Way(model, name, window) for name in WAYS}, texts)
+
+
+def compare(base: Predictor, others: Mapping[str, Predictor], texts: list[list[int]]) -> dict[str, dict[str, float]]:
+    """Perplexity of `texts` under each, and how far the predictions of `others` are from those of `base`."""
+    sums: dict[str, dict[str, float]] = {name: {"nll": 0.0, "divergence": 0.0, "moved": 0.0} for name in others}
     total, nll = 0, 0.0
     for number, token_ids in enumerate(texts, 1):
         reference, targets = base.predictions(token_ids)[:-1], torch.tensor(token_ids[1:])[:, None]
@@ -99,15 +109,24 @@ def measure(model: Path, texts: list[list[int]]) -> dict[str, dict[str, float]]:
     return results
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def make_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data", type=Path, required=True, help="folder with the two books as .txt.gz")
     parser.add_argument("--windows", type=int, default=24, help="how many windows (default: 24)")
     parser.add_argument("--length", type=int, default=512, help="tokens of each (default: 512)")
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    args = make_parser((__doc__ or "").splitlines()[0]).parse_args()
     model = store.resolve(store.DEFAULT_MODEL).path
-    results = measure(model, list(windows(args.data, model, args.length, args.windows)))
+    show(model, args, measure(model, list(windows(args.data, model, args.length, args.windows))))
+    return 0
+
+
+def show(model: Path, args: argparse.Namespace, results: dict[str, dict[str, float]]) -> None:
+    """Print the table, and write the figures where `args.json` says."""
     print("| computed as | perplexity | change | divergence, nats | other likeliest token |\n|---|---|---|---|---|")
     for name, row in results.items():
         figures = f"{row['change']:+.2%} | {row['divergence']:.5f} | {row['moved']:.1%}"
@@ -115,7 +134,6 @@ def main() -> int:
     if args.json is not None:
         record: dict[str, Any] = {"model": model.name, "windows": args.windows, "length": args.length, "ways": results}
         args.json.write_text(json.dumps(record, indent=1) + "\n")
-    return 0
 
 
 if __name__ == "__main__":

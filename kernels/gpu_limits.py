@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -68,14 +68,45 @@ class Work:
     operations: int = 0
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Case:
+    """One call of an op, found right by its `bench.py`. `by_torch`: what torch's own parts take for the same."""
+
+    name: str
+    run: Callable[[], object]
+    work: Work
+    by_torch: Callable[[], object] | None = None
+
+
+def seconds_at_best(work: Work) -> float:
+    """What the limit allows that `work` meets first."""
+    return max(work.nbytes / bytes_per_second(), work.operations / operations_per_second() if work.operations else 0)
+
+
 def report(name: str, run: Callable[[], object], work: Work) -> None:
     """Print time, rates and the share of whichever limit the op meets first."""
     elapsed = seconds(run)
-    at_best = max(work.nbytes / bytes_per_second(), work.operations / operations_per_second() if work.operations else 0)
     rates = f"{work.nbytes / elapsed / 1e9:8.1f} GB/s"
     if work.operations:
         rates += f" {work.operations / elapsed / 1e12:8.2f} TFLOP/s"
-    sys.stdout.write(f"{name:<44} {elapsed * 1e6:9.1f} us {rates} {at_best / elapsed:6.1%} of the limit\n")
+    share = seconds_at_best(work) / elapsed
+    sys.stdout.write(f"{name:<44} {elapsed * 1e6:9.1f} us {rates} {share:6.1%} of the limit\n")
+
+
+def report_all(cases: Iterator[Case]) -> None:
+    for case in cases:
+        report(case.name, case.run, case.work)
+
+
+def captured(run: Callable[[], object]) -> Callable[[], None]:
+    """`run` as one CUDA graph: what it takes without the launches. It is called once before, to compile and tune."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    replay: Callable[[], None] = graph.replay
+    return replay
 
 
 def check_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-2) -> None:

@@ -23,7 +23,7 @@ from ..kernels.kv_write.op import clear_blocks, store_kv
 from ..kernels.paged_attention.op import paged_attention
 from ..kernels.paged_attention.plan import AttentionPlan
 from .config import ModelConfig
-from .rope import rope_frequencies
+from .rope import rope_angles, rope_frequencies
 
 # Cosines and sines of each token's angles, [num_tokens, 1, head_dim]; the sines of the first half are negated.
 Rotation = tuple[torch.Tensor, torch.Tensor]
@@ -154,8 +154,7 @@ class Decoder:
 
     def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines for tokens at `positions`, [tokens, head_dim / 2] float32."""
-        angles = torch.outer(positions.float(), self._inv_freq)
-        return angles.cos().mul_(self._gain), angles.sin().mul_(self._gain)
+        return rope_angles(positions, self._inv_freq, self._gain)
 
     def _rotation(self, positions: torch.Tensor) -> Rotation:
         cos, sin = (part.unsqueeze(1) for part in self.angles(positions))

@@ -24,6 +24,12 @@ def rope_frequencies(config: ModelConfig, max_context: int | None = None) -> tup
     return _KINDS[scaling.kind](config, scaling, max_context)
 
 
+def rope_angles(positions: torch.Tensor, inv_freq: torch.Tensor, gain: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines for tokens at `positions`, [tokens, head_dim / 2] float32."""
+    angles = torch.outer(positions.float(), inv_freq)
+    return angles.cos().mul_(gain), angles.sin().mul_(gain)
+
+
 def _plain(base: float, dim: int) -> torch.Tensor:
     return 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -41,17 +42,23 @@ def tiny_config(architecture: str = "llama", **changes: object) -> ModelConfig:
 
 
 def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
-    """float32 weights by canonical name, scaled so that logits spread over several units and attention is not
-    uniform.
+    """float32 weights by canonical name."""
+    return dict(draw_weights(config, torch.Generator().manual_seed(seed)))
+
+
+def draw_weights(
+    config: ModelConfig, generator: torch.Generator, dtype: torch.dtype = torch.float32
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same one at a time, on the generator's device: scaled so that logits spread over several units and attention
+    is not uniform.
     """
-    generator = torch.Generator().manual_seed(seed)
 
     def draw(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        values = torch.randn(shape, generator=generator)
+        values = torch.randn(shape, generator=generator, dtype=dtype, device=generator.device)
         if name.endswith("norm.weight"):
             return 1 + 0.2 * values
         if name.endswith("embed_tokens.weight"):
             return values * 0.5
         return values * (0.2 if len(shape) == 1 else 2 / math.sqrt(shape[-1]))
 
-    return {name: draw(name, shape) for name, shape in weight_shapes(config).items()}
+    return ((name, draw(name, shape)) for name, shape in weight_shapes(config).items())

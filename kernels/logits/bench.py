@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
-from ..gpu_limits import Work, report, require_cuda
+from ..gpu_limits import Case, Work, report_all, require_cuda
 from .op import draw_tokens
 from .rows import SamplingRows
 
 _VOCAB = 128_256
 
 
-def main() -> None:
-    device = require_cuda()
+def cases(device: torch.device) -> Iterator[Case]:
+    """Each is to be run before the next is asked for."""
     for rows, temperature, top_k, top_p in [
         (64, 0.0, 0, 1.0),
         (64, 1.0, 0, 1.0),
@@ -34,7 +36,11 @@ def main() -> None:
         if not torch.equal(greedy, logits.argmax(dim=-1)):
             raise AssertionError("the greedy token is not the likeliest one")
         name = f"draw {rows} rows, t={temperature} k={top_k} p={top_p}"
-        report(name, lambda: draw_tokens(logits, sampling), Work(logits.nbytes))
+        yield Case(name, lambda: draw_tokens(logits, sampling), Work(logits.nbytes))
+
+
+def main() -> None:
+    report_all(cases(require_cuda()))
 
 
 if __name__ == "__main__":

@@ -54,18 +54,30 @@ class Inputs:
         scale = self.heads.head_dim**-0.5
         return paged_attention(self.q, self.kv_pool, 0, self.plan, scale=scale, kv_scales=self.kv_scales)
 
+    def dense(self, num_seqs: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q [num_seqs, heads, new, head_dim], and k and v [num_seqs, KV heads, keys, head_dim] out of the pool, as the
+        first `num_seqs` sequences have them; of q's type.
+        """
+        block_ids = self.plan.block_table[:num_seqs].long()
+        blocks = self.kv_pool[block_ids, 0].to(self.q.dtype)
+        if self.kv_scales is not None:
+            blocks *= self.kv_scales[block_ids, 0][:, :, :, None, :, None].to(self.q.dtype)
+        parts = blocks.transpose(1, 2).flatten(2, 3)[:, :, : self.plan.max_context_len].transpose(2, 3)
+        q = self.q[: num_seqs * self.new].view(num_seqs, self.new, *self.q.shape[1:]).transpose(1, 2)
+        return q.contiguous(), parts[:, 0].contiguous(), parts[:, 1].contiguous()
+
     def check(self) -> None:
         """Raises AssertionError when the first sequence's result is not what torch's own attention says."""
-        block_ids = self.plan.block_table[0].long()
-        blocks = self.kv_pool[block_ids, 0].float()
-        if self.kv_scales is not None:
-            blocks *= self.kv_scales[block_ids, 0][:, :, None, :, None]
+        q, k, v = (part.float() for part in self.dense(1))
+        # Repeated here: with enable_gqa, float32 takes the path that keeps the scores of all pairs in memory.
+        k, v = (part.repeat_interleave(self.heads.group, dim=1) for part in (k, v))
         num_keys = self.plan.max_context_len
-        k, v = blocks.transpose(0, 1).flatten(1, 2)[:, :num_keys].transpose(1, 2)[:, None]
-        visible = torch.ones(self.new, num_keys, dtype=torch.bool, device=k.device).tril(num_keys - self.new)
-        q = self.q[: self.new].float().transpose(0, 1)[None]
-        expected = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)[0].transpose(0, 1)
-        check_close(self.run()[: self.new], expected)
+        if num_keys == self.new:
+            expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            visible = torch.ones(self.new, num_keys, dtype=torch.bool, device=k.device).tril(num_keys - self.new)
+            expected = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        check_close(self.run()[: self.new], expected[0].transpose(0, 1))
 
     def work(self) -> Work:
         heads, num_keys = self.heads, self.plan.max_context_len

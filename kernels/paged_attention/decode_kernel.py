@@ -12,7 +12,6 @@ heads a KV head and bfloat16, 8 operations a byte. Bound by memory; splits are t
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 import triton
@@ -20,7 +19,7 @@ import triton.language as tl
 
 from ..choice import next_power_of_two
 from .call import Call
-from .device_plan import choose_splits
+from .device_plan import choose_splits, num_processors
 from .key_loop import attend, read_queries, write_rows
 from .plan import SHORT_QUERY
 from .tuning import Setting, tuned
@@ -89,14 +88,7 @@ def _splits(call: Call) -> int:
     most_keys = plan.max_context_len
     if call.window is not None:
         most_keys = min(most_keys, call.window + plan.max_short_query)
-    return choose_splits(len(plan.short_seqs), call.num_kv_heads, most_keys, _num_processors(call.q.device))
-
-
-@lru_cache(maxsize=16)
-def _num_processors(device: torch.device) -> int:
-    if device.type != "cuda":  # interpreted: one after the other
-        return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return choose_splits(len(plan.short_seqs), call.num_kv_heads, most_keys, num_processors(call.q.device))
 
 
 @tuned(_SETTINGS, interpreted={"BLOCK_KEYS": 32}, key=("BLOCK_ROWS",))

@@ -10,7 +10,8 @@ No mask is built: the kernels work it out from positions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -52,7 +53,6 @@ class PlanBuffers:
     """Device memory of the plans of batches of up to `max_seqs` sequences of up to `max_blocks` blocks."""
 
     def __init__(self, max_seqs: int, max_blocks: int, device: torch.device) -> None:
-        self._device = device
         self._per_seq = torch.zeros(4, max_seqs + 1, dtype=torch.int32, device=device)
         self._block_table = torch.zeros(max_seqs, max_blocks, dtype=torch.int32, device=device)
 
@@ -71,8 +71,8 @@ class PlanBuffers:
         staged = np.zeros(self._per_seq.shape, dtype=np.int32)
         for row, values in zip(staged, (cu_seqlens_q, context_lens, short, long), strict=True):
             row[: len(values)] = values
-        self._upload(staged, self._per_seq)
-        self._upload(block_table.astype(np.int32), self._block_table[:num_seqs, :width])
+        upload(staged, self._per_seq)
+        upload(block_table.astype(np.int32), self._block_table[:num_seqs, :width])
         return DevicePlan(
             cu_seqlens_q=self._per_seq[0, : num_seqs + 1],
             context_lens=self._per_seq[1, :num_seqs],
@@ -86,12 +86,19 @@ class PlanBuffers:
             num_splits=num_splits,
         )
 
-    def _upload(self, values: npt.NDArray[np.int32], target: torch.Tensor) -> None:
-        staged = torch.from_numpy(values)
-        if self._device.type == "cuda":
-            # Torch reuses pinned memory only after the copy from it has run, so the host need not wait.
-            staged = staged.pin_memory()
-        target.copy_(staged, non_blocking=True)
+    def widest(self, plan: DevicePlan, max_context_len: int) -> DevicePlan:
+        """What `plan`, the latest of these buffers, says of every later one with as many sequences and new tokens."""
+        table = self._block_table[: plan.block_table.shape[0]]
+        return replace(plan, block_table=table, max_context_len=max_context_len)
+
+
+def upload(values: npt.NDArray[np.generic], target: torch.Tensor) -> None:
+    """Copy into device memory without waiting, ordered on the current stream."""
+    staged = torch.from_numpy(values)
+    if target.device.type == "cuda":
+        # Torch reuses pinned memory only after the copy from it has run, so the host need not wait.
+        staged = staged.pin_memory()
+    target.copy_(staged, non_blocking=True)
 
 
 def build_device_plan(
@@ -113,3 +120,11 @@ def choose_splits(num_seqs: int, num_kv_heads: int, max_keys: int, num_processor
     wanted = PROGRAMS_PER_PROCESSOR * num_processors // max(1, programs)
     most = max(1, min(wanted, max_keys // SPLIT_KEYS, MAX_SPLITS))
     return 1 << (most.bit_length() - 1)
+
+
+@lru_cache(maxsize=16)
+def num_processors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; 1 elsewhere, where programs run one after the other."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

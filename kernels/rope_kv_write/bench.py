@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
-from ..gpu_limits import Work, check_close, report, require_cuda
+from ..gpu_limits import Case, Work, check_close, report_all, require_cuda
 from . import reference
 from .layout import CacheLayer, Rotation
 from .op import rope_kv_write
@@ -12,8 +14,8 @@ from .op import rope_kv_write
 _HEADS, _KV_HEADS, _HEAD_DIM, _BLOCK_SIZE = 32, 8, 128, 16
 
 
-def main() -> None:
-    device = require_cuda()
+def cases(device: torch.device) -> Iterator[Case]:
+    """Each is to be run before the next is asked for."""
     angles = torch.outer(torch.arange(32768.0), 10000 ** (-torch.arange(0, 1, 2 / _HEAD_DIM))).to(device)
     for num_tokens, dtype in [(64, torch.bfloat16), (8192, torch.bfloat16), (8192, torch.float8_e4m3fn)]:
         qkv = torch.randn(num_tokens, (_HEADS + 2 * _KV_HEADS) * _HEAD_DIM, device=device, dtype=torch.bfloat16)
@@ -27,7 +29,11 @@ def main() -> None:
         check_close(qkv[:, : _HEADS * _HEAD_DIM], expected.view(num_tokens, -1))
         work = Work(num_tokens * _HEAD_DIM * (4 * _HEADS + 2 * _KV_HEADS * (2 + pool.itemsize) + 4))
         name = f"rope_kv_write {num_tokens} tokens, {dtype} cache"
-        report(name, lambda: rope_kv_write(qkv, _HEADS, rotation, cache, positions), work)
+        yield Case(name, lambda: rope_kv_write(qkv, _HEADS, rotation, cache, positions), work)
+
+
+def main() -> None:
+    report_all(cases(require_cuda()))
 
 
 if __name__ == "__main__":
