@@ -61,9 +61,6 @@ def _read_kv(
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     """q [num_heads, head_dim] over k, v [n, num_kv_heads, head_dim]."""
-    group = q.shape[0] // k.shape[1]
-    heads = []
-    for head in range(q.shape[0]):
-        weights = torch.softmax(k[:, head // group] @ q[head] * scale, dim=0)
-        heads.append(weights @ v[:, head // group])
-    return torch.stack(heads)
+    groups = q.view(k.shape[1], -1, q.shape[1])
+    weights = torch.softmax(torch.einsum("kgd,nkd->kgn", groups, k) * scale, dim=-1)
+    return torch.einsum("kgn,nkd->kgd", weights, v).reshape(q.shape)
