@@ -20,6 +20,7 @@ from .sequence import blocks_for
 
 CHUNKS = (128, 256, 512, 1024)
 GAIN = 1.05  # twice the tokens must be computed so many times as fast to be worth it
+PROBE, PROBE_S = 16, 0.06  # where so few tokens take longer, any chunk saturates, and measuring one would take seconds
 _ROUNDS = 2
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ def saturation_tokens(seconds: Callable[[int], float], longest: int) -> int:
     seconds(n): time of a step that computes n tokens of one prompt.
     """
     chosen, rate = CHUNKS[0], 0.0
+    if seconds(min(PROBE, longest)) > PROBE_S:
+        return chosen
     for chunk in CHUNKS:
         if chunk > longest:
             break

@@ -16,9 +16,9 @@ from penstock.testing.tiny_model import random_weights, tiny_config
         (0.0, 4096, 128),  # as fast for each token from the first on
         (0.005, 4096, 128),  # 256 tokens are 2 % faster
         (0.05, 4096, 512),  # 256: 1.16 times as fast, 512: 1.09, 1024: 1.046
-        (1.0, 4096, 1024),
-        (1.0, 600, 512),  # the model takes no more
-        (1.0, 100, 128),
+        (0.2, 4096, 1024),
+        (0.2, 600, 512),  # the model takes no more
+        (0.2, 100, 128),
     ],
 )
 def test_chunk_is_the_last_that_pays(fixed_s, longest, chosen):
@@ -26,10 +26,21 @@ def test_chunk_is_the_last_that_pays(fixed_s, longest, chosen):
 
     def seconds(tokens: int) -> float:
         asked.append(tokens)
-        return fixed_s + tokens / 1000
+        return (fixed_s + tokens / 1000) / 10
 
     assert saturation_tokens(seconds, longest) == chosen
     assert all(tokens <= longest for tokens in asked)
+
+
+def test_a_slow_machine_is_asked_once_and_briefly():
+    asked = []
+
+    def seconds(tokens: int) -> float:
+        asked.append(tokens)
+        return tokens / 100
+
+    assert saturation_tokens(seconds, 4096) == CHUNKS[0]
+    assert asked == [16]
 
 
 def test_a_network_is_measured_in_a_pool_of_its_own_with_its_threads_left_alone():
