@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import sys
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,11 +25,10 @@ from typing import Any
 import torch
 
 from penstock.benchmarks import gpu_decode, gpu_ops
-from penstock.benchmarks.gpu_figures import Figure, say, table
+from penstock.benchmarks.gpu_figures import Figure, table
 from penstock.benchmarks.gpu_peer import NoPeer, peer_step_seconds
-from penstock.benchmarks.quick import commit, machine
-from penstock.core.errors import ConfigError
-from penstock.kernels.gpu_limits import bytes_per_second, operations_per_second, require_cuda
+from penstock.benchmarks.quick import commit, machine, say
+from penstock.kernels.gpu_limits import bytes_per_second, device_or_say, operations_per_second
 
 NUM_SEQS, PEER_CONTEXT = 64, 1024
 
@@ -69,10 +67,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """The exit status: 1 where there is no device to measure."""
     chosen = parse(arguments)
-    try:
-        device = require_cuda()
-    except ConfigError as err:
-        print(f"gpu: {err}", file=sys.stderr)
+    device = device_or_say("gpu")
+    if device is None:
         return 1
     figures, left_out = measure(device, chosen.quick)
     print(table(figures))

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from penstock.benchmarks.gpu_figures import Figure, say
+from penstock.benchmarks.gpu_figures import Figure
+from penstock.benchmarks.quick import say
 from penstock.engine.decode_batch import DecodeBatch
 from penstock.engine.decode_loop import Decoding, decode
 from penstock.engine.graph_step import GraphStep

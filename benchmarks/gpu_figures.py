@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from penstock.benchmarks.quick import say
 from penstock.kernels.gpu_limits import Work, captured, seconds, seconds_at_best
 
 
@@ -49,10 +49,6 @@ def measure(
     figure = Figure(name, seconds(captured(run)), seconds_at_best(work), bar, times)
     say(f"{name}: {figure.seconds * 1e6:.1f} us, {figure.share:.1%} of the limit ({figure.verdict})")
     return figure
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def table(figures: list[Figure]) -> str:

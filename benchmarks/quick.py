@@ -3,8 +3,7 @@
 Two clusters, one disaggregated (1 prefill, 1 decode), one colocated (1 worker), stand side by side and are measured
 in turn, request by request, so that a drift of the machine meets both. Prompts are random token ids of exact length,
 never seen before (no prefix hits), greedy, end-of-text ignored; those of the decode rate were sent once, so that all
-streams soon decode together. The client runs on the same cores and is part of what
-is measured.
+streams soon decode together. The client runs on the same cores and is part of what is measured.
 
     decode tok/s      tokens of all streams per second, while all of them decode
     prefill tok/s     prompt tokens / TTFT of a request for one token
@@ -87,14 +86,16 @@ class Client:
         self._session, self._rng = session, random.Random(seed)
 
     async def run(self, cluster: Serving, num_streams: int, num_prompt: int, num_new: int) -> list[Stream]:
-        prompts = [[self._rng.randrange(1000, 40000) for _ in range(num_prompt)] for _ in range(num_streams)]
-        return await self._send(cluster, prompts, num_new)
+        return await self._send(cluster, self._prompts(num_streams, num_prompt), num_new)
 
     async def run_again(self, cluster: Serving, num_streams: int, num_prompt: int, num_new: int) -> list[Stream]:
         """The same with prompts that were sent once before."""
-        prompts = [[self._rng.randrange(1000, 40000) for _ in range(num_prompt)] for _ in range(num_streams)]
+        prompts = self._prompts(num_streams, num_prompt)
         await self._send(cluster, prompts, 1)
         return await self._send(cluster, prompts, num_new)
+
+    def _prompts(self, num_streams: int, num_prompt: int) -> list[list[int]]:
+        return [[self._rng.randrange(1000, 40000) for _ in range(num_prompt)] for _ in range(num_streams)]
 
     async def _send(self, cluster: Serving, prompts: list[list[int]], num_new: int) -> list[Stream]:
         return await asyncio.gather(*(request(self._session, cluster.url, p, num_new) for p in prompts))
@@ -138,7 +139,7 @@ async def _measure_decode(
             )
     for name in clusters:
         results[name][f"decode_tok_s_{num_streams}"] = _summary(rates[name])
-        _say(f"{name}: {num_streams} streams decode at {statistics.median(rates[name]):.0f} tok/s")
+        say(f"{name}: {num_streams} streams decode at {statistics.median(rates[name]):.0f} tok/s")
 
 
 async def _measure_prefill(
@@ -151,7 +152,7 @@ async def _measure_prefill(
             rates[name].append(num_prompt / stream.ttft_s)
     for name in clusters:
         results[name][f"prefill_tok_s_{num_prompt}"] = _summary(rates[name])
-        _say(f"{name}: prefill of {num_prompt} tokens at {statistics.median(rates[name]):.0f} tok/s")
+        say(f"{name}: prefill of {num_prompt} tokens at {statistics.median(rates[name]):.0f} tok/s")
 
 
 async def _measure_ttft(client: Client, clusters: dict[str, Serving], results: dict[str, Any], repeats: int) -> None:
@@ -179,7 +180,7 @@ def _summary(values: list[float]) -> dict[str, float]:
     }
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
@@ -251,7 +252,7 @@ def main() -> int:
         RESULTS.mkdir(exist_ok=True)
         path = RESULTS / f"{now:%Y-%m-%d}-{record['commit']}-{record['machine']['cores']}core.json"
         path.write_text(json.dumps(record, indent=1) + "\n")
-        _say(f"written to {path}")
+        say(f"written to {path}")
     return 0
 
 

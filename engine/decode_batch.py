@@ -9,8 +9,8 @@ import numpy.typing as npt
 import torch
 
 from ..core.errors import InternalError
+from .batch import Ints
 
-Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..core.errors import InternalError
-from .decode_batch import DecodeBatch, Ints
+from .batch import Ints
+from .decode_batch import DecodeBatch
 from .graph_step import GraphStep, Ids
 
 

@@ -20,18 +20,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from ..core.errors import InternalError
 from ..kernels.logits.op import draw_tokens
 from ..kernels.paged_attention.device_plan import DevicePlan, PlanBuffers, choose_splits, num_processors, upload
 from ..models.device_decoder import DeviceDecoder, DevicePool, DeviceStep
+from .batch import Ints
 from .decode_batch import DecodeBatch
 from .draw_buffers import DrawBuffers
 from .sequence import blocks_for
-
-Ints = npt.NDArray[np.int64]
 
 _MULTIPLE = 8  # sizes above are multiples of it: a row more costs a decode step next to nothing, a graph costs memory
 

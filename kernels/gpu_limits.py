@@ -26,6 +26,15 @@ def require_cuda() -> torch.device:
     return torch.device("cuda")
 
 
+def device_or_say(program: str) -> torch.device | None:
+    """The device; where there is none to measure, None behind one line on stderr."""
+    try:
+        return require_cuda()
+    except ConfigError as err:
+        sys.stderr.write(f"{program}: {err}\n")
+        return None
+
+
 def seconds(run: Callable[[], object]) -> float:
     """Median time of one call on the device."""
     device = require_cuda()

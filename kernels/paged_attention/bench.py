@@ -17,8 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ...core.errors import ConfigError
-from ..gpu_limits import Work, bytes_per_second, check_close, operations_per_second, report, require_cuda
+from ..gpu_limits import Work, bytes_per_second, check_close, device_or_say, operations_per_second, report
 from .device_plan import DevicePlan, build_device_plan
 from .op import EIGHT_BITS, paged_attention
 
@@ -140,10 +139,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """The exit status: 1 where there is no device to measure."""
     chosen = parse(arguments)
-    try:
-        device = require_cuda()
-    except ConfigError as err:
-        sys.stderr.write(f"bench: {err}\n")
+    device = device_or_say("bench")
+    if device is None:
         return 1
     dtype = _POOL_DTYPES[chosen.pool_dtype]
     heads = Heads(chosen.kv_heads, chosen.group, chosen.head_dim, chosen.block_size, dtype)

@@ -4,13 +4,10 @@
 #include "cpu.h"
 
 #include <algorithm>
-#include <limits>
 #include <vector>
 
 namespace penstock {
 namespace {
-
-constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 
 template <class T>
 struct Row;

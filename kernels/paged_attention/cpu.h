@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 
 #include "../native/simd.h"
 
@@ -46,6 +47,7 @@ struct Queries {
 constexpr int64_t PART_KEYS = 512;
 constexpr int64_t TILE_QUERIES = 32;  // tokens of a prompt computed together against a block of keys
 constexpr int64_t MAX_HEAD_DIM = 256;
+constexpr float LOWEST = -std::numeric_limits<float>::infinity();  // the score of a key that is not seen
 
 inline int64_t first_key(const Queries& queries, int64_t position) {
     return queries.window > 0 ? std::max<int64_t>(0, position - queries.window + 1) : 0;

@@ -4,7 +4,6 @@
 #include "cpu.h"
 
 #include <algorithm>
-#include <limits>
 
 namespace penstock {
 
@@ -12,7 +11,6 @@ namespace penstock {
 
 namespace {
 
-constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 constexpr float LOG2_E = 1.44269504088896341f, LN_2 = 0.693147180559945309f;
 constexpr int64_t TILE_KEYS = 64, KEY_VECTORS = TILE_KEYS / LANES;
 constexpr int64_t MAX_GROUP = 16, MAX_ROWS = TILE_QUERIES * MAX_GROUP;
@@ -39,9 +37,10 @@ inline void store_brains(uint16_t* at, Floats v) {
     memcpy(at, &bits, sizeof bits);
 }
 
-// 2 to the power of v, within 8e-5, a share of what rounding to bfloat16 takes; 0 for minus infinity. A minimax polynomial for the part behind the whole one.
+// 2 to the power of v, within 8e-5, a share of what rounding to bfloat16 takes; 0 for minus infinity. A minimax
+// polynomial for the part behind the whole one.
 inline Floats power_of_two_of(Floats v) {
-    const Floats rest = _mm512_sub_ps(v, _mm512_roundscale_ps(v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
+    const Floats rest = sub(v, _mm512_roundscale_ps(v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
     Floats series = fma(rest, all(0.07802452264f), all(0.2260671554f));
     series = fma(series, rest, all(0.6958335405f));
     series = fma(series, rest, all(0.9999252186f));

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from penstock.core.errors import InternalError
-from penstock.engine.decode_batch import DecodeBatch, Draws, Ints
+from penstock.engine.batch import Ints
+from penstock.engine.decode_batch import DecodeBatch, Draws
 from penstock.engine.decode_loop import Decoding, decode
 from penstock.engine.graph_step import GraphStep, Ids, padded_size
 from penstock.engine.model_runner import pool_view

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
+from penstock.testing.interpreter import interpret_triton
 
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+interpret_triton()
