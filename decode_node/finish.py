@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..engine.sequence import Sequence
-from ..protocol.messages import FinishReason
+from ..protocol.messages import FinishReason, SampledToken
 
 
 def close_with(seq: Sequence, token_id: int, eos_token_ids: frozenset[int]) -> tuple[FinishReason | None, int | None]:
@@ -17,3 +17,18 @@ def close_with(seq: Sequence, token_id: int, eos_token_ids: frozenset[int]) -> t
     if len(seq.output_ids) + 1 >= params.max_tokens:
         return "length", None
     return None, None
+
+
+def append(
+    seq: Sequence, tokens: tuple[SampledToken, ...], eos_token_ids: frozenset[int]
+) -> tuple[tuple[SampledToken, ...], FinishReason | None, int | None]:
+    """Append `tokens` up to the one that ends `seq`: (those appended, finish reason, stop token)."""
+    taken: list[SampledToken] = []
+    for token in tokens:
+        reason, stop_token = close_with(seq, token.token_id, eos_token_ids)
+        if stop_token is None:
+            seq.output_ids.append(token.token_id)
+            taken.append(token)
+        if reason is not None:
+            return tuple(taken), reason, stop_token
+    return tuple(taken), None, None

@@ -12,6 +12,7 @@ from ..core.errors import describe
 from ..core.ids import WorkerKey
 from ..engine.block_pool import BlockPool
 from ..engine.interface import Engine
+from ..engine.speculation.interface import Speculation
 from ..kvtransfer.destination import DestinationTable
 from ..protocol.messages import AttemptFailed, ChoiceState, FromRouter, Output, StartDecode, Tokens, pack_ids
 from ..protocol.sampling import SamplingParams
@@ -25,10 +26,18 @@ _EPOCH = "0" * 16
 class LocalRunner:
     """Runs one request at a time on `engine`; its prefix cache lives as long as the runner."""
 
-    def __init__(self, engine: Engine, clock: Clock | None = None, max_batch_tokens: int = 512) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        clock: Clock | None = None,
+        max_batch_tokens: int = 512,
+        speculation: Speculation | None = None,
+    ) -> None:
         pool = BlockPool(engine.spec.num_blocks, engine.spec.block_size)
         key = WorkerKey("local", _EPOCH)
-        role = DecodeRole(key, engine.spec, pool, DestinationTable(lease_s=60.0), cluster_key=b"")
+        role = DecodeRole(
+            key, engine.spec, pool, DestinationTable(lease_s=60.0), cluster_key=b"", speculation=speculation
+        )
         self.core = WorkerCore(
             key, "both", engine, pool, [role], clock or MonotonicClock(), max_batch_tokens=max_batch_tokens
         )

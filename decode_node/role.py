@@ -28,6 +28,7 @@ from ..engine.block_pool import BlockPool
 from ..engine.interface import EngineSpec, ScheduledSeq
 from ..engine.parking import ParkingSpace
 from ..engine.sequence import Sequence
+from ..engine.speculation.interface import Speculation
 from ..kvtransfer.destination import DestinationTable
 from ..kvtransfer.effects import (
     Advanced,
@@ -62,7 +63,8 @@ from ..protocol.messages import (
 )
 from ..worker.admission import release
 from ..worker.role import Budget, Computed, Effect, Tell
-from .finish import close_with
+from .drafting import Drafting
+from .finish import append
 from .group import Group, GroupState, build_group
 from .phases import local_phases, received_phases
 from .preemption import Preemption
@@ -91,6 +93,7 @@ class DecodeRole:
         max_requests: int = MAX_REQUESTS,
         parking: ParkingSpace | None = None,
         ownership: Ownership | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         self._me, self._cluster_key = me, cluster_key
         self._spec, self._pool, self._destination, self.max_requests = spec, pool, destination, max_requests
@@ -98,7 +101,7 @@ class DecodeRole:
         if ownership is not None:
             ownership.live = destination.live_generations
         self._preemption = Preemption(pool, parking)
-        self._scheduler = DecodeScheduler(pool, max_running, self._preemption)
+        self._scheduler = DecodeScheduler(pool, max_running, self._preemption, Drafting(pool, speculation))
         self._step_began = 0.0
         self._groups: dict[AttemptKey, Group] = {}
         self._by_ticket: dict[Ticket, Group] = {}  # receiving, and cut short but not yet safe to free
@@ -279,16 +282,20 @@ class DecodeRole:
         return self._scheduler.schedule(budget, now)
 
     def commit(self, computed: list[Computed], now: float) -> None:
-        self._preemption.note_step([entry for entry, _ in computed], now - self._step_began, now)
+        entries = [entry for entry, _ in computed]
+        self._preemption.note_step(entries, now - self._step_began, now)
+        self._scheduler.drafting.note_step(entries, now - self._step_began)
         for entry, tokens in computed:
             group = self._groups.get(entry.seq.key)
-            if group is None or not self._scheduler.advance(entry) or not tokens:
+            if group is None or not self._scheduler.is_running(entry.seq):
                 continue
-            if entry.seq.sample_choices:
+            if tokens and not entry.seq.sample_choices:
+                self._accept(group, entry.seq, tokens, entry)
+                continue
+            self._scheduler.advance(entry)
+            if tokens:
                 group.phases = local_phases(entry.seq, now)
                 self._first_tokens(group, tokens)
-            else:
-                self._accept(group, entry.seq, tokens[0])
         self._flush()
 
     def _first_tokens(self, group: Group, tokens: tuple[SampledToken, ...]) -> None:
@@ -303,18 +310,26 @@ class DecodeRole:
             if choice in group.cancelled:
                 self._drop(group, choice)
             else:
-                self._accept(group, seqs[choice], token)
+                self._accept(group, seqs[choice], (token,))
         self._scheduler.add_forks([s for s in group.seqs.values() if s is not lead])
         self._flush()
 
-    def _accept(self, group: Group, seq: Sequence, token: SampledToken) -> None:
-        """Append one token to `seq`, report it, and end the choice if it is the last."""
-        reason, stop_token = close_with(seq, token.token_id, self._spec.eos_token_ids)
+    def _accept(
+        self, group: Group, seq: Sequence, tokens: tuple[SampledToken, ...], entry: ScheduledSeq | None = None
+    ) -> None:
+        """Append what `seq` has drawn, report it, and end the choice with its last token.
+
+        `entry`: the step of its own that it was drawn in; all tokens but the last one were drafted there.
+        """
         index = len(seq.output_ids)
-        if stop_token is None:
-            seq.output_ids.append(token.token_id)
-        tokens = () if stop_token is not None else (token,)
-        self._items.append(Tokens(*seq.key, seq.choice, index, tokens, reason, stop_token, group.phases))
+        taken, reason, stop_token = append(seq, tokens, self._spec.eos_token_ids)
+        drafted = accepted = 0
+        if entry is not None:
+            drafted, accepted = len(entry.draft), min(len(tokens) - 1, len(taken))
+            self._scheduler.advance(entry, accepted)
+        self._items.append(
+            Tokens(*seq.key, seq.choice, index, taken, reason, stop_token, group.phases, drafted, accepted)
+        )
         group.phases = None
         if reason is not None:
             self._drop(group, seq.choice)

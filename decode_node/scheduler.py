@@ -17,6 +17,7 @@ from ..kvtransfer.effects import Offered
 from ..kvtransfer.incoming import Granting
 from ..worker.admission import next_chunk, publish_computed, release, try_admit, try_grow
 from ..worker.role import Budget
+from .drafting import Drafting
 from .preemption import Preemption
 from .receiving import Receiving, ReceivingQueue
 
@@ -34,9 +35,16 @@ class DecodeScheduler:
     does not cause preemption at once.
     """
 
-    def __init__(self, pool: BlockPool, max_running: int, preemption: Preemption | None = None) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        max_running: int,
+        preemption: Preemption | None = None,
+        drafting: Drafting | None = None,
+    ) -> None:
         self._pool, self._max_running = pool, max_running
         self.preemption = preemption or Preemption(pool)
+        self.drafting = drafting or Drafting(pool, None)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.incoming = ReceivingQueue(pool)
@@ -87,6 +95,7 @@ class DecodeScheduler:
         if seq in self.waiting:
             self.waiting.remove(seq)
         self.preemption.drop(seq)
+        self.drafting.forget(seq)
         release(seq, self._pool)
 
     def _insert_waiting(self, seq: Sequence) -> None:
@@ -156,14 +165,24 @@ class DecodeScheduler:
     # ---- a step ----
 
     def schedule(self, budget: Budget, now: float) -> list[ScheduledSeq]:
-        """Running sequences first (one token each), then the chunks of those that still prefill, then new ones."""
+        """Running sequences first (one token each, and what is drafted behind it), then the chunks of those that still
+        prefill, then new ones.
+        """
         self._make_room(now)
         decoding = [s for s in self.running if not s.is_prefilling]
         prefilling = [s for s in self.running if s.is_prefilling]
-        entries = [next_chunk(seq, budget, now) for seq in (*decoding, *prefilling)]
+        entries = self.drafting.extend(_chunks(decoding, budget, now), budget, self._num_spare_blocks)
+        entries += _chunks(prefilling, budget, now)
         while budget.num_tokens > 0 and budget.num_seqs > 0 and (seq := self._admit_waiting()) is not None:
-            entries.append(next_chunk(seq, budget, now))
-        return [entry for entry in entries if entry is not None]
+            entries += _chunks([seq], budget, now)
+        return entries
+
+    @property
+    def _num_spare_blocks(self) -> int:
+        """Free blocks that nothing waits for, and no running sequence enters soon."""
+        if self.waiting or self.offers:
+            return 0
+        return self._pool.num_free_blocks - len(self.running) - self.incoming.num_owed_blocks
 
     def _make_room(self, now: float) -> None:
         """Every running sequence gets a block for its newest token; the youngest give way when there are none."""
@@ -176,13 +195,15 @@ class DecodeScheduler:
                 self.preemption.leave(seq, now)
                 self._insert_waiting(seq)
 
-    def advance(self, entry: ScheduledSeq) -> bool:
-        """Count the entry's tokens as computed; False when its sequence has left meanwhile."""
-        if entry.seq not in self.running:
-            return False
-        entry.seq.num_computed_tokens += entry.num_new_tokens
+    def is_running(self, seq: Sequence) -> bool:
+        """`seq` has not left since it was scheduled."""
+        return seq in self.running
+
+    def advance(self, entry: ScheduledSeq, num_accepted: int = 0) -> None:
+        """Count the entry's tokens as computed, and of its draft the first so many, which `seq` has by now."""
+        entry.seq.num_computed_tokens += entry.num_new_tokens + num_accepted
+        self.drafting.settle(entry, num_accepted)
         publish_computed(entry.seq, self._pool)
-        return True
 
     def has_work(self) -> bool:
         return bool(self.running or self.waiting or self.offers)
@@ -199,3 +220,8 @@ class DecodeScheduler:
         holding = [seq.key for seq in self.waiting if seq.block_table]
         assert not holding, f"waiting sequences {holding} hold blocks"
         self.preemption.check_invariants(self.waiting, [*self.running, *(item.lead for item in self.receiving)])
+
+
+def _chunks(seqs: list[Sequence], budget: Budget, now: float) -> list[ScheduledSeq]:
+    """The next pieces of these sequences, as far as the budget goes."""
+    return [entry for seq in seqs if (entry := next_chunk(seq, budget, now)) is not None]

@@ -24,8 +24,8 @@ Ints = npt.NDArray[np.int64]
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
     """token_ids, positions, slot_mapping: [num_tokens]; block_table [num_seqs, longest], short rows filled with their
-    own first block. sampled_rows: the last row of each entry that samples. fresh_blocks: blocks that the step enters
-    at their first slot and does not fill.
+    own first block. sampled_rows: for each entry that samples its last row, and before that one for each drafted token.
+    fresh_blocks: blocks that the step enters at their first slot and does not fill.
     """
 
     token_ids: Ints
@@ -40,7 +40,7 @@ class Batch:
 
 def build_batch(entries: list[ScheduledSeq], block_size: int) -> Batch:
     """Raises InternalError for an entry that has nothing to compute or no block for a token."""
-    query_lens = np.array([entry.num_new_tokens for entry in entries], dtype=np.int64)
+    query_lens = np.array([entry.num_step_tokens for entry in entries], dtype=np.int64)
     starts = np.array([entry.seq.num_computed_tokens for entry in entries], dtype=np.int64)
     context_lens = starts + query_lens
     block_table = _block_table(entries, blocks_for(int(context_lens.max()), block_size), block_size)
@@ -48,7 +48,7 @@ def build_batch(entries: list[ScheduledSeq], block_size: int) -> Batch:
     owners = np.repeat(np.arange(len(entries)), query_lens)
     positions = np.arange(cu_seqlens_q[-1]) - cu_seqlens_q[owners] + starts[owners]
     slot_mapping = block_table[owners, positions // block_size] * block_size + positions % block_size
-    samples = np.array([entry.sample for entry in entries], dtype=bool)
+    sampled = np.array([1 + len(entry.draft) if entry.sample else 0 for entry in entries], dtype=np.int64)
     return Batch(
         token_ids=_token_ids(entries),
         positions=positions,
@@ -56,29 +56,41 @@ def build_batch(entries: list[ScheduledSeq], block_size: int) -> Batch:
         cu_seqlens_q=cu_seqlens_q,
         context_lens=context_lens,
         block_table=block_table,
-        sampled_rows=cu_seqlens_q[1:][samples] - 1,
+        sampled_rows=_last_rows(cu_seqlens_q, sampled),
         fresh_blocks=_fresh_blocks(starts, context_lens, block_table, block_size),
     )
 
 
 def _token_ids(entries: list[ScheduledSeq]) -> Ints:
-    spans = ((e.seq, e.seq.num_computed_tokens, e.num_new_tokens) for e in entries)
-    return np.array(
-        list(chain.from_iterable(seq.tokens(start, start + new) for seq, start, new in spans)), dtype=np.int64
-    )
+    return np.array(list(chain.from_iterable(map(_new_tokens, entries))), dtype=np.int64)
+
+
+def _new_tokens(entry: ScheduledSeq) -> list[int]:
+    start = entry.seq.num_computed_tokens
+    tokens = entry.seq.tokens(start, start + entry.num_new_tokens)
+    return [*tokens, *entry.draft] if entry.draft else tokens
+
+
+def _last_rows(cu_seqlens_q: Ints, counts: Ints) -> Ints:
+    """The last `counts` rows of each sequence, ascending."""
+    ends = np.cumsum(counts)
+    rows: Ints = np.repeat(cu_seqlens_q[1:] - ends, counts) + np.arange(ends[-1])
+    return rows
 
 
 def _block_table(entries: list[ScheduledSeq], width: int, block_size: int) -> Ints:
     table = np.empty((len(entries), width), dtype=np.int64)
     for row, entry in zip(table, entries, strict=True):
         seq = entry.seq
-        needed = blocks_for(seq.num_computed_tokens + entry.num_new_tokens, block_size)
+        needed = blocks_for(seq.num_computed_tokens + entry.num_step_tokens, block_size)
         blocks = seq.block_table[:needed]
         if len(blocks) < needed or entry.num_new_tokens < 1 or entry.num_new_tokens > seq.num_uncomputed_tokens:
             raise InternalError(
                 f"request {seq.key}: {entry.num_new_tokens} tokens to compute after {seq.num_computed_tokens} of "
                 f"{seq.num_tokens}, with {len(blocks)} blocks of {needed}"
             )
+        if entry.draft and (seq.sample_choices or not entry.sample):
+            raise InternalError(f"request {seq.key}: {len(entry.draft)} drafted tokens, but not behind one choice")
         row[:needed] = blocks
         row[needed:] = blocks[0]
     return table

@@ -93,7 +93,7 @@ class SharingEngine:
     def execute(self, batch: list[ScheduledSeq], on_layers: OnLayers | None = None) -> list[tuple[SampledToken, ...]]:
         """See `Engine.execute`."""
         num_threads = self._share.begin()
-        if sum(entry.num_new_tokens for entry in batch) < self._many_tokens:
+        if sum(entry.num_step_tokens for entry in batch) < self._many_tokens:
             num_threads = max(1, num_threads // 2)
         if num_threads != self._num_threads:
             self._set_num_threads(num_threads)

@@ -16,11 +16,18 @@ class ScheduledSeq:
     """Compute `num_new_tokens` tokens of `seq`, from its num_computed_tokens on. The blocks for them are in its table.
 
     `sample` holds when these reach the sequence's end: then one token for each of `seq.choices` is drawn from the
-    last logits.
+    last logits. `draft`: tokens that may follow, of an entry that samples for one choice. They are computed with the
+    others, and as many of them as are what the sequence draws anyway are its next tokens, with one more behind them.
     """
 
     seq: Sequence
     num_new_tokens: int
+    draft: tuple[int, ...] = ()
+
+    @property
+    def num_step_tokens(self) -> int:
+        """Tokens that the step computes for it."""
+        return self.num_new_tokens + len(self.draft)
 
     @property
     def sample(self) -> bool:
@@ -28,6 +35,17 @@ class ScheduledSeq:
 
 
 OnLayers = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class StepCosts:
+    """What a decode step takes on this machine. curve: (tokens, seconds), ascending, with next to nothing cached.
+    context_s: for each cached token of a sequence; query_s: for each that a further token of the sequence looks at.
+    """
+
+    curve: tuple[tuple[int, float], ...]
+    context_s: float
+    query_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +60,7 @@ class EngineSpec:
     eos_token_ids: frozenset[int]
     bytes_per_token: int
     saturation_tokens: int = 512  # a step of more new tokens computes each of them no faster
+    step_costs: StepCosts | None = None  # None: not measured
 
     @property
     def layer_bytes(self) -> int:
@@ -57,6 +76,9 @@ class Engine(Protocol):
 
     def execute(self, batch: list[ScheduledSeq], on_layers: OnLayers | None = None) -> list[tuple[SampledToken, ...]]:
         """Run one step over a ragged batch; for each entry the sampled tokens (empty when it does not sample).
+
+        An entry with a draft gets the drafted tokens that its sequence draws, up to the first other one, and this one
+        too: one to len(draft) + 1 tokens, the same that as many steps without a draft give.
 
         `on_layers(n)` is called within the step, on its thread, when the first n layers of all new KV are written.
 

@@ -5,20 +5,32 @@ Each touches a few (row, token) pairs, so they are collected as pairs and applie
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from ..protocol.sampling import SamplingParams
-from .sequence import Sequence
 
 Ints = npt.NDArray[np.int64]
 _LARGEST = float(np.finfo(np.float32).max)
 
 
-def adjust(logits: torch.Tensor, seqs: list[Sequence], eos_token_ids: frozenset[int]) -> torch.Tensor:
+class History(Protocol):
+    """What a row's next token follows: an `engine.sequence.Sequence`, or one with drafted tokens behind it."""
+
+    @property
+    def params(self) -> SamplingParams: ...
+    @property
+    def prompt_ids(self) -> list[int]: ...
+    @property
+    def output_ids(self) -> list[int]: ...
+
+
+def adjust(logits: torch.Tensor, seqs: Sequence[History], eos_token_ids: frozenset[int]) -> torch.Tensor:
     """Logits [len(seqs), vocab_size] float32 after the rules of each row's request:
 
     `logits` itself when there are none.
@@ -42,7 +54,7 @@ def _ending_tokens(params: SamplingParams, eos_token_ids: frozenset[int]) -> set
     return {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
 
 
-def _add_bias(logits: torch.Tensor, rows: list[int], seqs: list[Sequence]) -> None:
+def _add_bias(logits: torch.Tensor, rows: list[int], seqs: Sequence[History]) -> None:
     where = [(row, token_id) for row in rows for token_id in seqs[row].params.logit_bias]
     amounts = [amount for row in rows for amount in seqs[row].params.logit_bias.values()]
     index = torch.tensor(where).unbind(dim=1)
@@ -63,11 +75,11 @@ class _Pairs:
     frequency: npt.NDArray[np.float64]
 
 
-def _pairs(rows: list[int], seqs: list[Sequence], vocab_size: int) -> _Pairs:
+def _pairs(rows: list[int], seqs: Sequence[History], vocab_size: int) -> _Pairs:
     seen = [np.array(seqs[row].prompt_ids + seqs[row].output_ids, dtype=np.int64) for row in rows]
     lengths = [len(ids) for ids in seen]
     is_generated = np.concatenate(
-        [np.arange(len(ids)) >= seqs[row].num_prompt_tokens for row, ids in zip(rows, seen, strict=True)]
+        [np.arange(len(ids)) >= len(seqs[row].prompt_ids) for row, ids in zip(rows, seen, strict=True)]
     )
     codes = np.repeat(np.arange(len(rows)), lengths) * vocab_size + np.concatenate(seen)
     unique, place = np.unique(codes, return_inverse=True)

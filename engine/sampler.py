@@ -35,15 +35,30 @@ _LOWEST_TEMPERATURE = 1e-5  # below, float32 logits divided by it would overflow
 
 @dataclass(frozen=True, slots=True)
 class SampledRow:
-    """One token to be drawn: for `choice` of `seq`, from row `row` of the logits."""
+    """One token to be drawn: for `choice` of `seq`, from row `row` of the logits, behind drafted tokens `ahead`."""
 
     row: int
     seq: Sequence
     choice: int
+    ahead: tuple[int, ...] = ()
 
     @property
     def params(self) -> SamplingParams:
         return self.seq.params
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        return self.seq.prompt_ids
+
+    @property
+    def output_ids(self) -> list[int]:
+        """Of the sequence, and those ahead."""
+        return [*self.seq.output_ids, *self.ahead] if self.ahead else self.seq.output_ids
+
+    @property
+    def index(self) -> int:
+        """Of the token within the output."""
+        return len(self.seq.output_ids) + len(self.ahead)
 
 
 @torch.inference_mode()
@@ -57,7 +72,7 @@ def sample(result: StepLogits, rows: list[SampledRow], eos_token_ids: frozenset[
     index = [row.row for row in rows]
     raw = _spread(result.logits, index)
     _check_finite(result.highest[index], rows)
-    adjusted = adjust(raw, [row.seq for row in rows], eos_token_ids)
+    adjusted = adjust(raw, rows, eos_token_ids)
     best = result.best[index]
     if adjusted is not raw:
         again = likeliest(adjusted)
@@ -95,7 +110,7 @@ def _choose(logits: torch.Tensor, best: Ints, rows: list[SampledRow]) -> list[in
 
 
 def _draw(weights: torch.Tensor, rows: list[SampledRow]) -> list[int]:
-    keys = (race_key(choice_seed(row.params.seed, row.choice), len(row.seq.output_ids)) for row in rows)
+    keys = (race_key(choice_seed(row.params.seed, row.choice), row.index) for row in rows)
     return [winner(own, key) for own, key in zip(weights.numpy(), keys, strict=True)]
 
 

@@ -1,7 +1,10 @@
-"""How large a prefill chunk has to be: from some number of tokens on a step computes each of them no faster.
+"""What steps cost on this machine, measured when an engine starts.
 
-A smaller chunk wastes the machine. A larger one gains nothing, but the sequences that decode beside it wait longer for
-their next token, and the first of its keys and values leave later.
+How large a prefill chunk has to be: from some number of tokens on a step computes each of them no faster. A smaller
+chunk wastes the machine. A larger one gains nothing, but the sequences that decode beside it wait longer for their next
+token, and the first of its keys and values leave later.
+
+And what a decode step takes by its tokens, which decides how many drafted ones it may verify (`speculation.step_cost`).
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import torch
 
 from ..models.decoder import Decoder
 from .batch import Batch
+from .interface import StepCosts
 from .model_runner import ModelRunner
 from .sequence import blocks_for
 
@@ -22,6 +26,9 @@ CHUNKS = (128, 256, 512, 1024)
 GAIN = 1.05  # twice the tokens must be computed so many times as fast to be worth it
 PROBE, PROBE_S = 16, 0.06  # where so few tokens take longer, any chunk saturates, and measuring one would take seconds
 _ROUNDS = 2
+STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # tokens of a decode step
+FAR, FURTHER = 512, 8  # cached tokens, and tokens of a step, that show what attention takes
+_STEP_ROUNDS, _STEP_S = 3, 0.25  # where a step takes longer, larger ones are not measured
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +67,49 @@ def measure_saturation(decoder: Decoder, block_size: int, num_threads: int) -> i
     found = saturation_tokens(seconds, longest)
     log.info("prefill in chunks of %d tokens (measured in %.1f s)", found, time.perf_counter() - started)
     return found
+
+
+def measure_steps(decoder: Decoder, block_size: int, num_threads: int) -> StepCosts:
+    """What decode steps of this network take on this machine."""
+    config = decoder.config
+    far = min(FAR, decoder.max_context - FURTHER)
+    shape = (config.num_layers, 2, block_size, config.num_kv_heads, config.head_dim)
+    blocks = max(blocks_for(far + FURTHER, block_size), blocks_for(STEPS[-1], block_size))
+    pool = torch.zeros(blocks, *shape, dtype=decoder.cache_dtype)
+    runner = ModelRunner(decoder, pool)
+    runner.num_threads = num_threads
+
+    def seconds(new: int, cached: int) -> float:
+        batch = _step(new, cached, block_size)
+        return min(_timed(lambda: runner.step(batch)) for _ in range(_STEP_ROUNDS))
+
+    started = time.perf_counter()
+    costs = step_costs(seconds, far, min(STEPS[-1], decoder.max_context))
+    log.info("decode steps from %.1f ms (measured in %.1f s)", costs.curve[0][1] * 1e3, time.perf_counter() - started)
+    return costs
+
+
+def step_costs(seconds: Callable[[int, int], float], far: int, longest: int) -> StepCosts:
+    """seconds(new, cached): time of a step that computes and samples `new` tokens behind `cached` ones."""
+    curve: list[tuple[int, float]] = []
+    for tokens in STEPS:
+        if tokens > longest or (curve and curve[-1][1] > _STEP_S):
+            break
+        curve.append((tokens, max(seconds(tokens, 0), curve[-1][1] if curve else 0.0)))
+    near = dict(curve)
+    context_s = max(seconds(1, far) - near[1], 0.0) / far
+    query_s = max(seconds(FURTHER, far) - near.get(FURTHER, curve[-1][1]) - context_s * far, 0.0) / (FURTHER - 1) / far
+    return StepCosts(tuple(curve), context_s, query_s)
+
+
+def _step(new: int, cached: int, block_size: int) -> Batch:
+    """`new` tokens of one sequence, all sampled, behind `cached` ones."""
+    at, count = np.arange(cached, cached + new), cached + new
+    blocks = np.arange(blocks_for(count, block_size))[None]
+    nothing = np.empty(0, np.int64)
+    return Batch(
+        np.zeros(new, np.int64), at, at, np.array([0, new]), np.array([count]), blocks, np.arange(new), nothing
+    )
 
 
 def _prompt(length: int, block_size: int, vocab_size: int) -> Batch:

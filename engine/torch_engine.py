@@ -24,8 +24,8 @@ from .batch import build_batch
 from .interface import EngineSpec, OnLayers, ScheduledSeq
 from .kv_memory import DEFAULT_KV_BYTES, KVMemory, blocks_in
 from .model_runner import ModelRunner, layer_bytes, pool_view
-from .sampler import SampledRow, sample
-from .saturation import measure_saturation
+from .saturation import measure_saturation, measure_steps
+from .verify import draw
 
 LAYOUT = "block-major"
 STAGING_BYTES = 512 << 20  # likewise: only links that convert what they carry use it
@@ -86,15 +86,17 @@ class TorchEngine:
         block_size: int = 16,
         max_model_len: int | None = None,
         num_threads: int | None = None,
-        measures: bool = False,
+        measures_chunks: bool = False,
+        measures_steps: bool = False,
         progress: Progress | None = None,
         make_memory: MakeMemory | None = None,
     ) -> TorchEngine:
         """Load the model at `path`. The pool has `num_blocks` blocks, or as many as fit in `kv_bytes`.
 
         `make_memory`: where the blocks lie, when they are not to have a memory of their own.
-        `quantization`: see `resolve_grouping`. `measures`: find out `spec.saturation_tokens`. Sets torch's number of
-        threads for the whole process. Raises ModelFileError or ConfigError.
+        `quantization`: see `resolve_grouping`. `measures_chunks`: find out `spec.saturation_tokens`;
+        `measures_steps`: `spec.step_costs`. Sets torch's number of threads for the whole process. Raises ModelFileError
+        or ConfigError.
         """
         if num_threads is not None:
             torch.set_num_threads(num_threads)
@@ -114,9 +116,11 @@ class TorchEngine:
             make_memory=make_memory,
         )
         engine.set_num_threads(torch.get_num_threads())
-        if measures:
+        if measures_chunks:
             chunk = measure_saturation(decoder, block_size, engine.num_threads)
             engine.spec = replace(engine.spec, saturation_tokens=chunk)
+        if measures_steps:
+            engine.spec = replace(engine.spec, step_costs=measure_steps(decoder, block_size, engine.num_threads))
         return engine
 
     def set_num_threads(self, num_threads: int) -> None:
@@ -131,12 +135,7 @@ class TorchEngine:
         started = time.perf_counter()
         result = self._runner.step(inputs, on_layers)
         self.network_s += time.perf_counter() - started
-        sampling = [entry for entry in batch if entry.sample]
-        rows = [
-            SampledRow(row, entry.seq, choice) for row, entry in enumerate(sampling) for choice in entry.seq.choices
-        ]
-        tokens = iter(sample(result, rows, self.spec.eos_token_ids))
-        return [tuple(next(tokens) for _ in entry.seq.choices) if entry.sample else () for entry in batch]
+        return draw(result, batch, self.spec.eos_token_ids)
 
     @property
     def quantization(self) -> str:

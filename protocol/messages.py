@@ -269,6 +269,8 @@ class Tokens(Part, frozen=True):
     finish_reason: FinishReason | None = None
     stop_token: TokenId | None = None  # the id that ended it, not among `tokens`
     phases: Phases | None = None  # with index of the attempt's first token
+    drafted: Count = 0  # tokens that the step verified for this choice beside the one that it computes anyway
+    accepted: Count = 0  # of them, those that are among `tokens`
 
 
 class Output(Message, frozen=True):

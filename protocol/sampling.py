@@ -47,6 +47,11 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, om
         return self.temperature == 0
 
     @property
+    def is_plain_greedy(self) -> bool:
+        """The likeliest token is drawn, whatever came before it."""
+        return self.is_greedy and not (self.has_penalties or self.logit_bias or self.min_tokens)
+
+    @property
     def has_penalties(self) -> bool:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 

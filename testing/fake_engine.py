@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from struct import Struct
 
@@ -20,6 +20,7 @@ from ..core.errors import InternalError
 from ..core.random_bits import choice_seed, uniform
 from ..engine.interface import EngineSpec, OnLayers, ScheduledSeq
 from ..engine.kv_memory import KVMemory
+from ..engine.sequence import Sequence as SequenceOfTokens
 from ..protocol.messages import Fingerprint, SampledToken, TokenLogprob
 from ..protocol.sampling import SamplingParams
 
@@ -123,7 +124,7 @@ class FakeEngine:
         )
 
     def cost_s(self, batch: list[ScheduledSeq]) -> float:
-        return self._step_s + self._token_s * sum(entry.num_new_tokens for entry in batch)
+        return self._step_s + self._token_s * sum(entry.num_step_tokens for entry in batch)
 
     def execute(self, batch: list[ScheduledSeq], on_layers: OnLayers | None = None) -> list[tuple[SampledToken, ...]]:
         for entry in batch:
@@ -160,19 +161,28 @@ class FakeEngine:
         seq, start = entry.seq, entry.seq.num_computed_tokens
         size, slots, begins = self.spec.block_size, self._slots, list(self._starts(seq.block_table, layer))
         value = slots[begins[(start - 1) // size] + (start - 1) % size] if start else self._salt
-        for position, token_id in enumerate(seq.tokens(start, start + entry.num_new_tokens), start):
+        new = (*seq.tokens(start, start + entry.num_new_tokens), *entry.draft)
+        for position, token_id in enumerate(new, start):
             value = _value(value, token_id, layer)
             slots[begins[position // size] + position % size] = value
 
     def _sample(self, entry: ScheduledSeq) -> tuple[SampledToken, ...]:
         if not entry.sample:
             return ()
-        seq, stop = entry.seq, entry.seq.num_computed_tokens + entry.num_new_tokens
+        if not entry.draft:
+            return tuple(self._drawn(entry.seq, choice, ()) for choice in entry.seq.choices)
+        tokens: list[SampledToken] = []
+        for place in range(len(entry.draft) + 1):
+            tokens.append(self._drawn(entry.seq, entry.seq.choice, entry.draft[:place]))
+            if place < len(entry.draft) and tokens[-1].token_id != entry.draft[place]:
+                break
+        return tuple(tokens)
+
+    def _drawn(self, seq: SequenceOfTokens, choice: int, ahead: tuple[int, ...]) -> SampledToken:
+        """The token behind `seq` and drafted tokens `ahead`."""
+        stop, spec = seq.num_tokens + len(ahead), self.spec
         state = _fold(self.read(seq.block_table, layer, stop) for layer in range(self.memory.num_layers))
-        spec = self.spec
-        return tuple(
-            _draw(state, seq.params, c, seq.output_ids, spec.vocab_size, spec.eos_token_ids) for c in seq.choices
-        )
+        return _draw(state, seq.params, choice, [*seq.output_ids, *ahead], spec.vocab_size, spec.eos_token_ids)
 
 
 def _fold(columns: Iterable[bytes]) -> int:
@@ -190,20 +200,39 @@ def expected_run(
 ) -> tuple[list[SampledToken], str]:
     """(tokens, finish reason) of a fault-free run of FakeEngine with nobody beside it, computed without a cache."""
     output: list[SampledToken] = []
-    output_ids: list[int] = []
-    columns = kv_values(prompt_ids, num_layers)
-    while True:
-        state = _fold(column.tobytes() for column in columns)
-        token = _draw(state, params, choice, output_ids, vocab_size, _EOS)
-        token_id = token.token_id
-        if token_id in params.stop_token_ids or (token_id in _EOS and not params.ignore_eos):
-            return output, "stop"
+    for token in _endless_run(prompt_ids, [], params, choice, vocab_size, num_layers):
+        if token.token_id in params.stop_token_ids or (token.token_id in _EOS and not params.ignore_eos):
+            break
         output.append(token)
-        output_ids.append(token_id)
         if len(output) >= params.max_tokens:
             return output, "length"
+    return output, "stop"
+
+
+def _endless_run(
+    prompt_ids: list[int],
+    output_ids: list[int],
+    params: SamplingParams,
+    choice: int,
+    vocab_size: int = _VOCAB_SIZE,
+    num_layers: int = NUM_LAYERS,
+) -> Iterator[SampledToken]:
+    """What is drawn behind `output_ids`, as if nothing ever ended."""
+    output = list(output_ids)
+    columns = kv_values([*prompt_ids, *output], num_layers)
+    while True:
+        state = _fold(column.tobytes() for column in columns)
+        token = _draw(state, params, choice, output, vocab_size, _EOS)
+        yield token
+        output.append(token.token_id)
         for layer, column in enumerate(columns):
-            _extend(column, (token_id,), layer, 0)
+            _extend(column, (token.token_id,), layer, 0)
+
+
+def next_tokens(seq: SequenceOfTokens, count: int) -> list[int]:
+    """The ids that a fault-free run draws behind `seq`."""
+    run = _endless_run(seq.prompt_ids, seq.output_ids, seq.params, seq.choice)
+    return [token.token_id for token in islice(run, count)]
 
 
 def expected_tokens(

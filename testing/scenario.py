@@ -54,7 +54,7 @@ class Outcome:
 
 def draw_scenario(seed: int) -> Scenario:
     rng = random.Random(seed)
-    shape = _with_one_pool(_with_parking(_draw_shape(rng), seed), seed)
+    shape = _with_drafts(_with_one_pool(_with_parking(_draw_shape(rng), seed), seed), seed)
     profile = replace(ChaosProfile.draw(rng), corrupt_parked=random.Random(f"corrupt {seed}").choice([0.0, 0.3, 1.0]))
     if profile.is_perfect:  # by chance: no fault of the swarm is on
         shape = _with_room(shape)
@@ -111,6 +111,17 @@ def _draw_shape(rng: random.Random) -> ClusterShape:
     if rng.random() < 0.1:
         return replace(shape, num_prefill=0, num_decode=0, num_foreign=0, num_both=rng.randint(1, 2))
     return shape
+
+
+def _with_drafts(shape: ClusterShape, seed: int) -> ClusterShape:
+    """Half of all clusters speculate, from always wrong to always right."""
+    rng = random.Random(f"drafts {seed}")
+    return replace(
+        shape,
+        draft_tokens=rng.choice([0, 0, 1, 2, 4, 8]),
+        draft_hits=rng.choice([0.0, 0.5, 0.9, 1.0]),
+        draft_seed=seed,
+    )
 
 
 def _with_parking(shape: ClusterShape, seed: int) -> ClusterShape:

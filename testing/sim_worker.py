@@ -16,6 +16,7 @@ from ..engine.block_pool import BlockPool
 from ..engine.interface import ScheduledSeq
 from ..engine.kv_memory import KVMemory
 from ..engine.parking import ParkingSpace
+from ..engine.speculation.control import Speculator
 from ..kvtransfer.destination import DestinationTable
 from ..kvtransfer.effects import LinkEvent
 from ..kvtransfer.source import PushSizes, SourceTable
@@ -31,6 +32,7 @@ from ..worker.turn_watch import MAX_STEP_S, TurnWatch
 from .events import EventQueue
 from .fake_engine import FakeEngine
 from .invariants import InvariantBroken, broken
+from .sim_drafts import SeededProposer
 from .sim_memory import MemoryShare
 from .sim_network import SimNetwork
 
@@ -52,6 +54,9 @@ class WorkerSizes:
     max_early: int = 1024
     early_s: float = 5.0
     max_step_s: float = MAX_STEP_S
+    draft_tokens: int = 0  # of a sequence and step
+    draft_hits: float = 0.0
+    draft_seed: int = 0
 
 
 class Observer(Protocol):
@@ -101,6 +106,7 @@ class SimWorker:
         self.source = SourceTable(sizes.lease_s, sizes.lease_s, pushes)
         self.destination = DestinationTable(sizes.lease_s, early_s=sizes.early_s, max_early=sizes.max_early)
         self.decode: DecodeRole | None = None
+        self.proposer: SeededProposer | None = None
         roles = self._roles(sizes, make_parking)
         self.core = WorkerCore(
             key, role, engine, self.pool, roles, events.clock, max_batch_tokens=sizes.max_batch_tokens
@@ -129,13 +135,27 @@ class SimWorker:
         if self.role != "prefill":
             bounds, parking = (sizes.max_running, sizes.max_requests), make_parking(self.engine.memory, pool)
             self.decode = DecodeRole(
-                key, spec, pool, self.destination, CLUSTER_KEY, *bounds, parking=parking, ownership=self._ownership
+                key,
+                spec,
+                pool,
+                self.destination,
+                CLUSTER_KEY,
+                *bounds,
+                parking=parking,
+                ownership=self._ownership,
+                speculation=self._speculation(sizes),
             )
             roles.append(self.decode)
         if self.role != "decode":
             bound, owner = sizes.max_requests, self._ownership
             roles.append(PrefillRole(key, spec, pool, self.source, CLUSTER_KEY, bound, ownership=owner))
         return roles
+
+    def _speculation(self, sizes: WorkerSizes) -> Speculator | None:
+        if not sizes.draft_tokens:
+            return None
+        self.proposer = SeededProposer(sizes.draft_hits, sizes.draft_seed)
+        return Speculator([self.proposer], sizes.draft_tokens, None)
 
     # ---- the process's threads ----
 

@@ -81,7 +81,8 @@ def load_engine(topology: Topology, spec: WorkerSpec, membership: Membership | N
         kv_bytes=pool.kv_cache_bytes or DEFAULT_KV_BYTES,
         block_size=pool.block_size or topology.block_size,
         max_model_len=topology.model.max_model_len,
-        measures=pool.max_num_batched_tokens is None,
+        measures_chunks=pool.max_num_batched_tokens is None,
+        measures_steps=spec.role != "prefill",
         make_memory=membership.make_memory if membership is not None else None,
     )
     share.rest()

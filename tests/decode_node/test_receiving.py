@@ -274,7 +274,10 @@ class History:
     def step(self) -> None:
         for entry in self.scheduler.schedule(Budget(16, 64), 0.0):
             is_sampled = entry.sample
-            if self.scheduler.advance(entry) and is_sampled:
+            if not self.scheduler.is_running(entry.seq):
+                continue
+            self.scheduler.advance(entry)
+            if is_sampled:
                 self.append(entry.seq)
         self.check()
 

@@ -26,7 +26,7 @@ def step(scheduler: DecodeScheduler, tokens: int = 64) -> list[str]:
     entries = scheduler.schedule(Budget(tokens, 64), now=0.0)
     for entry in entries:
         sampled = entry.sample
-        assert scheduler.advance(entry)
+        scheduler.advance(entry)
         if sampled:
             entry.seq.output_ids.append(7)
     return [entry.seq.key.request_id for entry in entries]

@@ -1,0 +1,47 @@
+"""How likely a drafted token is right: counted for each kind that its proposer tells apart, corrected by sequence.
+
+A proposer says what it knows of a token (its kind); whether that means one in ten or nine in ten is learned from what
+becomes of them. A sequence that does better or worse than others has a correction in log-odds, which learns as logistic
+regression does, a step for each token.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .interface import Proposer
+
+_PRIOR_WEIGHT = 4.0  # tokens that the proposer's own guess counts for
+_MEMORY = 256.0  # tokens of a kind after which older ones count for less
+_RATE, _FARTHEST = 0.3, 4.0  # of a sequence's correction
+
+
+@dataclass(slots=True)
+class Correction:
+    """Of one sequence, in log-odds."""
+
+    shift: float = 0.0
+
+
+class Acceptance:
+    """Of one proposer's tokens."""
+
+    def __init__(self, proposer: Proposer) -> None:
+        kinds = range(proposer.num_kinds)
+        self._tried = [_PRIOR_WEIGHT] * len(kinds)
+        self._right = [_PRIOR_WEIGHT * min(max(proposer.first_guess(kind), 0.05), 0.95) for kind in kinds]
+
+    def chance(self, kind: int, correction: Correction) -> float:
+        """That a token of this kind is what its sequence draws, when all before it are; within (0, 1)."""
+        rate = min(max(self._right[kind] / self._tried[kind], 0.002), 0.998)
+        return 1 / (1 + (1 - rate) / rate * math.exp(-correction.shift))
+
+    def note(self, kind: int, correction: Correction, *, is_right: bool) -> None:
+        surprise = is_right - self.chance(kind, correction)
+        correction.shift = min(max(correction.shift + _RATE * surprise, -_FARTHEST), _FARTHEST)
+        if self._tried[kind] > _MEMORY:
+            self._tried[kind] /= 2
+            self._right[kind] /= 2
+        self._tried[kind] += 1
+        self._right[kind] += is_right

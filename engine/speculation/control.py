@@ -1,0 +1,150 @@
+"""Whose draft, and how much of it: what makes the step yield most tokens per second.
+
+Each token of a draft has a chance (`acceptance`); that it counts, all before it must be right too. Over all sequences
+the likeliest tokens are taken first, and as many as raise
+
+    (sequences + expected accepted tokens) / (seconds of such a step)
+
+above what the step yields without any, by a margin. So drafts grow and shrink with each sequence's luck, and end where
+the batch is large enough to fill the machine alone. What is declined for long is tried again with one token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Sequences
+from dataclasses import dataclass
+from itertools import zip_longest
+
+from ..interface import ScheduledSeq
+from ..sequence import Sequence
+from .acceptance import Acceptance, Correction
+from .interface import NO_DRAFT, NOTHING, Draft, DraftCounts, Proposer
+from .step_cost import StepCost
+
+MARGIN = 1.02
+PROBE_EVERY = 64  # steps in which nothing is drafted though something could be
+
+
+@dataclass(slots=True)
+class _Offer:
+    """The best draft for one sequence. reach: for each token, the chance that it and all before it are right."""
+
+    source: int
+    draft: Draft
+    reach: list[float]
+
+    @property
+    def expected(self) -> float:
+        return sum(self.reach)
+
+
+class Speculator:
+    """Implements `Speculation`. Without `cost` each draft is as long as it may be; so is it for sequences that the
+    control is not asked about.
+    """
+
+    def __init__(self, proposers: list[Proposer], max_tokens: int, cost: StepCost | None) -> None:
+        self._proposers, self._max_tokens, self._cost = proposers, max_tokens, cost
+        self._acceptance = [Acceptance(proposer) for proposer in proposers]
+        self._corrections: dict[Sequence, list[Correction]] = {}
+        self._drafted: dict[Sequence, tuple[int, Draft]] = {}
+        self._declined = 0
+        self.counts = DraftCounts(positions=(0,) * max_tokens)
+
+    # ---- drafting ----
+
+    def draft(self, seqs: Sequences[Sequence], limits: Sequences[int], room: int) -> list[tuple[int, ...]]:
+        """See `Speculation.draft`."""
+        bounds = [min(limit, room, self._max_tokens) for limit in limits]
+        if not seqs or max(bounds) <= 0:
+            return [NO_DRAFT] * len(seqs)
+        offers = self._offers(seqs, bounds)
+        lengths = self._lengths(seqs, offers, room)
+        return [self._take(seq, offer, n) for seq, offer, n in zip(seqs, offers, lengths, strict=True)]
+
+    def _offers(self, seqs: Sequences[Sequence], bounds: Sequences[int]) -> list[_Offer]:
+        best = [_Offer(0, NOTHING, [])] * len(seqs)
+        for source, proposer in enumerate(self._proposers):
+            for place, draft in enumerate(proposer.propose(seqs, bounds)):
+                offer = _Offer(source, draft, self._reach(seqs[place], source, draft))
+                if offer.expected > best[place].expected:
+                    best[place] = offer
+        return best
+
+    def _reach(self, seq: Sequence, source: int, draft: Draft) -> list[float]:
+        correction, acceptance = self._correction(seq, source), self._acceptance[source]
+        reach: list[float] = []
+        chance = 1.0
+        for kind in draft.kinds:
+            chance *= acceptance.chance(kind, correction)
+            reach.append(chance)
+        return reach
+
+    def _correction(self, seq: Sequence, source: int) -> Correction:
+        return self._corrections.setdefault(seq, [Correction() for _ in self._proposers])[source]
+
+    def _lengths(self, seqs: Sequences[Sequence], offers: list[_Offer], room: int) -> list[int]:
+        """How much of each offer is taken."""
+        likeliest = sorted(
+            ((chance, place) for place, offer in enumerate(offers) for chance in offer.reach),
+            key=lambda item: -item[0],  # stable: of one draft the earlier tokens come first
+        )[: max(room, 0)]
+        lengths = [0] * len(offers)
+        for _, place in likeliest[: self._best_number(seqs, likeliest)]:
+            lengths[place] += 1
+        return lengths
+
+    def _best_number(self, seqs: Sequences[Sequence], likeliest: list[tuple[float, int]]) -> int:
+        if self._cost is None or not likeliest:
+            return len(likeliest)
+        cached = [seq.num_tokens for seq in seqs]
+        num_cached, further, expected = sum(cached), 0, float(len(seqs))
+        best, highest = 0, MARGIN * expected / self._cost.seconds(len(seqs), num_cached, 0)
+        for number, (chance, place) in enumerate(likeliest, 1):
+            expected += chance
+            further += cached[place]
+            rate = expected / self._cost.seconds(len(seqs) + number, num_cached, further)
+            if rate > highest:
+                best, highest = number, rate
+        return best or self._probe()
+
+    def _probe(self) -> int:
+        self._declined += 1
+        return int(self._declined % PROBE_EVERY == 0)
+
+    def _take(self, seq: Sequence, offer: _Offer, length: int) -> tuple[int, ...]:
+        if not length:
+            return NO_DRAFT
+        self._drafted[seq] = (offer.source, offer.draft)
+        return offer.draft.token_ids[:length]
+
+    # ---- learning ----
+
+    def verified(self, seq: Sequence, draft: tuple[int, ...], num_accepted: int) -> None:
+        """See `Speculation.verified`."""
+        source, drafted = self._drafted.pop(seq, (0, NOTHING))
+        reached = list(zip(draft, drafted.kinds, strict=False))[: num_accepted + 1]
+        for place, (_, kind) in enumerate(reached):
+            correction = self._correction(seq, source)
+            self._acceptance[source].note(kind, correction, is_right=place < num_accepted)
+        counts = self.counts
+        counts.drafts += 1
+        counts.drafted += len(draft)
+        counts.accepted += num_accepted
+        hits = [1] * num_accepted
+        counts.positions = tuple(a + b for a, b in zip_longest(counts.positions, hits, fillvalue=0))
+
+    def note_step(self, entries: Sequences[ScheduledSeq], seconds: float) -> None:
+        """See `Speculation.note_step`. Steps that prefill tell nothing of those that only decode."""
+        if self._cost is None or not entries or any(entry.num_new_tokens > 1 for entry in entries):
+            return
+        cached = sum(entry.seq.num_tokens for entry in entries)
+        further = sum(entry.seq.num_tokens * len(entry.draft) for entry in entries)
+        self._cost.note(sum(entry.num_step_tokens for entry in entries), cached, further, seconds)
+
+    def forget(self, seq: Sequence) -> None:
+        """See `Speculation.forget`."""
+        self._corrections.pop(seq, None)
+        self._drafted.pop(seq, None)
+        for proposer in self._proposers:
+            proposer.forget(seq)
