@@ -19,8 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from speculation_prompts import load_prompts
-
+from penstock.benchmarks.speculation_prompts import load_prompts
 from penstock.core.clock import MonotonicClock
 from penstock.core.ids import WorkerKey
 from penstock.decode_node.role import DecodeRole

@@ -76,6 +76,11 @@ def _add_worker_options(parser: argparse.ArgumentParser) -> None:
         help="keep the KV blocks of all workers in one memory that outlives each of them",
     )
     group.add_argument(
+        "--speculative",
+        choices=("off", "auto", "ngram", "suffix"),
+        help="what drafts tokens for decode workers to verify; answers stay the same (default: auto)",
+    )
+    group.add_argument(
         "--policy",
         choices=("prefix-affinity", "least-loaded", "round-robin"),
         help="how the router picks workers (default: prefix-affinity)",
@@ -135,6 +140,7 @@ def topology_from(args: argparse.Namespace) -> Topology:
         model=_override(base.model, **model),
         gateway=_override(base.gateway, host=args.host, port=args.port, api_key_file=key_file),
         router=_override(base.router, policy=args.policy),
+        speculation=_override(base.speculation, method=args.speculative),
         prefill=replace(_override(base.prefill, replicas=args.prefill), **cache),
         decode=replace(_override(base.decode, replicas=args.decode), **cache),
         transfer=_override(base.transfer, transport=args.transport, wire_dtype=args.wire_dtype, one_pool=args.one_pool),

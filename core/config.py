@@ -25,6 +25,7 @@ PolicyName = Literal["prefix-affinity", "least-loaded", "round-robin"]
 Disaggregate = Literal["auto", "always", "never"]
 LevelName = Literal["debug", "info", "warning", "error"]
 QuantizationName = Literal["auto", "none", "int8"]
+DRAFT_METHODS = ("off", "auto", "ngram", "suffix")
 WorkerRole = Literal["prefill", "decode", "both"]
 
 
@@ -95,6 +96,14 @@ class DecodeConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class SpeculationConfig:
+    """What drafts tokens that decode workers verify: `engine.speculation.build`. Output is the same with any."""
+
+    method: str = "auto"  # off, auto, ngram, suffix
+    max_tokens: int = setting(8, 1, 16)  # of a draft
+
+
+@dataclass(frozen=True, slots=True)
 class LivenessConfig:
     """What tells a worker that computes from one that hangs or is cut off. The end of a process is noticed at once."""
 
@@ -134,6 +143,7 @@ class Topology:
     colocated: bool = False  # decode.replicas workers of role `both`, and no prefill worker
     block_size: int = setting(16, 1, 1024)  # tokens in a KV block
     transfer: TransferConfig = field(default_factory=TransferConfig)
+    speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
     liveness: LivenessConfig = field(default_factory=LivenessConfig)
     runtime_dir: str = ""  # folder of the sockets; empty: chosen at start
     log_level: LevelName = "info"
@@ -202,11 +212,19 @@ def check_topology(topology: Topology) -> Topology:
             f"router.worker_timeout_s: {topology.router.worker_timeout_s:g} is less than three heartbeats of "
             f"liveness.heartbeat_s: {topology.liveness.heartbeat_s:g}; one late heartbeat would look like a lost worker"
         )
+    check_method(topology.speculation.method)
     _check_tls(topology.transfer)
     _check_one_pool(topology)
     if topology.router.disaggregate == "always" and (topology.colocated or topology.prefill.replicas == 0):
         raise ConfigError("router.disaggregate: always needs a prefill worker, and this topology has none; use auto")
     return topology
+
+
+def check_method(method: str) -> str:
+    """`method` of drafting, if it is one. Raises ConfigError."""
+    if method not in DRAFT_METHODS:
+        raise ConfigError(f"speculation.method: {method!r} is not one of {', '.join(DRAFT_METHODS)}")
+    return method
 
 
 def _check_tls(transfer: TransferConfig) -> None:

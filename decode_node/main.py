@@ -15,6 +15,7 @@ from ..core.ids import WorkerKey
 from ..engine.block_pool import BlockPool
 from ..engine.interface import Engine
 from ..engine.parking import Parking
+from ..engine.speculation.build import build_speculation
 from ..kvtransfer.destination import DestinationTable
 from ..kvtransfer.ownership import Ownership
 from ..worker.launch import launch
@@ -27,9 +28,19 @@ def make_roles(
 ) -> list[Role]:
     destination, key = DestinationTable(topology.transfer.lease_s), cluster_key(topology)
     parking = Parking(engine.memory, topology.decode.park_bytes, MonotonicClock())
-    seats = topology.decode.max_num_seqs
+    speculation = topology.speculation
     return [
-        DecodeRole(me, engine.spec, pool, destination, key, max_running=seats, parking=parking, ownership=ownership)
+        DecodeRole(
+            me,
+            engine.spec,
+            pool,
+            destination,
+            key,
+            max_running=topology.decode.max_num_seqs,
+            parking=parking,
+            ownership=ownership,
+            speculation=build_speculation(speculation.method, speculation.max_tokens, engine.spec),
+        )
     ]
 
 

@@ -394,6 +394,7 @@ class DecodeRole:
     def load(self) -> WorkerLoad:
         scheduler = self._scheduler
         given = self._ownership.num_taken if self._ownership is not None else 0
+        drafts = scheduler.drafting.counts
         return WorkerLoad(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting) + len(scheduler.offers),
@@ -411,6 +412,10 @@ class DecodeRole:
             given_blocks=given,
             failed_handoffs=self._failed_handoffs,
             stale_messages=self._stale + self._destination.stale,
+            drafts=drafts.drafts,
+            drafted_tokens=drafts.drafted,
+            accepted_tokens=drafts.accepted,
+            accepted_at=drafts.positions,
         )
 
     def owners(self) -> Iterable[list[BlockId]]:

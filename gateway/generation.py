@@ -34,6 +34,8 @@ class Usage:
     completion_tokens: int
     cached_tokens: int
     resumed: int = 0  # how often the answer went on with another attempt behind its tokens; known at the end
+    drafted: int = 0  # tokens that speculation tried; none of those it rejected is among completion_tokens
+    accepted: int = 0
 
     def body(self) -> dict[str, object]:
         return {
@@ -41,7 +43,11 @@ class Usage:
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
-            "completion_tokens_details": {"resumed": self.resumed},
+            "completion_tokens_details": {
+                "accepted_prediction_tokens": self.accepted,
+                "rejected_prediction_tokens": self.drafted - self.accepted,
+                "resumed": self.resumed,
+            },
         }
 
 
@@ -94,6 +100,8 @@ class Generation:
             sum(choice.num_tokens for choice in self.choices),
             sum(timing.phases.cached_tokens for timing in self._timings),
             sum(timing.resumed for timing in self._timings),
+            sum(timing.drafted for timing in self._timings),
+            sum(timing.accepted for timing in self._timings),
         )
 
     def report(self) -> dict[str, object]:
@@ -142,6 +150,8 @@ class Generation:
             current_call().is_spent = True
             gap_s = self._timings[prompt].mark_tokens(len(event.tokens), event.phases)
             self._gateway.metrics.tokens(len(event.tokens), gap_s)
+        self._timings[prompt].drafted += event.drafted
+        self._timings[prompt].accepted += event.accepted
         choice = self.choices[prompt * n + event.choice]
         was_finished = choice.is_finished
         delta = choice.take(event)

@@ -61,6 +61,9 @@ _WORKER_COUNTERS = {
     "penstock_worker_given_blocks": ("KV blocks handed over where they lay", "given_blocks"),
     "penstock_worker_failed_handoffs": ("Hand-offs that failed", "failed_handoffs"),
     "penstock_worker_stale_messages": ("Messages of ended attempts or lost workers, dropped", "stale_messages"),
+    "penstock_worker_drafts": ("Steps of a sequence that verified drafted tokens", "drafts"),
+    "penstock_worker_drafted_tokens": ("Drafted tokens that were verified", "drafted_tokens"),
+    "penstock_worker_accepted_tokens": ("Drafted tokens that were accepted", "accepted_tokens"),
 }
 _WORKER_LABELS = ("worker", "role")
 
@@ -171,6 +174,7 @@ class ClusterCollector(Collector):
             counter = CounterMetricFamily(name, text, labels=_WORKER_LABELS)
             _add_workers(counter, status.workers, field)
             yield counter
+        yield _accepted_at(status.workers)
 
 
 def _cluster_metrics(status: ClusterStatus) -> Iterator[Metric]:
@@ -192,6 +196,19 @@ def _cluster_metrics(status: ClusterStatus) -> Iterator[Metric]:
 def _add_workers(family: GaugeMetricFamily | CounterMetricFamily, workers: list[WorkerStatus], field: str) -> None:
     for worker in workers:
         family.add_metric([worker.worker_id, worker.role], float(_load_value(worker.load, field)))
+
+
+def _accepted_at(workers: list[WorkerStatus]) -> Metric:
+    """By place within the draft, from 0."""
+    family = CounterMetricFamily(
+        "penstock_worker_accepted_tokens_per_position",
+        "Drafted tokens that were accepted, by their place in the draft",
+        labels=(*_WORKER_LABELS, "position"),
+    )
+    for worker in workers:
+        for position, count in enumerate(worker.load.accepted_at):
+            family.add_metric([worker.worker_id, worker.role, str(position)], float(count))
+    return family
 
 
 def _load_value(load: WorkerLoad, field: str) -> int:

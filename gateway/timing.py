@@ -25,6 +25,8 @@ class RequestTiming:
     attempts: int = 1
     resumed: int = 0
     num_tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
     def mark_submitted(self) -> None:
         self.submitted_s = self.clock.now()

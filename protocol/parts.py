@@ -149,6 +149,10 @@ class WorkerLoad(Part, frozen=True):
     given_blocks: Sequence64 = 0  # of the transferred ones, those that changed their owner and did not move
     failed_handoffs: Sequence64 = 0
     stale_messages: Sequence64 = 0
+    drafts: Sequence64 = 0  # steps of a sequence that verified drafted tokens
+    drafted_tokens: Sequence64 = 0
+    accepted_tokens: Sequence64 = 0  # of the drafted ones
+    accepted_at: Annotated[tuple[Sequence64, ...], msgspec.Meta(max_length=64)] = ()  # by place in the draft
 
 
 class Peer(Part, frozen=True):

@@ -34,6 +34,8 @@ class TokensEvent(msgspec.Struct, frozen=True):
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
     phases: Phases | None = None
+    drafted: int = 0  # tokens that were verified for it beside those computed anyway
+    accepted: int = 0  # of them, those among `tokens`
 
 
 class EndEvent(msgspec.Struct, frozen=True):

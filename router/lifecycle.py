@@ -177,7 +177,16 @@ class Lifecycle:
         tokens = item.tokens[skip:]
         phases = None if record.has_phases else item.phases
         record.has_phases = record.has_phases or phases is not None
-        event = TokensEvent(choice.number, len(choice.output_ids), tokens, item.finish_reason, item.stop_token, phases)
+        event = TokensEvent(
+            choice.number,
+            len(choice.output_ids),
+            tokens,
+            item.finish_reason,
+            item.stop_token,
+            phases,
+            item.drafted,
+            item.accepted,
+        )
         choice.output_ids.extend(token.token_id for token in tokens)
         choice.is_finished = item.finish_reason is not None
         if choice.is_finished:

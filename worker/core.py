@@ -12,6 +12,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import msgspec
 
@@ -242,7 +243,10 @@ class WorkerCore:
 
 def _sum_loads(loads: Iterable[WorkerLoad]) -> WorkerLoad:
     sums: dict[str, int] = dict.fromkeys(WorkerLoad.__struct_fields__, 0)
+    del sums["accepted_at"]
+    accepted_at: tuple[int, ...] = ()
     for load in loads:
         for name in sums:
             sums[name] += getattr(load, name)
-    return WorkerLoad(**sums)
+        accepted_at = tuple(a + b for a, b in zip_longest(accepted_at, load.accepted_at, fillvalue=0))
+    return WorkerLoad(**sums, accepted_at=accepted_at)

@@ -82,7 +82,7 @@ def load_engine(topology: Topology, spec: WorkerSpec, membership: Membership | N
         block_size=pool.block_size or topology.block_size,
         max_model_len=topology.model.max_model_len,
         measures_chunks=pool.max_num_batched_tokens is None,
-        measures_steps=spec.role != "prefill",
+        measures_steps=spec.role != "prefill" and topology.speculation.method != "off",
         make_memory=membership.make_memory if membership is not None else None,
     )
     share.rest()

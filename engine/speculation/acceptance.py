@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from .interface import Proposer
 
-_PRIOR_WEIGHT = 4.0  # tokens that the proposer's own guess counts for
+_PRIOR_WEIGHT = 2.0  # tokens that the proposer's own guess counts for
 _MEMORY = 256.0  # tokens of a kind after which older ones count for less
 _RATE, _FARTHEST = 0.3, 4.0  # of a sequence's correction
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...core.config import DRAFT_METHODS
 from ...core.errors import ConfigError
 from ..interface import EngineSpec
 from .control import Speculator
@@ -9,8 +10,6 @@ from .interface import Proposer
 from .ngram import NgramProposer
 from .step_cost import StepCost
 from .suffix import SuffixProposer
-
-METHODS = ("off", "auto", "ngram", "suffix")
 
 
 def build_speculation(method: str, max_tokens: int, spec: EngineSpec) -> Speculator | None:
@@ -31,4 +30,4 @@ def _proposers(method: str) -> list[Proposer]:
         case "auto" | "suffix":
             return [SuffixProposer()]
         case _:
-            raise ConfigError(f"speculation.method: {method!r} is not one of {', '.join(METHODS)}")
+            raise ConfigError(f"speculation.method: {method!r} is not one of {', '.join(DRAFT_METHODS)}")

@@ -103,11 +103,11 @@ class Step:
 
 
 def follow(automaton: SuffixAutomaton, state: int, length: int, limit: int) -> list[Step]:
-    """What has most often come behind the part at `state`, token by token."""
+    """What has most often come behind the part at `state`, token by token; of two the later one."""
     nexts, counts = automaton.nexts, automaton.counts
     steps: list[Step] = []
     while len(steps) < limit and nexts[state]:
-        token_id, following = max(nexts[state].items(), key=lambda item: counts[item[1]])
+        token_id, following = max(nexts[state].items(), key=lambda item: (counts[item[1]], item[1]))
         total = sum(counts[other] for other in nexts[state].values())
         steps.append(Step(token_id, length, counts[following] / total if total else 0.0))
         state, length = following, length + 1

@@ -1,0 +1,161 @@
+"""How much is drafted: all that is right, nothing that does not pay."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence as Sequences
+
+import pytest
+
+from penstock.core.errors import ConfigError
+from penstock.core.ids import AttemptKey
+from penstock.engine.interface import EngineSpec, ScheduledSeq, StepCosts
+from penstock.engine.sequence import Sequence
+from penstock.engine.speculation.build import build_speculation
+from penstock.engine.speculation.control import PROBE_EVERY, Speculator
+from penstock.engine.speculation.interface import Draft
+from penstock.engine.speculation.step_cost import StepCost
+from penstock.protocol.sampling import SamplingParams
+from penstock.testing.fake_engine import FakeEngine
+
+# Measured of a step on two cores: further tokens are cheap up to eight, then each costs as much as the next.
+COSTS = StepCosts(((1, 3.5e-3), (2, 3.6e-3), (4, 4.5e-3), (8, 5.5e-3), (16, 9.7e-3), (32, 18e-3), (128, 65e-3)), 0, 0)
+
+
+class Coin:
+    """Proposes tokens that are right with a probability of their own, whatever the sequence."""
+
+    name, num_kinds, token_s = "coin", 1, 0.0
+
+    def __init__(self, guess: float = 0.5) -> None:
+        self.guess = guess
+
+    def first_guess(self, kind: int) -> float:
+        return self.guess
+
+    def propose(self, seqs: Sequences[Sequence], limits: Sequences[int]) -> list[Draft]:
+        return [Draft((7,) * limit, (0,) * limit) for limit in limits]
+
+    def forget(self, seq: Sequence) -> None:
+        pass
+
+
+def sequences(count: int) -> list[Sequence]:
+    params = SamplingParams(max_tokens=1000)
+    return [Sequence(AttemptKey(str(n), 0), 0, [1, 2, 3], params, b"", 0.0, 1.0, [4]) for n in range(count)]
+
+
+def run(speculator: Speculator, seqs: list[Sequence], hit_rate: float, steps: int, seed: int = 0) -> list[int]:
+    """Tokens drafted in each step, of drafts whose tokens are right with this probability."""
+    rng, drafted = random.Random(seed), []
+    for _ in range(steps):
+        drafts = speculator.draft(seqs, [8] * len(seqs), 512)
+        drafted.append(sum(map(len, drafts)))
+        for seq, draft in zip(seqs, drafts, strict=True):
+            accepted = next((n for n in range(len(draft)) if rng.random() >= hit_rate), len(draft))
+            if draft:
+                speculator.verified(seq, draft, accepted)
+    return drafted
+
+
+def test_a_perfect_draft_is_taken_whole() -> None:
+    drafted = run(Speculator([Coin()], 8, StepCost(COSTS)), sequences(1), 1.0, 60)
+    assert drafted[-1] == 8
+
+
+def test_a_random_draft_is_soon_switched_off() -> None:
+    speculator = Speculator([Coin(0.9)], 8, StepCost(COSTS))
+    run(speculator, sequences(1), 0.02, 30)
+    later = run(speculator, sequences(1), 0.02, 1000)
+    assert sum(later[-500:]) <= 500 / PROBE_EVERY + 1
+    plain = 1000 * COSTS.curve[0][1]
+    cost = sum(StepCost(COSTS).seconds(1 + number, 0, 0) for number in later)
+    assert cost / plain < 1.03
+
+
+def test_a_draft_that_was_off_comes_back_when_it_is_right() -> None:
+    speculator, seqs = Speculator([Coin()], 8, StepCost(COSTS)), sequences(1)
+    run(speculator, seqs, 0.0, 100)
+    assert run(speculator, seqs, 1.0, PROBE_EVERY * 40)[-1] == 8
+
+
+def test_a_batch_that_fills_the_machine_drafts_less() -> None:
+    lengths = []
+    for count in (1, 8, 32):
+        drafted = run(Speculator([Coin()], 8, StepCost(COSTS)), sequences(count), 0.6, 120)
+        lengths.append(sum(drafted[-40:]) / 40 / count)
+    assert lengths[0] > lengths[1] >= lengths[2]
+    assert lengths[0] > 2
+
+
+def test_the_lucky_sequence_drafts_and_its_unlucky_neighbour_does_not() -> None:
+    speculator, seqs = Speculator([Coin()], 8, StepCost(COSTS)), sequences(2)
+    for _ in range(80):
+        drafts = speculator.draft(seqs, [8, 8], 512)
+        for seq, draft, is_lucky in zip(seqs, drafts, (True, False), strict=True):
+            if draft:
+                speculator.verified(seq, draft, len(draft) if is_lucky else 0)
+    lucky, unlucky = speculator.draft(seqs, [8, 8], 512)
+    assert len(lucky) == 8
+    assert len(unlucky) <= 1
+
+
+def test_limits_and_room_hold() -> None:
+    speculator, seqs = Speculator([Coin(0.99)], 5, None), sequences(3)
+    assert list(map(len, speculator.draft(seqs, [9, 2, 0], 512))) == [5, 2, 0]
+    assert sum(map(len, speculator.draft(seqs, [9, 9, 9], 4))) <= 4
+    assert speculator.draft(seqs, [9, 9, 9], 0) == [(), (), ()]
+    assert speculator.draft([], [], 9) == []
+
+
+def test_counts_are_by_place() -> None:
+    speculator, seqs = Speculator([Coin()], 3, None), sequences(2)
+    for accepted in (3, 1):
+        drafts = speculator.draft(seqs, [3, 3], 512)
+        for seq, draft in zip(seqs, drafts, strict=True):
+            speculator.verified(seq, draft, accepted)
+    counts = speculator.counts
+    assert (counts.drafts, counts.drafted, counts.accepted, counts.positions) == (4, 12, 8, (4, 2, 2))
+
+
+def test_forget_leaves_nothing() -> None:
+    speculator, seqs = Speculator([Coin()], 3, None), sequences(2)
+    speculator.draft(seqs, [3, 3], 512)
+    for seq in seqs:
+        speculator.forget(seq)
+    assert not speculator._corrections
+    assert not speculator._drafted
+
+
+def test_step_cost_learns_what_steps_take() -> None:
+    cost = StepCost(COSTS)
+    for _ in range(200):
+        cost.note(1, 0, 0, 7e-3)  # all takes twice as long
+        cost.note(8, 0, 0, 22e-3)  # and eight tokens twice as long again
+    assert cost.seconds(1, 0, 0) == pytest.approx(7e-3, rel=0.25)
+    assert cost.seconds(8, 0, 0) / cost.seconds(1, 0, 0) > 1.5 * 5.5 / 3.5
+
+
+def test_step_cost_between_and_beyond_its_points() -> None:
+    cost = StepCost(StepCosts(((1, 1.0), (3, 2.0)), 0.1, 0.01))
+    assert [cost.seconds(n, 0, 0) for n in (1, 2, 3, 6)] == [1.0, 1.5, 2.0, 4.0]
+    assert cost.seconds(1, 10, 20) == pytest.approx(1 + 1 + 0.2)
+
+
+def test_steps_that_prefill_teach_nothing() -> None:
+    cost = StepCost(COSTS)
+    speculator, (seq,) = Speculator([Coin()], 3, cost), sequences(1)
+    before = cost.seconds(1, 4, 0)
+    speculator.note_step([ScheduledSeq(seq, 2)], 5.0)
+    assert cost.seconds(1, 4, 0) == before
+    speculator.note_step([ScheduledSeq(seq, 1)], 5.0)
+    assert cost.seconds(1, 4, 0) > before
+
+
+def test_build_knows_its_methods() -> None:
+    spec: EngineSpec = FakeEngine().spec
+    assert build_speculation("off", 8, spec) is None
+    assert build_speculation("auto", 8, spec) is None  # nothing measured
+    assert isinstance(build_speculation("ngram", 8, spec), Speculator)
+    with pytest.raises(ConfigError, match=r"speculation.method: 'eagel' is not one of"):
+        build_speculation("eagel", 8, spec)
