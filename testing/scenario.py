@@ -48,6 +48,8 @@ class Outcome:
     num_preemptions: int
     num_parked: int
     num_unparked: int
+    num_drafted: int
+    num_accepted: int
     virtual_s: float
     faults: Counter[str]
 
@@ -240,6 +242,8 @@ def _outcome(cluster: SimCluster, scenario: Scenario, virtual_s: float) -> Outco
         num_preemptions=sum(load.preemptions for load in loads),
         num_parked=sum(load.parked for load in loads),
         num_unparked=sum(load.unparked for load in loads),
+        num_drafted=sum(load.drafted_tokens for load in loads),
+        num_accepted=sum(load.accepted_tokens for load in loads),
         virtual_s=virtual_s,
         faults=cluster.faults,
     )

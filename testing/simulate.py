@@ -33,7 +33,7 @@ class Tally:
         self._num_seeds, self._quiet = num_seeds, quiet
         self._start = self._said_at = time.perf_counter()
         self.outcomes = self.requests = self.errors = self.retries = 0
-        self.preemptions = self.parked = self.unparked = 0
+        self.preemptions = self.parked = self.unparked = self.drafted = self.accepted = 0
         self.faults: Counter[str] = Counter()
         self.failures: list[Failure] = []
 
@@ -50,6 +50,8 @@ class Tally:
             self.preemptions += result.num_preemptions
             self.parked += result.num_parked
             self.unparked += result.num_unparked
+            self.drafted += result.num_drafted
+            self.accepted += result.num_accepted
             self.faults += result.faults
         now = time.perf_counter()
         if not self._quiet and now - self._said_at >= PROGRESS_S:
@@ -69,6 +71,7 @@ class Tally:
             f"{self.total} seeds, {len(self.failures)} failed, {self.rate:.1f} seeds/s; {self.requests} requests, "
             f"{self.errors} clean errors, {self.retries} retries, {self.preemptions} preemptions "
             f"({self.parked} parked, {self.unparked} unparked), "
+            f"{self.drafted} tokens drafted ({self.accepted} accepted), "
             f"{sum(self.faults.values())} faults of {len(self.faults)} kinds"
         )
 

@@ -193,6 +193,8 @@ def check_empty(worker: SimWorker, name: str, when: str) -> None:
         raise InvariantBroken(f"{name} {worker.key}: {num_held} blocks are still held {when}")
     if load.parked_bytes:
         raise InvariantBroken(f"{name} {worker.key}: {load.parked_bytes} bytes are still parked {when}")
+    if worker.proposer is not None and worker.proposer.known:
+        raise InvariantBroken(f"{name} {worker.key}: drafts for {len(worker.proposer.known)} sequences {when}")
     if worker.source.active() or worker.destination.active():
         raise InvariantBroken(f"{name} {worker.key}: hand-offs are still open {when}")
     seats = load.running + load.waiting + load.receiving + load.handing_off

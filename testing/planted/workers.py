@@ -175,8 +175,8 @@ def free_early(original: Any) -> Any:
 
 
 def skip_index(original: Any) -> Any:
-    def accept(self: DecodeRole, group: Any, seq: Any, token: Any) -> None:
-        original(self, group, seq, token)
+    def accept(self: DecodeRole, *args: Any) -> None:
+        original(self, *args)
         if self._items and self._items[-1].index == 2:
             self._items.pop()
 
