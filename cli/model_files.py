@@ -10,6 +10,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ..core.config import Topology
     from ..models.store import ModelPath
 
@@ -34,7 +36,24 @@ def with_local_model(topology: Topology) -> Topology:
     """`topology` with the path of its model on this disk, and the name that clients call it."""
     model = local_model(topology.model.source)
     name = topology.model.name or model.name
-    return replace(topology, model=replace(topology.model, source=str(model.path), name=name))
+    topology = replace(topology, model=replace(topology.model, source=str(model.path), name=name))
+    if topology.speculation.draft_source is None:
+        return topology
+    draft = local_model(topology.speculation.draft_source)
+    _check_vocabulary(model.path, draft.path)
+    return replace(topology, speculation=replace(topology.speculation, method=f"draft:{draft.path}"))
+
+
+def _check_vocabulary(model: Path, draft: Path) -> None:
+    """A draft names tokens by their ids, so these must mean the same. Raises ConfigError."""
+    from ..core.errors import ConfigError
+    from ..models.tokenizer import load_tokenizer
+
+    ours, theirs = load_tokenizer(model), load_tokenizer(draft)
+    if ours.vocabulary() != theirs.vocabulary():
+        raise ConfigError(
+            f"speculation.method: {draft} has another vocabulary than {model}; a draft model needs the same tokens"
+        )
 
 
 @contextmanager

@@ -77,8 +77,9 @@ def _add_worker_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--speculative",
-        choices=("off", "auto", "ngram", "suffix"),
-        help="what drafts tokens for decode workers to verify; answers stay the same (default: auto)",
+        metavar="METHOD",
+        help="what drafts tokens for decode workers to verify: off, auto, ngram, suffix, or draft:MODEL, a smaller "
+        "model of the same vocabulary; answers stay the same (default: auto)",
     )
     group.add_argument(
         "--policy",

@@ -25,7 +25,7 @@ PolicyName = Literal["prefix-affinity", "least-loaded", "round-robin"]
 Disaggregate = Literal["auto", "always", "never"]
 LevelName = Literal["debug", "info", "warning", "error"]
 QuantizationName = Literal["auto", "none", "int8"]
-DRAFT_METHODS = ("off", "auto", "ngram", "suffix")
+DRAFT_METHODS = ("off", "auto", "ngram", "suffix")  # and draft:MODEL
 WorkerRole = Literal["prefill", "decode", "both"]
 
 
@@ -99,8 +99,15 @@ class DecodeConfig:
 class SpeculationConfig:
     """What drafts tokens that decode workers verify: `engine.speculation.build`. Output is the same with any."""
 
-    method: str = "auto"  # off, auto, ngram, suffix
+    method: str = "auto"  # off, auto, ngram, suffix, draft:MODEL
     max_tokens: int = setting(8, 1, 16)  # of a draft
+    draft_kv_bytes: int = setting(256 << 20, 1 << 16, 1 << 50)  # KV cache of a draft model, in each decode worker
+
+    @property
+    def draft_source(self) -> str | None:
+        """The draft model's name or path, if there is one."""
+        kind, _, source = self.method.partition(":")
+        return source if kind == "draft" else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,8 +229,8 @@ def check_topology(topology: Topology) -> Topology:
 
 def check_method(method: str) -> str:
     """`method` of drafting, if it is one. Raises ConfigError."""
-    if method not in DRAFT_METHODS:
-        raise ConfigError(f"speculation.method: {method!r} is not one of {', '.join(DRAFT_METHODS)}")
+    if method not in DRAFT_METHODS and not re.fullmatch(r"draft:.+", method):
+        raise ConfigError(f"speculation.method: {method!r} is not one of {', '.join(DRAFT_METHODS)}, draft:MODEL")
     return method
 
 

@@ -8,11 +8,15 @@ Tokens go to the router after every step. The loop around it, with its threads, 
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
+
 from ..core.clock import MonotonicClock
 from ..core.cluster_key import cluster_key
 from ..core.config import Topology
 from ..core.ids import WorkerKey
 from ..engine.block_pool import BlockPool
+from ..engine.core_share import SharingEngine
 from ..engine.interface import Engine
 from ..engine.parking import Parking
 from ..engine.speculation.build import build_speculation
@@ -39,9 +43,29 @@ def make_roles(
             max_running=topology.decode.max_num_seqs,
             parking=parking,
             ownership=ownership,
-            speculation=build_speculation(speculation.method, speculation.max_tokens, engine.spec),
+            speculation=build_speculation(
+                speculation.method, speculation.max_tokens, engine.spec, partial(_open_draft, topology, engine)
+            ),
         )
     ]
+
+
+def _open_draft(topology: Topology, engine: Engine, source: str) -> Engine:
+    """The draft model at `source`, with a cache of its own, on the threads of `engine`. Imports torch."""
+    from ..engine.torch_engine import TorchEngine
+
+    draft = TorchEngine.load(
+        Path(source),
+        model_name="draft",
+        dtype=topology.model.dtype,
+        quantization=topology.model.quantization,
+        kv_bytes=topology.speculation.draft_kv_bytes,
+        block_size=engine.spec.block_size,
+        measures_steps=True,
+    )
+    if isinstance(engine, SharingEngine):
+        engine.add_engine(draft.set_num_threads)
+    return draft
 
 
 def main(topology: Topology, name: str) -> int:

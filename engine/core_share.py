@@ -87,8 +87,12 @@ class SharingEngine:
         many_tokens: int = MANY_TOKENS,
     ) -> None:
         self.spec, self.memory = engine.spec, engine.memory
-        self._engine, self._share, self._set_num_threads = engine, share, set_num_threads
+        self._engine, self._share, self._set_num_threads = engine, share, [set_num_threads]
         self._num_threads, self._many_tokens = 0, many_tokens
+
+    def add_engine(self, set_num_threads: Callable[[int], None]) -> None:
+        """An engine that computes between the steps of this one uses as many threads."""
+        self._set_num_threads.append(set_num_threads)
 
     def execute(self, batch: list[ScheduledSeq], on_layers: OnLayers | None = None) -> list[tuple[SampledToken, ...]]:
         """See `Engine.execute`."""
@@ -96,7 +100,8 @@ class SharingEngine:
         if sum(entry.num_step_tokens for entry in batch) < self._many_tokens:
             num_threads = max(1, num_threads // 2)
         if num_threads != self._num_threads:
-            self._set_num_threads(num_threads)
+            for set_num_threads in self._set_num_threads:
+                set_num_threads(num_threads)
             self._num_threads = num_threads
         try:
             return self._engine.execute(batch, on_layers)

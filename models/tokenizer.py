@@ -60,6 +60,10 @@ class Tokenizer:
         text = b"".join(self._bytes[i] for i in token_ids if i not in skipped).decode("utf-8", errors="replace")
         return text.removeprefix(" ") if self.strips_leading_space else text
 
+    def vocabulary(self) -> list[bytes]:
+        """The bytes of every token, by id."""
+        return [self._bytes[token_id] for token_id in range(self.vocab_size)]
+
     def token_bytes(self, token_id: int) -> bytes:
         """What the token adds to a text, possibly part of a character only."""
         return self._bytes[token_id]

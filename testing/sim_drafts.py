@@ -18,11 +18,13 @@ class SeededProposer:
 
     name = "seeded"
     num_kinds = 1
-    token_s = 0.0
 
     def __init__(self, hit_rate: float, seed: int) -> None:
         self._hit_rate, self._seed = hit_rate, seed
         self.known: set[Sequence] = set()
+
+    def seconds(self, num_seqs: int, num_cached: int) -> float:
+        return 0.0
 
     def first_guess(self, kind: int) -> float:
         return self._hit_rate

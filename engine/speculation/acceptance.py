@@ -15,6 +15,7 @@ from .interface import Proposer
 _PRIOR_WEIGHT = 2.0  # tokens that the proposer's own guess counts for
 _MEMORY = 256.0  # tokens of a kind after which older ones count for less
 _RATE, _FARTHEST = 0.3, 4.0  # of a sequence's correction
+_FIRST_MEAN, _MEAN_RATE = 0.6, 0.06
 
 
 @dataclass(slots=True)
@@ -28,6 +29,7 @@ class Acceptance:
     """Of one proposer's tokens."""
 
     def __init__(self, proposer: Proposer) -> None:
+        self.mean = _FIRST_MEAN  # over all kinds, lately
         kinds = range(proposer.num_kinds)
         self._tried = [_PRIOR_WEIGHT] * len(kinds)
         self._right = [_PRIOR_WEIGHT * min(max(proposer.first_guess(kind), 0.05), 0.95) for kind in kinds]
@@ -38,6 +40,7 @@ class Acceptance:
         return 1 / (1 + (1 - rate) / rate * math.exp(-correction.shift))
 
     def note(self, kind: int, correction: Correction, *, is_right: bool) -> None:
+        self.mean += _MEAN_RATE * (is_right - self.mean)
         surprise = is_right - self.chance(kind, correction)
         correction.shift = min(max(correction.shift + _RATE * surprise, -_FARTHEST), _FARTHEST)
         if self._tried[kind] > _MEMORY:

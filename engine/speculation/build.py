@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ...core.config import DRAFT_METHODS
 from ...core.errors import ConfigError
-from ..interface import EngineSpec
+from ..interface import Engine, EngineSpec
 from .control import Speculator
+from .draft_model import ModelProposer
 from .interface import Proposer
 from .ngram import NgramProposer
 from .step_cost import StepCost
 from .suffix import SuffixProposer
 
 
-def build_speculation(method: str, max_tokens: int, spec: EngineSpec) -> Speculator | None:
+def build_speculation(
+    method: str, max_tokens: int, spec: EngineSpec, open_draft: Callable[[str], Engine] | None = None
+) -> Speculator | None:
     """What `method` names, for an engine of this `spec`; None for "off". Raises ConfigError for an unknown method.
 
     Where the engine's steps have not been measured, drafts are as long as they may be; "auto" then drafts nothing.
+    `open_draft`: loads the draft model that "draft:MODEL" names.
     """
     if method == "off" or (method == "auto" and spec.step_costs is None):
         return None
     cost = StepCost(spec.step_costs) if spec.step_costs is not None else None
-    return Speculator(_proposers(method), max_tokens, cost)
+    return Speculator(_proposers(method, spec, open_draft), max_tokens, cost)
 
 
-def _proposers(method: str) -> list[Proposer]:
-    match method:
+def _proposers(method: str, spec: EngineSpec, open_draft: Callable[[str], Engine] | None) -> list[Proposer]:
+    kind, _, name = method.partition(":")
+    match kind:
         case "ngram":
             return [NgramProposer()]
         case "auto" | "suffix":
             return [SuffixProposer()]
+        case "draft" if open_draft is not None:
+            return [SuffixProposer(), ModelProposer(open_draft(name), spec)]
         case _:
-            raise ConfigError(f"speculation.method: {method!r} is not one of {', '.join(DRAFT_METHODS)}")
+            raise ConfigError(f"speculation.method: {method!r} is not one of {', '.join(DRAFT_METHODS)}, draft:MODEL")

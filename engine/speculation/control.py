@@ -49,6 +49,7 @@ class Speculator:
         self._corrections: dict[Sequence, list[Correction]] = {}
         self._drafted: dict[Sequence, tuple[int, Draft]] = {}
         self._declined = 0
+        self._draft_s = 0.0  # what the drafts of this step took to make
         self.counts = DraftCounts(positions=(0,) * max_tokens)
 
     # ---- drafting ----
@@ -64,12 +65,38 @@ class Speculator:
 
     def _offers(self, seqs: Sequences[Sequence], bounds: Sequences[int]) -> list[_Offer]:
         best = [_Offer(0, NOTHING, [])] * len(seqs)
+        self._draft_s = 0.0
         for source, proposer in enumerate(self._proposers):
-            for place, draft in enumerate(proposer.propose(seqs, bounds)):
+            limits = self._affordable(source, seqs, bounds, best)
+            if not any(limits):
+                continue
+            for place, draft in enumerate(proposer.propose(seqs, limits)):
                 offer = _Offer(source, draft, self._reach(seqs[place], source, draft))
                 if offer.expected > best[place].expected:
                     best[place] = offer
         return best
+
+    def _affordable(
+        self, source: int, seqs: Sequences[Sequence], bounds: Sequences[int], best: list[_Offer]
+    ) -> Sequences[int]:
+        """How long drafts of this proposer may be to pay for being made, beside the offers that there are."""
+        num_cached = sum(seq.num_tokens for seq in seqs)
+        each = self._proposers[source].seconds(len(seqs), num_cached)
+        if self._cost is None or not each:
+            return bounds
+        each *= self._cost.scale
+        mean = self._acceptance[source].mean
+        length, expected = 0, 1.0
+        most = MARGIN / self._cost.seconds(len(seqs), num_cached, 0)
+        for number in range(1, self._max_tokens + 1):
+            expected += mean**number
+            step_s = self._cost.seconds(len(seqs) * (1 + number), num_cached, num_cached * number)
+            if expected / (step_s + number * each) > most:
+                length, most = number, expected / (step_s + number * each)
+        length = length or self._probe()
+        self._draft_s += length * each
+        gain = sum(mean**number for number in range(1, length + 1))
+        return [min(bound, length) if offer.expected < gain else 0 for bound, offer in zip(bounds, best, strict=True)]
 
     def _reach(self, seq: Sequence, source: int, draft: Draft) -> list[float]:
         correction, acceptance = self._correction(seq, source), self._acceptance[source]
@@ -140,7 +167,7 @@ class Speculator:
             return
         cached = sum(entry.seq.num_tokens for entry in entries)
         further = sum(entry.seq.num_tokens * len(entry.draft) for entry in entries)
-        self._cost.note(sum(entry.num_step_tokens for entry in entries), cached, further, seconds)
+        self._cost.note(sum(entry.num_step_tokens for entry in entries), cached, further, seconds - self._draft_s)
 
     def forget(self, seq: Sequence) -> None:
         """See `Speculation.forget`."""

@@ -35,7 +35,12 @@ class Proposer(Protocol):
 
     name: str
     num_kinds: int
-    token_s: float  # what proposing one token takes, in seconds; 0 where it does not count
+
+    def seconds(self, num_seqs: int, num_cached: int) -> float:
+        """What one further token takes, for each of so many sequences with so many cached tokens together. 0 where it
+        does not count.
+        """
+        ...
 
     def first_guess(self, kind: int) -> float:
         """How likely a token of this kind is right, before any has been seen."""

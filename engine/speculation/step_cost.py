@@ -24,19 +24,19 @@ class StepCost:
         self._tokens = [tokens for tokens, _ in costs.curve]
         self._seconds = [seconds for _, seconds in costs.curve]
         self._shape = [1.0] * len(self._tokens)
-        self._scale = 1.0
+        self.scale = 1.0  # how much longer steps take than when they were measured
 
     def seconds(self, num_tokens: int, num_cached: int, num_further: int) -> float:
         """Of a step of `num_tokens`, whose sequences have `num_cached` tokens in the cache together; those behind the
         first of each sequence look at `num_further` of them, together.
         """
         attention = self._costs.context_s * num_cached + self._costs.query_s * num_further
-        return self._scale * (self._at(num_tokens) + attention)
+        return self.scale * (self._at(num_tokens) + attention)
 
     def note(self, num_tokens: int, num_cached: int, num_further: int, seconds: float) -> None:
         """Such a step has taken so long."""
         ratio = min(max(seconds / self.seconds(num_tokens, num_cached, num_further), 0.25), 4.0)
-        self._scale *= ratio**_SCALE_RATE
+        self.scale *= ratio**_SCALE_RATE
         self._shape = [1 + (shape - 1) * (1 - _FORGET) for shape in self._shape]
         nearest = min(range(len(self._tokens)), key=lambda i: abs(self._tokens[i] - num_tokens))
         shape = self._shape[nearest] * ratio**_SHAPE_RATE

@@ -34,12 +34,14 @@ class SuffixProposer:
 
     name = "suffix"
     num_kinds = (LONGEST + 1) * SHARES
-    token_s = 0.0
 
     def __init__(self, *, shares_outputs: bool = True) -> None:
         self._shares_outputs = shares_outputs
         self._own: dict[Sequence, _Own] = {}
         self._tenants: OrderedDict[bytes, SuffixAutomaton] = OrderedDict()  # least recently used first
+
+    def seconds(self, num_seqs: int, num_cached: int) -> float:
+        return 0.0
 
     def first_guess(self, kind: int) -> float:
         length, share = divmod(kind, SHARES)
