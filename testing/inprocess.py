@@ -20,6 +20,7 @@ from ..decode_node.role import DecodeRole
 from ..engine.block_pool import BlockPool
 from ..engine.interface import Engine, ScheduledSeq
 from ..engine.parking import Parking
+from ..engine.speculation.interface import Speculation
 from ..kvtransfer.destination import DestinationTable
 from ..kvtransfer.effects import LinkEvent
 from ..kvtransfer.link import Mesh
@@ -41,6 +42,8 @@ from ..worker.role import Tell
 BEAT_S = 0.25
 CLUSTER_KEY = b"one process"
 PATIENCE_S = 60.0  # for leases, links and heartbeats: a busy machine is no fault here
+
+Speculate = Callable[[Engine], Speculation | None]  # what a decode worker with this engine drafts with
 
 
 @dataclass(slots=True)
@@ -72,7 +75,14 @@ class _Worker:
     """One worker core with its mesh and inbox."""
 
     def __init__(
-        self, key: WorkerKey, role: Role, engine: Engine, clock: Clock, sizes: Mapping[str, int], park_bytes: int = 0
+        self,
+        key: WorkerKey,
+        role: Role,
+        engine: Engine,
+        clock: Clock,
+        sizes: Mapping[str, int],
+        park_bytes: int,
+        speculate: Speculate,
     ) -> None:
         self.key = key
         pool = BlockPool(engine.spec.num_blocks, engine.spec.block_size)
@@ -81,7 +91,9 @@ class _Worker:
         if role != "prefill":
             parking = Parking(engine.memory, park_bytes, clock)
             destination = DestinationTable(PATIENCE_S)
-            self.decode = DecodeRole(key, engine.spec, pool, destination, CLUSTER_KEY, parking=parking)
+            self.decode = DecodeRole(
+                key, engine.spec, pool, destination, CLUSTER_KEY, parking=parking, speculation=speculate(engine)
+            )
             roles.append(self.decode)
         if role != "decode":
             pushes = PushSizes.of(engine.spec.fingerprint.num_layers, engine.spec.layer_bytes)
@@ -161,6 +173,7 @@ class InProcessCluster:
         router: RouterConfig | None = None,
         park_bytes: int = 0,
         settings: MeshSettings | None = None,
+        speculate: Speculate = lambda engine: None,
     ) -> None:
         self._settings = settings or MeshSettings((transport,))
         self._clock, ids = MonotonicClock(), SeededIds(0)
@@ -175,6 +188,7 @@ class InProcessCluster:
         self._next_beat = self._clock.now()
         self._sizes = {"max_batch_tokens": max_batch_tokens, "max_batch_seqs": max_batch_seqs}
         self._ids, self._transport, self._runtime_dir, self._park_bytes = ids, transport, runtime_dir, park_bytes
+        self._speculate = speculate
         self._loses: Callable[[FromWorker], bool] | None = None
         self._on_tokens: Callable[[str, TokensEvent], None] | None = None
         self._cut_off: set[str] = set()
@@ -187,7 +201,7 @@ class InProcessCluster:
     def _make_worker(self, name: str, engine: Engine) -> _Worker:
         role: Role = "prefill" if name.startswith("prefill") else "decode" if name.startswith("decode") else "both"
         key = WorkerKey(name, new_epoch(self._ids))
-        worker = _Worker(key, role, engine, self._clock, self._sizes, self._park_bytes)
+        worker = _Worker(key, role, engine, self._clock, self._sizes, self._park_bytes, self._speculate)
         worker.mesh = self._mesh(worker, role)
         return worker
 
