@@ -54,7 +54,7 @@ class Method:
     def __init__(self, name: str, engine: TorchEngine, max_tokens: int) -> None:
         spec, key = engine.spec, WorkerKey("bench", EPOCH)
         self.pool = BlockPool(spec.num_blocks, spec.block_size, enable_prefix_cache=False)
-        speculation = build_speculation("off" if name == AGAIN else name, max_tokens, spec)
+        speculation = build_speculation("off" if name == AGAIN else name, max_tokens, spec, clock=MonotonicClock())
         role = DecodeRole(key, spec, self.pool, DestinationTable(60.0), b"", speculation=speculation)
         self.core = WorkerCore(key, "both", engine, self.pool, [role], MonotonicClock(), max_batch_tokens=2048)
         self._number = 0

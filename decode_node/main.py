@@ -44,7 +44,11 @@ def make_roles(
             parking=parking,
             ownership=ownership,
             speculation=build_speculation(
-                speculation.method, speculation.max_tokens, engine.spec, partial(_open_draft, topology, engine)
+                speculation.method,
+                speculation.max_tokens,
+                engine.spec,
+                partial(_open_draft, topology, engine),
+                MonotonicClock(),
             ),
         )
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ...core.clock import Clock
 from ...core.config import DRAFT_METHODS
 from ...core.errors import ConfigError
 from ..interface import Engine, EngineSpec
@@ -16,17 +17,21 @@ from .suffix import SuffixProposer
 
 
 def build_speculation(
-    method: str, max_tokens: int, spec: EngineSpec, open_draft: Callable[[str], Engine] | None = None
+    method: str,
+    max_tokens: int,
+    spec: EngineSpec,
+    open_draft: Callable[[str], Engine] | None = None,
+    clock: Clock | None = None,
 ) -> Speculator | None:
     """What `method` names, for an engine of this `spec`; None for "off". Raises ConfigError for an unknown method.
 
     Where the engine's steps have not been measured, drafts are as long as they may be; "auto" then drafts nothing.
-    `open_draft`: loads the draft model that "draft:MODEL" names.
+    `open_draft`: loads the draft model that "draft:MODEL" names. `clock`: see `Speculator`.
     """
     if method == "off" or (method == "auto" and spec.step_costs is None):
         return None
     cost = StepCost(spec.step_costs) if spec.step_costs is not None else None
-    return Speculator(_proposers(method, spec, open_draft), max_tokens, cost)
+    return Speculator(_proposers(method, spec, open_draft), max_tokens, cost, clock)
 
 
 def _proposers(method: str, spec: EngineSpec, open_draft: Callable[[str], Engine] | None) -> list[Proposer]:

@@ -15,10 +15,12 @@ from collections.abc import Sequence as Sequences
 from dataclasses import dataclass
 from itertools import zip_longest
 
+from ...core.clock import Clock
 from ..interface import ScheduledSeq
 from ..sequence import Sequence
 from .acceptance import Acceptance, Correction
 from .interface import NO_DRAFT, NOTHING, Draft, DraftCounts, Proposer
+from .pauses import Pauses
 from .step_cost import StepCost
 
 MARGIN = 1.02
@@ -39,17 +41,21 @@ class _Offer:
 
 
 class Speculator:
-    """Implements `Speculation`. Without `cost` each draft is as long as it may be; so is it for sequences that the
-    control is not asked about.
+    """Implements `Speculation`. Without `cost` each draft is as long as it may be. `clock`: what making drafts takes
+    counts too; without it counts for nothing.
     """
 
-    def __init__(self, proposers: list[Proposer], max_tokens: int, cost: StepCost | None) -> None:
+    def __init__(
+        self, proposers: list[Proposer], max_tokens: int, cost: StepCost | None, clock: Clock | None = None
+    ) -> None:
+        self._pauses = Pauses(clock) if clock is not None and cost is not None else None
         self._proposers, self._max_tokens, self._cost = proposers, max_tokens, cost
         self._acceptance = [Acceptance(proposer) for proposer in proposers]
         self._corrections: dict[Sequence, list[Correction]] = {}
         self._drafted: dict[Sequence, tuple[int, Draft]] = {}
         self._declined = 0
-        self._draft_s = 0.0  # what the drafts of this step took to make
+        self._draft_s = 0.0  # what the drafts of this step took a model to make
+        self._saved_s = 0.0  # what they are expected to save
         self.counts = DraftCounts(positions=(0,) * max_tokens)
 
     # ---- drafting ----
@@ -57,15 +63,17 @@ class Speculator:
     def draft(self, seqs: Sequences[Sequence], limits: Sequences[int], room: int) -> list[tuple[int, ...]]:
         """See `Speculation.draft`."""
         bounds = [min(limit, room, self._max_tokens) for limit in limits]
-        if not seqs or max(bounds) <= 0:
+        self._draft_s = 0.0
+        if not seqs or max(bounds) <= 0 or (self._pauses is not None and not self._pauses.begin()):
             return [NO_DRAFT] * len(seqs)
         offers = self._offers(seqs, bounds)
         lengths = self._lengths(seqs, offers, room)
+        if self._pauses is not None:
+            self._pauses.end(self._saved_s)
         return [self._take(seq, offer, n) for seq, offer, n in zip(seqs, offers, lengths, strict=True)]
 
     def _offers(self, seqs: Sequences[Sequence], bounds: Sequences[int]) -> list[_Offer]:
         best = [_Offer(0, NOTHING, [])] * len(seqs)
-        self._draft_s = 0.0
         for source, proposer in enumerate(self._proposers):
             limits = self._affordable(source, seqs, bounds, best)
             if not any(limits):
@@ -126,13 +134,15 @@ class Speculator:
             return len(likeliest)
         cached = [seq.num_tokens for seq in seqs]
         num_cached, further, expected = sum(cached), 0, float(len(seqs))
-        best, highest = 0, MARGIN * expected / self._cost.seconds(len(seqs), num_cached, 0)
+        plain = self._cost.seconds(len(seqs), num_cached, 0) / expected
+        best, least = 0, plain / MARGIN
+        self._saved_s = 0.0
         for number, (chance, place) in enumerate(likeliest, 1):
             expected += chance
             further += cached[place]
-            rate = expected / self._cost.seconds(len(seqs) + number, num_cached, further)
-            if rate > highest:
-                best, highest = number, rate
+            seconds = self._cost.seconds(len(seqs) + number, num_cached, further)
+            if seconds / expected < least:
+                best, least, self._saved_s = number, seconds / expected, plain * expected - seconds
         return best or self._probe()
 
     def _probe(self) -> int:

@@ -14,7 +14,7 @@ from penstock.engine.interface import Engine
 from penstock.engine.sequence import Sequence as TokenSequence
 from penstock.engine.speculation.build import build_speculation
 from penstock.engine.speculation.control import Speculator
-from penstock.engine.speculation.interface import Draft
+from penstock.engine.speculation.interface import Draft, Proposer
 from penstock.models.tokenizer import Tokenizer
 from penstock.protocol.messages import WorkerLoad
 from penstock.protocol.sampling import SamplingParams
@@ -92,7 +92,7 @@ def test_the_model_as_its_own_draft_is_right_but_for_rounding(
     assert load.accepted_tokens >= 0.98 * load.drafted_tokens > 0
 
 
-def _model(draft: Engine, target: Engine) -> list:  # type: ignore[type-arg]
+def _model(draft: Engine, target: Engine) -> list[Proposer]:
     from penstock.engine.speculation.draft_model import ModelProposer
 
     return [ModelProposer(draft, target.spec)]
