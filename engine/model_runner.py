@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -10,7 +12,7 @@ from ..kernels.decoder_step.op import DecoderStep, StepLogits, likeliest
 from ..kernels.kv_write.op import clear_blocks, kv_rows
 from ..kernels.paged_attention.plan import PoolShape, build_plan
 from ..models.config import ModelConfig
-from ..models.decoder import Decoder, StepInput
+from ..models.decoder import Decoder, StepInput, Taps
 from ..models.native_step import native_step
 from .batch import Batch
 from .interface import OnLayers
@@ -43,6 +45,7 @@ class ModelRunner:
         self._shape = PoolShape(
             config.num_layers, self._block_size, config.num_heads // config.num_kv_heads, decoder.dtype
         )
+        self.taps: tuple[int, ...] = ()  # see `Decoder.forward`: what `StepLogits.features` holds
         self._window = config.sliding_window if any(config.window_layers) else None
 
     @property
@@ -69,12 +72,14 @@ class ModelRunner:
         self._check(batch)
         if self._step is not None:
             return self._run_natively(self._step, batch, on_layers)
-        return likeliest(self._decoder.forward(self._step_input(batch), self._pool, on_layers))
+        taps = Taps(self.taps)
+        logits = self._decoder.forward(self._step_input(batch), self._pool, on_layers, taps)
+        return replace(likeliest(logits), features=taps.features())
 
     def _run_natively(self, step: DecoderStep, batch: Batch, on_layers: OnLayers | None) -> StepLogits:
         if len(batch.fresh_blocks):
             clear_blocks(self._pool, torch.from_numpy(batch.fresh_blocks))
-        return step.run(batch, self._pool, self.num_threads, on_layers)
+        return step.run(batch, self._pool, self.num_threads, on_layers, self.taps)
 
     def _step_input(self, batch: Batch) -> StepInput:
         return StepInput(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -93,6 +93,26 @@ class DecoderWeights:
     head: Projection
 
 
+FINAL_NORM = -1  # as a tap: what the last norm gives
+
+
+@dataclass(slots=True, eq=False)
+class Taps:
+    """Hidden states of the sampled rows: after each of so many `layers` (0: the embedding), or FINAL_NORM."""
+
+    layers: tuple[int, ...]
+    _found: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def take(self, layer: int, x: torch.Tensor, rows: torch.Tensor | None) -> None:
+        """x: the hidden states after `layer`, of all tokens or, without `rows`, of the sampled ones."""
+        if layer in self.layers:
+            self._found[layer] = (x if rows is None else x[rows]).to("cpu", torch.float32)
+
+    def features(self) -> torch.Tensor | None:
+        """[sampled rows, taps, hidden_size] float32; None where nothing was asked for or sampled."""
+        return torch.stack([self._found[layer] for layer in self.layers], dim=1) if self._found else None
+
+
 class Decoder:
     """The network with its weights, without a cache: engines that share it bring their own pools.
 
@@ -130,16 +150,22 @@ class Decoder:
 
     @torch.inference_mode()
     def forward(
-        self, step: StepInput, kv_pool: torch.Tensor, on_layers: Callable[[int], None] | None = None
+        self,
+        step: StepInput,
+        kv_pool: torch.Tensor,
+        on_layers: Callable[[int], None] | None = None,
+        taps: Taps | None = None,
     ) -> torch.Tensor:
         """Run the step, storing its keys and values in `kv_pool`; logits [sampled rows, vocab_size].
 
-        `on_layers(n)` hears when those of the first n layers are stored.
+        `on_layers(n)` hears when those of the first n layers are stored. `taps` takes hidden states of sampled rows.
         """
         if len(step.fresh_blocks):
             clear_blocks(kv_pool, step.fresh_blocks)
         rotation = self._rotation(step.positions)
         x = self.weights.embedding.index_select(0, step.token_ids)
+        taps = taps or Taps(())
+        taps.take(0, x, step.sampled_rows)
         last = self.config.num_layers - 1
         for index, layer in enumerate(self.weights.layers):
             attended = self._attend(index, layer, x, rotation, step, kv_pool)
@@ -150,7 +176,10 @@ class Decoder:
                 if not len(x):
                     return x.new_empty(0, self.config.vocab_size)
             x = self._feed_forward(layer, layer.output.plus(attended, x))
-        return self.weights.head(self._norm(x, self.weights.norm))
+            taps.take(index + 1, x, None if index == last else step.sampled_rows)
+        normed = self._norm(x, self.weights.norm)
+        taps.take(FINAL_NORM, normed, None)
+        return self.weights.head(normed)
 
     def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines for tokens at `positions`, [tokens, head_dim / 2] float32."""

@@ -41,7 +41,9 @@ struct Batch {
     int64_t* best;                                  // [samples], the first of the likeliest tokens
     float* highest;                                 // [samples], its logit; NaN when any logit is
     void (*on_layers)(int64_t);                     // or null: keys and values of so many layers are stored
-    int64_t threads;
+    const int64_t* tapped;                          // [taps]: hidden states after so many layers, or -1: the last norm's
+    float* features;                                // [samples, taps, hidden]
+    int64_t taps, threads;
 };
 
 namespace {
@@ -124,6 +126,7 @@ class Step {
         region.each(batch_.tokens, 8, [&](int64_t row) {
             expand_output(net_.embedding, batch_.token_ids[row], x_ + row * net_.hidden);
         });
+        tap(region, 0, x_, batch_.sampled);
         for (int64_t index = 0; index < net_.layers; ++index) {
             const LayerWeights& layer = net_.layer[index];
             int64_t rows = batch_.tokens;
@@ -143,8 +146,10 @@ class Step {
             product(region, layer.gate_up, rows, gate_up_, false);
             activate(region, layer, rows);
             product(region, layer.down, rows, x_, true);
+            tap(region, index + 1, x_, index == last ? nullptr : batch_.sampled);
         }
         normalize(region, net_.norm, batch_.samples);
+        tap(region, -1, normal_, nullptr);
         product(region, net_.head, batch_.samples, batch_.logits, false);
         region.each(batch_.samples, 1, [&](int64_t row) {
             find_best(batch_.logits + row * net_.head.outs, net_.vocab, batch_.best[row], batch_.highest[row]);
@@ -295,6 +300,18 @@ class Step {
         if (at + 1 >= pieces_.size() || pieces_[at + 1].partial < 0) return {};
         const Piece& next = pieces_[at + 1];
         return {batch_.blocks + next.sequence * batch_.table_width, next.head, next.from, next.to};
+    }
+
+    // What is asked for of the sampled rows, which stand in `x` at `rows` or, without, first. The first thread copies: it
+    // comes here when `x` is complete, and all of them meet again before `x` changes.
+    void tap(const Region& region, int64_t layer, const float* x, const int64_t* rows) {
+        if (region.index != 0) return;
+        for (int64_t at = 0; at < batch_.taps; ++at) {
+            if (batch_.tapped[at] != layer) continue;
+            for (int64_t i = 0; i < batch_.samples; ++i)
+                memcpy(batch_.features + (i * batch_.taps + at) * net_.hidden,
+                       x + (rows ? rows[i] : i) * net_.hidden, net_.hidden * sizeof(float));
+        }
     }
 
     // Behind the last attention only the sampled rows matter; they are in order, so they move up.

@@ -84,12 +84,13 @@ class StepBatch(Protocol):
 @dataclass(frozen=True, slots=True, eq=False)
 class StepLogits:
     """logits [rows, vocab_size] float32; the first of the likeliest tokens of each row, int64; and its logit, which is
-    NaN when any of the row is.
+    NaN when any of the row is. features [rows, taps, hidden] float32, where any are asked for.
     """
 
     logits: torch.Tensor
     best: Ints
     highest: npt.NDArray[np.float32]
+    features: torch.Tensor | None = None
 
 
 class _Layer(ctypes.Structure):
@@ -129,8 +130,8 @@ class _Batch(ctypes.Structure):
     _fields_ = [
         *((name, INT64) for name in ("tokens", "sequences", "samples", "table_width")),
         *((name, ADDRESS) for name in ("token_ids", "positions", "slots", "starts", "context_lens", "blocks")),
-        *((name, ADDRESS) for name in ("sampled", "logits", "best", "highest", "on_layers")),
-        ("threads", INT64),
+        *((name, ADDRESS) for name in ("sampled", "logits", "best", "highest", "on_layers", "tapped", "features")),
+        *((name, INT64) for name in ("taps", "threads")),
     ]
 
 
@@ -146,14 +147,19 @@ class DecoderStep:
         self._struct = _struct(network, self._layers)
 
     def run(
-        self, batch: StepBatch, kv_pool: torch.Tensor, num_threads: int, on_layers: OnLayers | None = None
+        self,
+        batch: StepBatch,
+        kv_pool: torch.Tensor,
+        num_threads: int,
+        on_layers: OnLayers | None = None,
+        taps: Sequence[int] = (),
     ) -> StepLogits:
         """One step on `num_threads` threads.
 
         kv_pool [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim], contiguous, float32, bfloat16 or
         float16. `on_layers(n)` hears when keys and values of the first n layers are stored; what it raises is raised
-        here, at the end. Token ids, positions and blocks must be in range: the caller has checked them. Raises
-        InternalError when shapes or types do not fit.
+        here, at the end. `taps`: see `models.decoder.Taps`. Token ids, positions and blocks must be in range: the
+        caller has checked them. Raises InternalError when shapes or types do not fit.
         """
         network, native = self._network, _native()
         assert native is not None
@@ -163,6 +169,7 @@ class DecoderStep:
         logits = torch.empty(samples, head.packed.padded_outs)
         best, highest = np.empty(samples, np.int64), np.empty(samples, np.float32)
         heard = _Heard(on_layers)
+        tapped, features = np.array(taps, np.int64), torch.empty(samples, len(taps), network.hidden)
         pool = _Pool(kv_pool.data_ptr(), *kv_pool.shape[1:2], *kv_pool.shape[3:], _KINDS[kv_pool.dtype])
         step = _Batch(
             len(batch.token_ids),
@@ -174,11 +181,14 @@ class DecoderStep:
             best.ctypes.data,
             highest.ctypes.data,
             ctypes.cast(heard.function, ADDRESS) if on_layers is not None else None,
+            tapped.ctypes.data,
+            features.data_ptr(),
+            len(taps),
             num_threads,
         )
         native(ctypes.addressof(self._struct), ctypes.addressof(pool), ctypes.addressof(step))
         heard.raise_again()
-        return StepLogits(logits[:, : head.outs], best, highest)
+        return StepLogits(logits[:, : head.outs], best, highest, features if taps else None)
 
 
 def likeliest(logits: torch.Tensor) -> StepLogits:

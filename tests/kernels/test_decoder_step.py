@@ -178,3 +178,27 @@ def test_pool_of_another_shape_is_refused(native_level: str) -> None:
     runs.native._pool = other.native._pool
     with pytest.raises(InternalError, match="the pool is"):
         runs.native.run(build_batch([stepper.schedule(stepper.add(tokens(3)))], runs.block_size))
+
+
+def test_taps_give_the_hidden_states_of_sampled_rows() -> None:
+    """As the twin takes them: after the embedding, each layer and the last norm, for few rows and for many."""
+    runs = Runs(config_of())
+    layers = (0, 1, runs.config.num_layers, -1)
+    for lengths in ([1], [3, 9, 1], [20, 33]):
+        found = []
+        for runner in (runs.native, runs.twin):
+            runner.taps = layers
+            stepper, rng = runs.stepper(), random.Random(3)
+            seqs = [stepper.add([rng.randrange(1, 300) for _ in range(length)]) for length in lengths]
+            batch = build_batch([stepper.schedule(seq) for seq in seqs], runs.block_size)
+            result = runner.step(batch)
+            assert result.features is not None
+            assert result.features.shape == (len(lengths), len(layers), runs.config.hidden_size)
+            found.append(result.features)
+        native, twin = found
+        assert torch.equal(native[:, 0], twin[:, 0])
+        assert (native - twin).abs().max() < CLOSE
+        assert (native[:, 1] - native[:, 2]).abs().max() > CLOSE
+        assert runs.native.step(batch).features is not None
+    runs.native.taps = ()
+    assert runs.native.step(batch).features is None
