@@ -134,6 +134,12 @@ def overall(found: dict[str, dict[str, Figures]], methods: list[str]) -> dict[st
     return {**found, "overall": total}
 
 
+def settings_of(args: argparse.Namespace) -> dict[str, str]:
+    """Without folders of this machine."""
+    shown = {key: str(value) for key, value in vars(args).items() if key not in ("data", "json")}
+    return shown | {"model": Path(args.model).name}
+
+
 def measure(args: argparse.Namespace) -> dict[str, object]:
     path = resolve(args.model).path
     engine = TorchEngine.load(path, model_name="model", dtype=args.dtype, num_blocks=args.blocks, measures_steps=True)
@@ -153,7 +159,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         differing += sum(given != answers["off"] for given in answers.values())
         print(f"{number + 1}: {category}", file=sys.stderr)
     return {
-        "settings": {key: str(value) for key, value in vars(args).items()} | {"native": engine.native_level},
+        "settings": settings_of(args) | {"native": engine.native_level},
         "groups_with_other_answers": differing,
         "rows": report(overall(found, methods), methods),
     }
