@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass
-from itertools import zip_longest
 
 from ...core.clock import Clock
 from ..interface import ScheduledSeq
@@ -55,7 +54,6 @@ class Speculator:
         self._drafted: dict[Sequence, tuple[int, Draft]] = {}
         self._declined = 0
         self._draft_s = 0.0  # what the drafts of this step took a model to make
-        self._saved_s = 0.0  # what they are expected to save
         self.counts = DraftCounts(positions=(0,) * max_tokens)
 
     # ---- drafting ----
@@ -67,9 +65,9 @@ class Speculator:
         if not seqs or max(bounds) <= 0 or (self._pauses is not None and not self._pauses.begin()):
             return [NO_DRAFT] * len(seqs)
         offers = self._offers(seqs, bounds)
-        lengths = self._lengths(seqs, offers, room)
+        lengths, saved_s = self._lengths(seqs, offers, room)
         if self._pauses is not None:
-            self._pauses.end(self._saved_s)
+            self._pauses.end(saved_s)
         return [self._take(seq, offer, n) for seq, offer, n in zip(seqs, offers, lengths, strict=True)]
 
     def _offers(self, seqs: Sequences[Sequence], bounds: Sequences[int]) -> list[_Offer]:
@@ -99,8 +97,9 @@ class Speculator:
         for number in range(1, self._max_tokens + 1):
             expected += mean**number
             step_s = self._cost.seconds(len(seqs) * (1 + number), num_cached, num_cached * number)
-            if expected / (step_s + number * each) > most:
-                length, most = number, expected / (step_s + number * each)
+            rate = expected / (step_s + number * each)
+            if rate > most:
+                length, most = number, rate
         length = length or self._probe()
         self._draft_s += length * each
         gain = sum(mean**number for number in range(1, length + 1))
@@ -118,32 +117,33 @@ class Speculator:
     def _correction(self, seq: Sequence, source: int) -> Correction:
         return self._corrections.setdefault(seq, [Correction() for _ in self._proposers])[source]
 
-    def _lengths(self, seqs: Sequences[Sequence], offers: list[_Offer], room: int) -> list[int]:
-        """How much of each offer is taken."""
+    def _lengths(self, seqs: Sequences[Sequence], offers: list[_Offer], room: int) -> tuple[list[int], float]:
+        """How much of each offer is taken, and the seconds that this is expected to save."""
         likeliest = sorted(
             ((chance, place) for place, offer in enumerate(offers) for chance in offer.reach),
             key=lambda item: -item[0],  # stable: of one draft the earlier tokens come first
         )[: max(room, 0)]
         lengths = [0] * len(offers)
-        for _, place in likeliest[: self._best_number(seqs, likeliest)]:
+        number, saved_s = self._best_number(seqs, likeliest)
+        for _, place in likeliest[:number]:
             lengths[place] += 1
-        return lengths
+        return lengths, saved_s
 
-    def _best_number(self, seqs: Sequences[Sequence], likeliest: list[tuple[float, int]]) -> int:
+    def _best_number(self, seqs: Sequences[Sequence], likeliest: list[tuple[float, int]]) -> tuple[int, float]:
+        """How many of the likeliest tokens to take, and what that saves."""
         if self._cost is None or not likeliest:
-            return len(likeliest)
+            return len(likeliest), 0.0
         cached = [seq.num_tokens for seq in seqs]
         num_cached, further, expected = sum(cached), 0, float(len(seqs))
         plain = self._cost.seconds(len(seqs), num_cached, 0) / expected
-        best, least = 0, plain / MARGIN
-        self._saved_s = 0.0
+        best, least, saved_s = 0, plain / MARGIN, 0.0
         for number, (chance, place) in enumerate(likeliest, 1):
             expected += chance
             further += cached[place]
             seconds = self._cost.seconds(len(seqs) + number, num_cached, further)
             if seconds / expected < least:
-                best, least, self._saved_s = number, seconds / expected, plain * expected - seconds
-        return best or self._probe()
+                best, least, saved_s = number, seconds / expected, plain * expected - seconds
+        return best or self._probe(), saved_s
 
     def _probe(self) -> int:
         self._declined += 1
@@ -160,16 +160,14 @@ class Speculator:
     def verified(self, seq: Sequence, draft: tuple[int, ...], num_accepted: int) -> None:
         """See `Speculation.verified`."""
         source, drafted = self._drafted.pop(seq, (0, NOTHING))
-        reached = list(zip(draft, drafted.kinds, strict=False))[: num_accepted + 1]
-        for place, (_, kind) in enumerate(reached):
-            correction = self._correction(seq, source)
+        correction = self._correction(seq, source)
+        for place, kind in enumerate(drafted.kinds[: min(len(draft), num_accepted + 1)]):
             self._acceptance[source].note(kind, correction, is_right=place < num_accepted)
         counts = self.counts
         counts.drafts += 1
         counts.drafted += len(draft)
         counts.accepted += num_accepted
-        hits = [1] * num_accepted
-        counts.positions = tuple(a + b for a, b in zip_longest(counts.positions, hits, fillvalue=0))
+        counts.positions = tuple(count + (place < num_accepted) for place, count in enumerate(counts.positions))
 
     def note_step(self, entries: Sequences[ScheduledSeq], seconds: float) -> None:
         """See `Speculation.note_step`. Steps that prefill tell nothing of those that only decode."""

@@ -13,10 +13,11 @@ from penstock.engine.interface import EngineSpec, ScheduledSeq, StepCosts
 from penstock.engine.sequence import Sequence
 from penstock.engine.speculation.build import build_speculation
 from penstock.engine.speculation.control import PROBE_EVERY, Speculator
-from penstock.engine.speculation.interface import Draft
+from penstock.engine.speculation.interface import NOTHING, Draft
 from penstock.engine.speculation.step_cost import StepCost
 from penstock.protocol.sampling import SamplingParams
 from penstock.testing.fake_engine import FakeEngine
+from penstock.testing.sim_parking import SteppingClock
 
 # Measured of a step on two cores: further tokens are cheap up to eight, then each costs as much as the next.
 COSTS = StepCosts(((1, 3.5e-3), (2, 3.6e-3), (4, 4.5e-3), (8, 5.5e-3), (16, 9.7e-3), (32, 18e-3), (128, 65e-3)), 0, 0)
@@ -153,6 +154,30 @@ def test_steps_that_prefill_teach_nothing() -> None:
     assert cost.seconds(1, 4, 0) == before
     speculator.note_step([ScheduledSeq(seq, 1)], 5.0)
     assert cost.seconds(1, 4, 0) > before
+
+
+class Fading(Coin):
+    """Right at first; then it finds nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(0.95)
+        self.asked, self.is_over = 0, False
+
+    def propose(self, seqs: Sequences[Sequence], limits: Sequences[int]) -> list[Draft]:
+        self.asked += 1
+        return [NOTHING for _ in seqs] if self.is_over else super().propose(seqs, limits)
+
+
+def test_looking_for_drafts_is_paused_while_nothing_is_found() -> None:
+    proposer, seqs = Fading(), sequences(1)
+    speculator = Speculator([proposer], 8, StepCost(COSTS), SteppingClock(0.1e-3))
+    run(speculator, seqs, 1.0, 20)
+    assert proposer.asked == 20
+    proposer.is_over = True
+    run(speculator, seqs, 1.0, 200)
+    assert proposer.asked < 20 + 60
+    proposer.is_over = False
+    assert run(speculator, seqs, 1.0, 40)[-5:] == [8] * 5
 
 
 def test_build_knows_its_methods() -> None:
