@@ -22,6 +22,7 @@ from pathlib import Path
 from penstock.benchmarks.speculation_prompts import load_prompts
 from penstock.core.clock import MonotonicClock
 from penstock.core.ids import WorkerKey
+from penstock.decode_node.local import items_of
 from penstock.decode_node.role import DecodeRole
 from penstock.engine.block_pool import BlockPool
 from penstock.engine.speculation.build import build_speculation
@@ -29,10 +30,9 @@ from penstock.engine.torch_engine import TorchEngine
 from penstock.kvtransfer.destination import DestinationTable
 from penstock.models.store import resolve
 from penstock.models.tokenizer import Tokenizer, load_tokenizer
-from penstock.protocol.messages import ChoiceState, FromRouter, Output, StartDecode, pack_ids
+from penstock.protocol.messages import ChoiceState, FromRouter, StartDecode, pack_ids
 from penstock.protocol.sampling import SamplingParams
 from penstock.worker.core import CoreEffect, WorkerCore
-from penstock.worker.role import Tell
 
 EPOCH, AGAIN = "0" * 16, "off again"
 
@@ -62,12 +62,11 @@ class Method:
     def answer(self, prompts: list[list[int]], params: SamplingParams, figures: Figures) -> list[list[int]]:
         """All prompts at once; the time counts from when each has its first token."""
         answers: dict[str, list[int]] = {}
-        effects: list[CoreEffect] = []
         for ids in prompts:
             self._number += 1
             answers[f"bench-{self._number}"] = []
             command = StartDecode(f"bench-{self._number}", 0, pack_ids(ids), params, [ChoiceState(0)], 1e6)
-            effects += self.core.on_frame(FromRouter(EPOCH, self._number, command))
+            self._count(self.core.on_frame(FromRouter(EPOCH, self._number, command)), answers, None)
         started: float | None = None
         while self.core.has_work():
             if started is None and all(answers.values()):
@@ -82,15 +81,12 @@ class Method:
         return list(answers.values())
 
     def _count(self, effects: list[CoreEffect], answers: dict[str, list[int]], figures: Figures | None) -> None:
-        for effect in effects:
-            if not isinstance(effect, Tell) or not isinstance(effect.message, Output):
-                continue
-            for item in effect.message.items:
-                answers[item.request_id] += [token.token_id for token in item.tokens]
-                if figures is not None:
-                    figures.steps += 1
-                    figures.drafted += item.drafted
-                    figures.accepted += item.accepted
+        for item in items_of(effects):
+            answers[item.request_id] += [token.token_id for token in item.tokens]
+            if figures is not None:
+                figures.steps += 1
+                figures.drafted += item.drafted
+                figures.accepted += item.accepted
 
 
 def groups(prompts: dict[str, list[str]], size: int, tokenizer: Tokenizer) -> Iterator[tuple[str, list[list[int]]]]:

@@ -227,11 +227,10 @@ def check_topology(topology: Topology) -> Topology:
     return topology
 
 
-def check_method(method: str) -> str:
-    """`method` of drafting, if it is one. Raises ConfigError."""
+def check_method(method: str) -> None:
+    """Raises ConfigError for what is no method of drafting."""
     if method not in DRAFT_METHODS and not re.fullmatch(r"draft:.+", method):
         raise ConfigError(f"speculation.method: {method!r} is not one of {', '.join(DRAFT_METHODS)}, draft:MODEL")
-    return method
 
 
 def _check_tls(transfer: TransferConfig) -> None:

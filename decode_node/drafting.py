@@ -28,13 +28,10 @@ class Drafting:
         drafts = self._speculation.draft(seqs, [self._limit(seq, spare) for seq in seqs], budget.num_tokens)
         extended: list[ScheduledSeq] = []
         for entry, draft in zip(entries, drafts, strict=True):
-            missing = blocks_for(entry.seq.num_tokens + len(draft), self._pool.block_size) - len(entry.seq.block_table)
-            if missing > spare:
-                draft = draft[: self._limit(entry.seq, spare)]
-                missing = spare
-            if missing > 0:
-                entry.seq.block_table += self._pool.allocate(missing)
-                spare -= missing
+            table = entry.seq.block_table
+            draft, num_before = draft[: self._limit(entry.seq, spare)], len(table)
+            self._pool.grow(table, entry.seq.num_tokens + len(draft))
+            spare -= len(table) - num_before
             budget.num_tokens -= len(draft)
             extended.append(ScheduledSeq(entry.seq, entry.num_new_tokens, draft))
         return extended

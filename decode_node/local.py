@@ -63,7 +63,7 @@ class LocalRunner:
         effects = self.core.on_frame(FromRouter(_EPOCH, self._number, command))
         unfinished = params.n
         while True:
-            for item in _items(effects):
+            for item in items_of(effects):
                 unfinished -= item.finish_reason is not None
                 yield item
             if not unfinished:
@@ -72,7 +72,8 @@ class LocalRunner:
             effects = effects + self.core.end_step(batch, self.core.compute(batch))
 
 
-def _items(effects: list[CoreEffect]) -> Iterator[Tokens]:
+def items_of(effects: list[CoreEffect]) -> Iterator[Tokens]:
+    """What these effects tell of tokens. Raises the error of an attempt that failed."""
     for effect in effects:
         match effect:
             case Tell(message=Output(items=items)):

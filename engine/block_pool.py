@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from ..core.errors import InternalError, Overloaded
 from ..core.ids import BlockId
 from ..core.prefix_hash import BlockHash
+from .sequence import blocks_for
 
 
 class OutOfBlocks(Overloaded):
@@ -120,6 +121,15 @@ class BlockPool:
             self._ref_counts[block_id] = 1
             self._generations[block_id] += 1
         return sorted(taken)
+
+    def grow(self, table: list[BlockId], num_tokens: int) -> bool:
+        """Allocate what `table` lacks to hold `num_tokens` tokens; False, and nothing is taken, without room."""
+        missing = blocks_for(num_tokens, self.block_size) - len(table)
+        if missing > 0:
+            if not self.can_allocate(missing):
+                return False
+            table += self.allocate(missing)
+        return True
 
     def free(self, block_ids: Iterable[BlockId]) -> None:
         """One reference less on each block. Without any, it is cached if it can be found, and free otherwise.

@@ -65,12 +65,7 @@ def try_admit(seq: Sequence, pool: BlockPool, reserve: int) -> int | None:
 
 def try_grow(seq: Sequence, pool: BlockPool) -> bool:
     """Make sure the table covers every token of `seq`; False when the pool has no block left."""
-    missing = blocks_for(seq.num_tokens, pool.block_size) - len(seq.block_table)
-    if missing > 0:
-        if not pool.can_allocate(missing):
-            return False
-        seq.block_table += pool.allocate(missing)
-    return True
+    return pool.grow(seq.block_table, seq.num_tokens)
 
 
 def next_chunk(seq: Sequence, budget: Budget, now: float) -> ScheduledSeq | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ...core.clock import Clock
-from ...core.config import DRAFT_METHODS
-from ...core.errors import ConfigError
+from ...core.config import check_method
+from ...core.errors import InternalError
 from ..interface import Engine, EngineSpec
 from .control import Speculator
 from .draft_model import ModelProposer
@@ -28,6 +28,7 @@ def build_speculation(
     Where the engine's steps have not been measured, drafts are as long as they may be; "auto" then drafts nothing.
     `open_draft`: loads the draft model that "draft:MODEL" names. `clock`: see `Speculator`.
     """
+    check_method(method)
     if method == "off" or (method == "auto" and spec.step_costs is None):
         return None
     cost = StepCost(spec.step_costs) if spec.step_costs is not None else None
@@ -39,9 +40,9 @@ def _proposers(method: str, spec: EngineSpec, open_draft: Callable[[str], Engine
     match kind:
         case "ngram":
             return [NgramProposer()]
-        case "auto" | "suffix":
-            return [SuffixProposer()]
-        case "draft" if open_draft is not None:
+        case "draft":
+            if open_draft is None:
+                raise InternalError(f"speculation.method: {method} without anything that loads models")
             return [SuffixProposer(), ModelProposer(open_draft(name), spec)]
         case _:
-            raise ConfigError(f"speculation.method: {method!r} is not one of {', '.join(DRAFT_METHODS)}, draft:MODEL")
+            return [SuffixProposer()]

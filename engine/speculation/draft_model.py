@@ -19,7 +19,7 @@ import msgspec
 from ...core.errors import ConfigError
 from ..block_pool import BlockPool
 from ..interface import Engine, EngineSpec, ScheduledSeq
-from ..sequence import Sequence, blocks_for
+from ..sequence import Sequence
 from .interface import MAX_DRAFT_TOKENS, Draft
 from .step_cost import StepCost
 
@@ -114,12 +114,8 @@ class ModelProposer:
     def _has_room(self, shadow: Sequence, num_new: int) -> bool:
         """Blocks for so many tokens more; False where the pool or the model's window has none."""
         num_tokens = shadow.num_computed_tokens + num_new
-        missing = blocks_for(num_tokens, self._pool.block_size) - len(shadow.block_table)
-        if num_tokens > self._engine.spec.max_sequence_tokens or not self._pool.can_allocate(max(missing, 0)):
-            return False
-        if missing > 0:
-            shadow.block_table += self._pool.allocate(missing)
-        return True
+        fits = num_tokens <= self._engine.spec.max_sequence_tokens
+        return fits and self._pool.grow(shadow.block_table, num_tokens)
 
     def forget(self, seq: Sequence) -> None:
         shadow = self._shadows.pop(seq, None)

@@ -1,6 +1,6 @@
 """What drafts tokens, and what decides how many of them a step verifies. Pure: no clock, no tensors here.
 
-Proposer      which tokens may follow a sequence, and how likely each is         ngram, suffix, a model, a head
+Proposer      which tokens may follow a sequence, and how likely each is         ngram, suffix, a model
 Speculation   for each step: whose drafts, how long                              control.Speculator
 """
 

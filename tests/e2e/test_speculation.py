@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from penstock.benchmarks.speculation_prompts import load_prompts
-from penstock.engine.interface import Engine
 from penstock.engine.sequence import Sequence as TokenSequence
 from penstock.engine.speculation.build import build_speculation
 from penstock.engine.speculation.control import Speculator
-from penstock.engine.speculation.interface import Draft, Proposer
+from penstock.engine.speculation.draft_model import ModelProposer
+from penstock.engine.speculation.interface import Draft
 from penstock.models.tokenizer import Tokenizer
 from penstock.protocol.messages import WorkerLoad
 from penstock.protocol.sampling import SamplingParams
@@ -84,18 +84,14 @@ def test_the_model_as_its_own_draft_is_right_but_for_rounding(
     some = real_prompts[::6]
     draft = make_engine(400)
     engines = {"both-0": make_engine(400)}
-    with InProcessCluster(engines, speculate=lambda engine: Speculator(_model(draft, engine), 4, None)) as cluster:
+    with InProcessCluster(
+        engines, speculate=lambda engine: Speculator([ModelProposer(draft, engine.spec)], 4, None)
+    ) as cluster:
         found = answers(cluster, some, 10)
         load = load_of(cluster, "both-0")
     for result, index in zip(found.values(), range(0, len(real_prompts), 6), strict=True):
         assert result.answers[0].token_ids == plain[f"r{index}"].answers[0].token_ids
     assert load.accepted_tokens >= 0.98 * load.drafted_tokens > 0
-
-
-def _model(draft: Engine, target: Engine) -> list[Proposer]:
-    from penstock.engine.speculation.draft_model import ModelProposer
-
-    return [ModelProposer(draft, target.spec)]
 
 
 class Oracle:
