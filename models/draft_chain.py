@@ -25,7 +25,9 @@ class DraftCache:
     The first row may stand at any position: what lies before it is not seen.
     """
 
-    def __init__(self, head: DraftHead, capacity: int, first_position: int = 0, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, head: DraftHead, capacity: int, first_position: int = 0, dtype: torch.dtype | None = None
+    ) -> None:
         layer = head.config.layer
         shape = (capacity, layer.num_kv_heads, layer.head_dim)
         kind = dtype or head.lm_head.dtype

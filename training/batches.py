@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -32,6 +32,10 @@ class Batch:
     final: torch.Tensor
     is_answer: torch.Tensor
 
+    @property
+    def num_sequences(self) -> int:
+        return len(self.next_ids)
+
     def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
         rows = Rows(self.rows.features.to(device, dtype), self.rows.token_ids.to(device), self.rows.first.to(device))
         return Batch(rows, self.next_ids.to(device), self.final.to(device, dtype), self.is_answer.to(device))
@@ -42,7 +46,10 @@ def make_batch(examples: Sequence[Example], skips_prompt: Sequence[bool]) -> Bat
     sequence comes from another worker.
     """
     parts = [_rows(example, skip) for example, skip in zip(examples, skips_prompt, strict=True)]
-    features, token_ids, next_ids, final, is_answer = (pad_sequence(list(column), True) for column in zip(*parts))
+    columns = zip(*parts, strict=True)
+    features, token_ids, next_ids, final, is_answer = (
+        pad_sequence(list(column), batch_first=True) for column in columns
+    )
     first = torch.zeros(len(examples), dtype=torch.int64)
     return Batch(Rows(features, token_ids, first), next_ids, final, is_answer)
 
@@ -53,19 +60,27 @@ def _rows(example: Example, skips_prompt: bool) -> tuple[torch.Tensor, ...]:
     start = answer if skips_prompt else 0
     token_ids = torch.tensor(example.sample.token_ids)
     is_answer = torch.arange(start, len(token_ids) - 2) >= answer
-    return example.features[start:-2], token_ids[start + 1 : -1], token_ids[start + 2 :], example.final[start + 1 : -1], is_answer
+    features, final = example.features[start:-2], example.final[start + 1 : -1]
+    return features, token_ids[start + 1 : -1], token_ids[start + 2 :], final, is_answer
 
 
-def epoch_batches(paths: Sequence[Path], samples: Sequence[Sample], max_rows: int, rng: random.Random) -> Iterator[Batch]:
+def epoch_batches(
+    paths: Sequence[Path],
+    samples: Sequence[Sample],
+    max_rows: int,
+    rng: random.Random,
+    leave_out: Callable[[Sample], bool] = lambda _: False,
+) -> Iterator[Batch]:
     """Every example with an answer of two tokens or more once, mixed by `rng`, in batches of up to `max_rows` rows with
-    their padding. Every other example skips its prompt.
+    their padding. Every other example skips its prompt. Samples for which `leave_out` holds are left out.
     """
     order = list(paths)
     rng.shuffle(order)
     queue = iter(order)
     while group := list(islice(queue, _SHARDS_AT_ONCE)):
         examples = [example for path in group for example in read_examples(path, samples)]
-        yield from _mixed([example for example in examples if len(example.sample.output_ids) > 1], max_rows, rng)
+        chosen = [e for e in examples if len(e.sample.output_ids) > 1 and not leave_out(e.sample)]
+        yield from _mixed(chosen, max_rows, rng)
 
 
 def _mixed(examples: list[Example], max_rows: int, rng: random.Random) -> Iterator[Batch]:

@@ -54,19 +54,27 @@ class GenerationPlan:
 
 
 def generate_samples(
-    engine: Engine, prompts: Sequence[list[int]], path: Path, plan: GenerationPlan, progress: Progress | None = None
+    make_engine: Callable[[], Engine],
+    prompts: Sequence[list[int]],
+    path: Path,
+    plan: GenerationPlan,
+    progress: Progress | None = None,
 ) -> list[Sample]:
     """One sample for each of `prompts`, in their order; `path` holds those that are finished, from earlier runs too.
 
-    Raises ConfigError when the pool cannot hold the longest prompt and its answer, or `path` is of other prompts.
+    The engine is made when one is missing. Raises ConfigError when its pool cannot hold the longest prompt and its
+    answer, or `path` is of other prompts or another plan.
     """
     done = {sample.number: sample for sample in read_samples(path)}
     for number, sample in done.items():
-        if number >= len(prompts) or sample.prompt_ids != prompts[number]:
+        is_ours = number < len(prompts) and sample.prompt_ids == prompts[number]
+        if not is_ours or sample.temperature != plan.params(number).temperature:
             raise ConfigError(f"{path}: holds samples of other prompts; remove it or name another folder")
     waiting = [number for number in range(len(prompts)) if number not in done]
+    if not waiting:
+        return [done[number] for number in range(len(prompts))]
     with path.open("a", encoding="utf-8") as file:
-        for sample in _Lanes(engine, plan, max(map(len, prompts))).run(prompts, waiting):
+        for sample in _Lanes(make_engine(), plan, max(map(len, prompts))).run(prompts, waiting):
             done[sample.number] = sample
             file.write(_line(sample))
             file.flush()

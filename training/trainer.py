@@ -36,12 +36,10 @@ class OptimiserPlan:
     warmup: int = 50
     seed: int = 0
 
-    def rate(self, done: int, total: int) -> float:
-        """The learning rate after `done` of `total` batches."""
-        if done < self.warmup:
-            return self.learning_rate * (done + 1) / self.warmup
-        share = (done - self.warmup) / max(total - self.warmup, 1)
-        return self.learning_rate * (_LAST_SHARE + (1 - _LAST_SHARE) * 0.5 * (1 + math.cos(math.pi * min(share, 1))))
+    def rate(self, num_done: int, share: float) -> float:
+        """The learning rate after `num_done` batches, which are `share` of all: a ramp, then half a cosine."""
+        ramp = min((num_done + 1) / self.warmup, 1) if self.warmup else 1
+        return self.learning_rate * ramp * (_LAST_SHARE + (1 - _LAST_SHARE) * 0.5 * (1 + math.cos(math.pi * share)))
 
 
 class Trainer:
@@ -76,8 +74,8 @@ class Trainer:
         weights = {name: weight.to(self.dtype) for name, weight in self.weights.items()}
         return DraftHead(self.config, weights, self._embedding, self._lm_head, self._draft_ids)
 
-    def train(self, batch: Batch, total: int) -> float:
-        """One batch of `total`; its loss."""
+    def train(self, batch: Batch, share: float) -> float:
+        """One batch; its loss. `share`: how much of the whole training lies before it."""
         loss = unrolled_loss(self.head(), self._teacher, batch.to(self.device, self.dtype), self.plan.num_steps)
         self.num_done += 1
         if not loss.requires_grad:  # no row of the batch counts
@@ -85,7 +83,7 @@ class Trainer:
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.weights.values(), _CLIP)
         for group in self._optimiser.param_groups:
-            group["lr"] = self.plan.rate(self.num_done - 1, total)
+            group["lr"] = self.plan.rate(self.num_done - 1, share)
         self._optimiser.step()
         self._optimiser.zero_grad(set_to_none=True)
         return float(loss.detach())

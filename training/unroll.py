@@ -19,8 +19,8 @@ from ..models.draft_head import DraftHead, Entrance
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
-    """A batch, padded at the end. features [num_sequences, num_rows, feature_size]; token_ids [num_sequences, num_rows]:
-    of row t, the token t + 1. first [num_sequences]: rows before are not seen, as if the head had come later.
+    """A batch, padded at the end. features [num_sequences, num_rows, feature_size]; token_ids [num_sequences,
+    num_rows]: of row t, the token t + 1. first [num_sequences]: rows before are not seen, as if the head came later.
     """
 
     features: torch.Tensor
@@ -55,7 +55,9 @@ def _attend(head: DraftHead, entrances: list[Entrance], first: torch.Tensor) -> 
     q = entrances[-1].q.unflatten(2, (-1, groups)) * head.scale  # [sequences, rows, kv_heads, groups, head_dim]
     scores = torch.einsum("btkgd,bskd->bkgts", q, start.k)
     scores = scores.float().masked_fill(~_seen(first, q.shape[1], step), -torch.inf)
-    chain = [(_later(entrance.k, step - i), _later(entrance.v, step - i)) for i, entrance in enumerate(entrances[1:], 2)]
+    chain = [
+        (_later(entrance.k, step - i), _later(entrance.v, step - i)) for i, entrance in enumerate(entrances[1:], 2)
+    ]
     own = [torch.einsum("btkgd,btkd->bkgt", q, k).float() for k, _ in chain]
     weights = torch.cat((scores, *(score.unsqueeze(-1) for score in own)), dim=-1).softmax(dim=-1).to(q.dtype)
     length = start.k.shape[1]
