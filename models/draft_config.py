@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..core.errors import ModelFileError
+from ..core.errors import ConfigError, ModelFileError
 from .config import ModelConfig, config_from_hf
 from .config_fields import Fields
 from .weight_shapes import Shape
@@ -121,7 +121,14 @@ def config_values(config: DraftHeadConfig) -> dict[str, Any]:
 def head_config(
     target: ModelConfig, target_layers: tuple[int, ...], draft_vocab_size: int, inner: int
 ) -> DraftHeadConfig:
-    """A head of ours for `target`: its layer has the target's heads and an MLP of width `inner`."""
+    """A head of ours for `target`: its layer has the target's heads and an MLP of width `inner`.
+
+    Raises ConfigError for a layer that the target does not have.
+    """
+    if not all(FINAL_NORM <= number <= target.num_layers for number in target_layers):
+        raise ConfigError(
+            f"a head cannot read behind layer {max(target_layers)}: the model has {target.num_layers} layers"
+        )
     layer = replace(
         target,
         architecture="llama",

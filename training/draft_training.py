@@ -19,6 +19,7 @@ import torch
 
 from ..core.errors import ConfigError
 from ..engine.torch_engine import TorchEngine
+from ..models.checkpoint import open_checkpoint
 from ..models.draft_config import FINAL_NORM, head_config
 from ..models.draft_file import save_draft_head
 from ..models.draft_head import DraftHead
@@ -77,17 +78,20 @@ def train_draft_head(
 
     `work` holds what has been done so far. Raises ConfigError or ModelFileError.
     """
+    head_config(
+        open_checkpoint(model).config, plan.target_layers, plan.draft_vocab_size, plan.inner
+    )  # can there be one?
     work.mkdir(parents=True, exist_ok=True)
     samples = make_samples(model, prompts, work, plan, report)
+    learned, held_out = split(samples)
+    if not learned or not held_out:
+        raise ConfigError(f"{len(samples)} prompts are too few; {_HELD_OUT} or more are needed")
     target = load_target(model, device)
 
     def say(done: int, total: int) -> None:
         report("features", done, total, "")
 
     paths = compute_features(target.decoder, samples, plan.target_layers, work / "features", say)
-    learned, held_out = split(samples)
-    if not learned or not held_out:
-        raise ConfigError(f"{len(samples)} prompts are too few; {_HELD_OUT} or more are needed")
     draft_ids = choose_vocabulary(target, learned, plan)
     trainer = make_trainer(target, draft_ids, plan)
     run_training(trainer, paths, samples, work / "checkpoint.safetensors", plan, report)

@@ -73,6 +73,7 @@ def generate_samples(
     waiting = [number for number in range(len(prompts)) if number not in done]
     if not waiting:
         return [done[number] for number in range(len(prompts))]
+    _drop_cut_line(path)
     with path.open("a", encoding="utf-8") as file:
         for sample in _Lanes(make_engine(), plan, max(map(len, prompts))).run(prompts, waiting):
             done[sample.number] = sample
@@ -92,6 +93,13 @@ def read_samples(path: Path) -> Iterator[Sample]:
             if line.endswith("\n"):
                 number, temperature, prompt_ids, output_ids = json.loads(line)
                 yield Sample(number, temperature, prompt_ids, output_ids)
+
+
+def _drop_cut_line(path: Path) -> None:
+    """What is appended must begin a line."""
+    if path.exists():
+        content = path.read_bytes()
+        path.write_bytes(content[: content.rfind(b"\n") + 1])
 
 
 def _line(sample: Sample) -> str:

@@ -1,4 +1,4 @@
-"""Draft heads: both published layouts are read, what is wrong is named, and drafting step by step is the whole sequence."""
+"""Draft heads: both published layouts are read, what is wrong is named, steps give what the whole sequence gives."""
 
 from __future__ import annotations
 
@@ -213,7 +213,9 @@ def test_tensor_of_another_kind_is_named(tmp_path: Path) -> None:
         load(write_eagle3(tmp_path, eagle3() | {"d2t": torch.zeros(DRAFTED)}))
 
 
-@pytest.mark.parametrize("offsets", [torch.full((DRAFTED,), VOCAB), -torch.arange(DRAFTED), -torch.ones(DRAFTED).long()])
+@pytest.mark.parametrize(
+    "offsets", [torch.full((DRAFTED,), VOCAB), -torch.arange(DRAFTED), -torch.ones(DRAFTED).long()]
+)
 def test_map_that_leads_nowhere_or_twice_to_a_token_is_refused(tmp_path: Path, offsets: torch.Tensor) -> None:
     with pytest.raises(ModelFileError, match="tensor d2t leads beyond the vocabulary, or twice to one token"):
         load(write_eagle3(tmp_path, eagle3() | {"d2t": offsets}))
@@ -243,15 +245,15 @@ def test_file_without_any_config_is_refused(tmp_path: Path) -> None:
 
 
 def test_pickles_and_folders_without_a_file_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelFileError, match="pytorch_model.bin: draft heads are read from .safetensors files"):
+    with pytest.raises(ModelFileError, match=r"pytorch_model\.bin: draft heads are read from \.safetensors files"):
         load(tmp_path / "pytorch_model.bin")
-    with pytest.raises(ModelFileError, match="holds 0 .safetensors files"):
+    with pytest.raises(ModelFileError, match=r"holds 0 \.safetensors files"):
         load(tmp_path)
 
 
 def test_broken_file_is_an_error_of_ours(tmp_path: Path) -> None:
     (tmp_path / "head.safetensors").write_bytes(b"\xff" * 64)
-    with pytest.raises(ModelFileError, match="head.safetensors: "):
+    with pytest.raises(ModelFileError, match=r"head\.safetensors: "):
         load(tmp_path / "head.safetensors")
 
 
