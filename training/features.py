@@ -162,18 +162,18 @@ def _qkv(decoder: Decoder, layer: LayerWeights, x: torch.Tensor, rotation: Rotat
 def _attend(decoder: Decoder, qkv: torch.Tensor, lengths: list[int], window: int | None) -> torch.Tensor:
     """[num_tokens, num_heads · head_dim]."""
     config = decoder.config
+    groups = config.num_heads // config.num_kv_heads
     parts = []
     for sequence in qkv.split(lengths):
         sizes = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-        q, k, v = (part.transpose(0, 1) for part in sequence.split(sizes, dim=1))
+        q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in sequence.split(sizes, dim=1))
+        k, v = (part.repeat_interleave(groups, dim=1) for part in (k, v))  # with enable_gqa it is three times slower
         mask = None
         if window is not None and window < len(sequence):
             seen = torch.ones(len(sequence), len(sequence), dtype=torch.bool, device=qkv.device)
             mask = seen.tril().triu(1 - window)
-        attended = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=decoder.scale, enable_gqa=True
-        )
-        parts.append(attended.transpose(0, 1).flatten(1))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=decoder.scale)
+        parts.append(attended[0].transpose(0, 1).flatten(1))
     return torch.cat(parts)
 
 
