@@ -80,8 +80,9 @@ class DraftHead:
             residual = normed if self.config.norm_before_residual else hidden
             x = torch.cat((self._norm(embedded, "input_layernorm"), normed), dim=-1)
         else:
-            joined = torch.cat((embedded, hidden), dim=-1)
-            residual = x = F.linear(joined, self.weights["fc.weight"], self.weights.get("fc.bias"))
+            parts = (self._norm_if(embedded, "embedding_layernorm"), self._norm_if(hidden, "hidden_states_layernorm"))
+            residual = F.linear(torch.cat(parts, dim=-1), self.weights["fc.weight"], self.weights.get("fc.bias"))
+            x = self._norm_if(residual, self.config.name("input_layernorm"))
         q, k, v = (self._heads(x, name) for name in ("q", "k", "v"))
         cos, sin = self._rotation(positions, q.dtype)
         return Entrance(residual, _rotated(q, cos, sin), _rotated(k, cos, sin), v)
@@ -99,9 +100,7 @@ class DraftHead:
 
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the head multiplies."""
-        if self.config.layout != EAGLE3:
-            return hidden
-        return F.rms_norm(hidden, hidden.shape[-1:], self.weights["norm.weight"], self.config.layer.rms_norm_eps)
+        return self._norm_if(hidden, "norm")
 
     def forward(self, features: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         """Hidden states [num_sequences, num_rows, hidden_size] of sequences from their start on.
@@ -126,6 +125,11 @@ class DraftHead:
     def _norm(self, x: torch.Tensor, part: str) -> torch.Tensor:
         weight = self.weights[self.config.name(f"{part}.weight")]
         return F.rms_norm(x, x.shape[-1:], weight, self.config.layer.rms_norm_eps)
+
+    def _norm_if(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """Normed where the file has a weight for it."""
+        weight = self.weights.get(f"{name}.weight")
+        return x if weight is None else F.rms_norm(x, x.shape[-1:], weight, self.config.layer.rms_norm_eps)
 
     def _rotation(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [..., 1, head_dim]; the sines of the first half are negated."""
