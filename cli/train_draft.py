@@ -80,13 +80,6 @@ def _add_text_options(parser: Parser) -> None:
 
 def _add_head_options(parser: Parser) -> None:
     parser.add_argument(
-        "--layers",
-        default="norm",
-        metavar="LIST",
-        help="what the head reads: hidden states after so many of the model's layers, separated by commas, or norm, "
-        "what the final norm gives (default: norm)",
-    )
-    parser.add_argument(
         "--draft-vocab",
         type=whole_number(2, 1 << 24),
         default=8192,
@@ -159,7 +152,6 @@ def _plan(args: argparse.Namespace) -> DraftPlan:
     return DraftPlan(
         generation=GenerationPlan(max_new_tokens=args.max_new_tokens, temperatures=temperatures, seed=args.seed),
         optimiser=OptimiserPlan(num_steps=args.steps, learning_rate=args.learning_rate, seed=args.seed),
-        target_layers=_layers(args.layers),
         draft_vocab_size=args.draft_vocab,
         inner=args.inner,
         epochs=args.epochs,
@@ -168,21 +160,12 @@ def _plan(args: argparse.Namespace) -> DraftPlan:
     )
 
 
-def _layers(text: str) -> tuple[int, ...]:
-    from ..models.draft_config import FINAL_NORM
-
-    parts = text.split(",")
-    if not all(part == "norm" or part.isdecimal() for part in parts):
-        raise CliError(f"--layers: {text!r} is not a list of whole numbers and norm", "for example: 2,15,27", USAGE)
-    return tuple(FINAL_NORM if part == "norm" else int(part) for part in parts)
-
-
 def _facts(args: argparse.Namespace) -> dict[str, str]:
     """Where the head is from, for its file. Paths are left out: they say nothing elsewhere."""
     from .. import __version__
 
     names = " ".join(path.name for path in args.prompts)
-    settings = ("layers", "draft_vocab", "inner", "steps", "epochs", "learning_rate", "temperature", "max_new_tokens")
+    settings = ("draft_vocab", "inner", "steps", "epochs", "learning_rate", "temperature", "max_new_tokens")
     options = " ".join(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in settings)
     command = f"penstock train-draft {Path(args.model).name} --prompts {names} {options} --seed {args.seed}"
     return {"command": command, "seed": str(args.seed), "version": __version__, "commit": _commit()}

@@ -5,8 +5,9 @@ A draft head is one decoder layer that guesses tokens ahead of its target. Two p
     eagle    EAGLE-1: fc joins [embedding ; feature] to the width of the layer, which has no norm at its entrance
     eagle3   EAGLE-3: fc joins the features, and the layer reads [normed embedding ; normed feature], of twice the width
 
-Ours is eagle3 with what a file may leave out: `lm_head.weight` (rows of the target's serve) and, with a single feature,
-`fc.weight`. Names and configs are those of SafeAILab/EAGLE and of vLLM.
+Ours is eagle with norms before fc (as HASS has them) and before the layer, and with a reduced vocabulary as in eagle3.
+A file need not have `lm_head.weight`: then rows of the target's serve. Names and configs are those of SafeAILab/EAGLE
+and of vLLM.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..core.errors import ConfigError, ModelFileError
+from ..core.errors import ModelFileError
 from .config import ModelConfig, config_from_hf
 from .config_fields import Fields
 from .weight_shapes import Shape
@@ -24,7 +25,8 @@ FINAL_NORM = -1  # as a target layer: what the target's final norm gives
 EAGLE, EAGLE3 = "eagle", "eagle3"
 
 _LAYER = {EAGLE: "layers.0.", EAGLE3: "midlayer."}
-_OPTIONAL = ("fc.bias", "embed_tokens.weight", "lm_head.weight", "d2t", "t2d")
+# What our heads have beyond EAGLE-1's, each [hidden_size].
+OUR_NORMS = ("embedding_layernorm.weight", "hidden_states_layernorm.weight", "layers.0.input_layernorm.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +75,6 @@ def draft_config(
         problem = f"hidden_size is {layer.hidden_size}, the target's is {target.hidden_size}"
     elif layer.vocab_size != target.vocab_size:
         problem = f"vocab_size is {layer.vocab_size}, the target's is {target.vocab_size}"
-    elif layout == EAGLE and size != layer.vocab_size:
-        problem = f"draft_vocab_size is {size}; a head of this layout drafts from the whole vocabulary"
     if problem:
         raise ModelFileError(f"{source}: {problem}")
     before = fields.flag("norm_before_residual")
@@ -118,17 +118,8 @@ def config_values(config: DraftHeadConfig) -> dict[str, Any]:
     }
 
 
-def head_config(
-    target: ModelConfig, target_layers: tuple[int, ...], draft_vocab_size: int, inner: int
-) -> DraftHeadConfig:
-    """A head of ours for `target`: its layer has the target's heads and an MLP of width `inner`.
-
-    Raises ConfigError for a layer that the target does not have.
-    """
-    if not all(FINAL_NORM <= number <= target.num_layers for number in target_layers):
-        raise ConfigError(
-            f"a head cannot read behind layer {max(target_layers)}: the model has {target.num_layers} layers"
-        )
+def head_config(target: ModelConfig, draft_vocab_size: int, inner: int) -> DraftHeadConfig:
+    """A head of ours for `target`: its layer has the target's heads and an MLP of width `inner`."""
     layer = replace(
         target,
         architecture="llama",
@@ -145,32 +136,15 @@ def head_config(
         eos_token_ids=(),
         bos_token_id=None,
     )
-    return DraftHeadConfig(EAGLE3, layer, draft_vocab_size, target_layers)
+    return DraftHeadConfig(EAGLE, layer, draft_vocab_size, (FINAL_NORM,))
 
 
 def draft_shapes(config: DraftHeadConfig, names: Collection[str]) -> dict[str, Shape]:
     """The tensors that a file must have that has `names`; optional ones are expected where they are in it."""
-    layer, hidden, inner = config.layer, config.layer.hidden_size, config.layer.intermediate_size
-    q_rows, kv_rows = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
+    layer, hidden = config.layer, config.layer.hidden_size
     is_eagle3 = config.layout == EAGLE3
-    width = 2 * hidden if is_eagle3 else hidden
-    parts: dict[str, Shape] = {
-        "self_attn.q_proj.weight": (q_rows, width),
-        "self_attn.k_proj.weight": (kv_rows, width),
-        "self_attn.v_proj.weight": (kv_rows, width),
-        "self_attn.o_proj.weight": (hidden, q_rows),
-        "mlp.gate_proj.weight": (inner, hidden),
-        "mlp.up_proj.weight": (inner, hidden),
-        "mlp.down_proj.weight": (hidden, inner),
-        "post_attention_layernorm.weight": (hidden,),
-    }
-    if is_eagle3:
-        parts |= {"input_layernorm.weight": (hidden,), "hidden_norm.weight": (hidden,)}
-    shapes = {config.name(part): shape for part, shape in parts.items()}
-    if not is_eagle3:
-        shapes["fc.weight"] = (hidden, 2 * hidden)
-    elif len(config.target_layers) > 1 or "fc.weight" in names:
-        shapes["fc.weight"] = (hidden, config.feature_size)
+    shapes = {config.name(part): shape for part, shape in _layer_shapes(config).items()}
+    shapes["fc.weight"] = (hidden, config.feature_size if is_eagle3 else 2 * hidden)
     if is_eagle3:
         shapes["norm.weight"] = (hidden,)
     optional: dict[str, Shape] = {
@@ -180,5 +154,27 @@ def draft_shapes(config: DraftHeadConfig, names: Collection[str]) -> dict[str, S
         "d2t": (config.draft_vocab_size,),
         "t2d": (layer.vocab_size,),
     }
+    if not is_eagle3:
+        optional |= dict.fromkeys(OUR_NORMS, (hidden,))
     reduced = ("d2t",) if config.draft_vocab_size < layer.vocab_size else ()
-    return shapes | {name: optional[name] for name in _OPTIONAL if name in names or name in reduced}
+    return shapes | {name: shape for name, shape in optional.items() if name in names or name in reduced}
+
+
+def _layer_shapes(config: DraftHeadConfig) -> dict[str, Shape]:
+    """Of the layer's own parts."""
+    layer, hidden, inner = config.layer, config.layer.hidden_size, config.layer.intermediate_size
+    q_rows, kv_rows = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
+    width = 2 * hidden if config.layout == EAGLE3 else hidden
+    shapes: dict[str, Shape] = {
+        "self_attn.q_proj.weight": (q_rows, width),
+        "self_attn.k_proj.weight": (kv_rows, width),
+        "self_attn.v_proj.weight": (kv_rows, width),
+        "self_attn.o_proj.weight": (hidden, q_rows),
+        "mlp.gate_proj.weight": (inner, hidden),
+        "mlp.up_proj.weight": (inner, hidden),
+        "mlp.down_proj.weight": (hidden, inner),
+        "post_attention_layernorm.weight": (hidden,),
+    }
+    if config.layout == EAGLE3:
+        shapes |= {"input_layernorm.weight": (hidden,), "hidden_norm.weight": (hidden,)}
+    return shapes

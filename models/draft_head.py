@@ -62,12 +62,11 @@ class DraftHead:
     def fuse(self, features: torch.Tensor) -> torch.Tensor:
         """features [..., feature_size] of tokens that the target has computed → hidden [..., hidden_size].
 
-        In the layout eagle, and without fc, they are the hidden state as they stand.
+        In the layout eagle they are the hidden state as they stand.
         """
-        weight = self.weights.get("fc.weight")
-        if self.config.layout != EAGLE3 or weight is None:
+        if self.config.layout != EAGLE3:
             return features
-        return F.linear(features, weight, self.weights.get("fc.bias"))
+        return F.linear(features, self.weights["fc.weight"], self.weights.get("fc.bias"))
 
     def enter(self, hidden: torch.Tensor, token_ids: torch.Tensor, positions: torch.Tensor) -> Entrance:
         """Rows of `hidden` [..., hidden_size], each with the token that follows it (token_ids [...] int64).

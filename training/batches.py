@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from ..models.draft_config import FINAL_NORM
 from .features import Example, read_examples
 from .generation import Sample
 from .unroll import Rows
@@ -69,6 +70,7 @@ def epoch_batches(
     samples: Sequence[Sample],
     max_rows: int,
     rng: random.Random,
+    target_layers: Sequence[int] = (FINAL_NORM,),
     leave_out: Callable[[Sample], bool] = lambda _: False,
 ) -> Iterator[Batch]:
     """Every example with an answer of two tokens or more once, mixed by `rng`, in batches of up to `max_rows` rows with
@@ -78,7 +80,7 @@ def epoch_batches(
     rng.shuffle(order)
     queue = iter(order)
     while group := list(islice(queue, _SHARDS_AT_ONCE)):
-        examples = [example for path in group for example in read_examples(path, samples)]
+        examples = [example for path in group for example in read_examples(path, samples, target_layers)]
         chosen = [e for e in examples if len(e.sample.output_ids) > 1 and not leave_out(e.sample)]
         yield from _mixed(chosen, max_rows, rng)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +19,6 @@ import torch
 
 from ..core.errors import ConfigError
 from ..engine.torch_engine import TorchEngine
-from ..models.checkpoint import open_checkpoint
 from ..models.draft_config import FINAL_NORM, head_config
 from ..models.draft_file import save_draft_head
 from ..models.draft_head import DraftHead
@@ -28,6 +27,7 @@ from .batches import epoch_batches, plain_batches
 from .evaluation import Acceptance, measure_acceptance
 from .features import Example, compute_features, read_examples
 from .generation import GenerationPlan, Sample, generate_samples
+from .initial import initial_weights, linear_guess
 from .prompts import encode_chats, read_chats
 from .target import Target, load_target
 from .trainer import OptimiserPlan, Trainer
@@ -38,15 +38,15 @@ Report = Callable[[str, int, int, str], None]  # (part, done, in all, what there
 _HELD_OUT = 31  # every so many samples; odd, so that the temperatures take turns among them as well
 _BATCHES_A_CHECKPOINT = 100
 _KV_BYTES = 2 << 30
+_FEATURES = (FINAL_NORM,)
 
 
 @dataclass(frozen=True, slots=True)
 class DraftPlan:
-    """target_layers, draft_vocab_size and inner: see `head_config`. batch_rows: with padding."""
+    """draft_vocab_size and inner: see `head_config`. batch_rows: with padding."""
 
     generation: GenerationPlan = field(default_factory=GenerationPlan)
     optimiser: OptimiserPlan = field(default_factory=OptimiserPlan)
-    target_layers: tuple[int, ...] = (FINAL_NORM,)
     draft_vocab_size: int = 8192
     inner: int = 768
     epochs: int = 2
@@ -78,9 +78,6 @@ def train_draft_head(
 
     `work` holds what has been done so far. Raises ConfigError or ModelFileError.
     """
-    head_config(
-        open_checkpoint(model).config, plan.target_layers, plan.draft_vocab_size, plan.inner
-    )  # can there be one?
     work.mkdir(parents=True, exist_ok=True)
     samples = make_samples(model, prompts, work, plan, report)
     learned, held_out = split(samples)
@@ -91,11 +88,11 @@ def train_draft_head(
     def say(done: int, total: int) -> None:
         report("features", done, total, "")
 
-    paths = compute_features(target.decoder, samples, plan.target_layers, work / "features", say)
+    paths = compute_features(target.decoder, samples, _FEATURES, work / "features", say)
     draft_ids = choose_vocabulary(target, learned, plan)
-    trainer = make_trainer(target, draft_ids, plan)
+    trainer = make_trainer(target, draft_ids, plan, learned_examples(paths, samples))
     run_training(trainer, paths, samples, work / "checkpoint.safetensors", plan, report)
-    examples = [example for path in paths for example in read_examples(path, samples) if is_held_out(example.sample)]
+    examples = [e for path in paths for e in read_examples(path, samples, _FEATURES) if is_held_out(e.sample)]
     acceptance = measure_kinds(trainer.head(), examples, plan.batch_rows, device, report)
     answer_tokens = sum(len(sample.output_ids) for sample in samples)
     figures = DraftFigures(len(samples), answer_tokens, round(coverage(held_out, draft_ids), 4), acceptance)
@@ -137,10 +134,21 @@ def choose_vocabulary(target: Target, learned: Sequence[Sample], plan: DraftPlan
     return frequent_tokens(learned, size, target.config.vocab_size, target.config.eos_token_ids)
 
 
-def make_trainer(target: Target, draft_ids: torch.Tensor, plan: DraftPlan) -> Trainer:
-    config = head_config(target.config, plan.target_layers, len(draft_ids), plan.inner)
+def learned_examples(paths: Sequence[Path], samples: Sequence[Sample]) -> Iterator[Example]:
+    """Those to learn from that have a token to guess, in order."""
+    for path in paths:
+        for example in read_examples(path, samples, _FEATURES):
+            if not is_held_out(example.sample) and len(example.sample.output_ids) > 1:
+                yield example
+
+
+def make_trainer(target: Target, draft_ids: torch.Tensor, plan: DraftPlan, examples: Iterable[Example]) -> Trainer:
+    """A trainer at its beginning, which `examples` say."""
+    config = head_config(target.config, len(draft_ids), plan.inner)
+    fc = linear_guess(examples, target.embedding, config.layer.rms_norm_eps)
+    weights = initial_weights(config, fc, plan.optimiser.seed)
     rows = target.lm_head[draft_ids.to(target.lm_head.device)]
-    return Trainer(config, target.embedding, rows, draft_ids, plan.optimiser)
+    return Trainer(config, weights, target.embedding, rows, draft_ids, plan.optimiser)
 
 
 def run_training(

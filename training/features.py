@@ -25,7 +25,6 @@ from .generation import Sample
 Progress = Callable[[int, int], None]  # (samples done, samples in all)
 
 SHARD_TOKENS = 8192
-_LABELS = "final"  # the hidden state that the target's head multiplies
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,30 +45,34 @@ class Example:
 def compute_features(
     decoder: Decoder, samples: Sequence[Sample], target_layers: Sequence[int], folder: Path, progress: Progress
 ) -> list[Path]:
-    """Files with the features of all samples, in order; those that are in `folder` already are kept as they are.
+    """Files with the hidden states of all samples behind these layers and the final norm, in order. Those that are in
+    `folder` already are kept; they may have more layers.
 
-    Raises ConfigError where one of them is of other samples or layers.
+    Raises ConfigError where one of them is of other samples, or lacks a layer.
     """
+    layers = sorted({*target_layers, FINAL_NORM})
     folder.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []
     done = 0
-    for number, shard in enumerate(_shards(samples)):
-        path = folder / f"features-{number:05d}.safetensors"
+    for number, shard in enumerate(shards(samples)):
+        path = shard_path(folder, number)
         if path.exists():
-            _check_shard(path, shard, target_layers)
+            _check_shard(path, shard, layers)
         else:
-            _write_shard(decoder, shard, target_layers, path)
+            write_shard(decoder, shard, layers, path)
         paths.append(path)
         done += len(shard)
         progress(done, len(samples))
     return paths
 
 
-def read_examples(path: Path, samples: Sequence[Sample]) -> Iterator[Example]:
+def read_examples(path: Path, samples: Sequence[Sample], target_layers: Sequence[int]) -> Iterator[Example]:
     """The examples in a file of `compute_features`; `samples` are all of the run's, by number."""
     with safe_open(path, framework="pt") as reader:
-        features, final = reader.get_tensor("features"), reader.get_tensor(_LABELS)
-        numbers = json.loads(reader.metadata()["samples"])
+        states, facts = reader.get_tensor("states"), reader.metadata()
+    layers, numbers = json.loads(facts["layers"]), json.loads(facts["samples"])
+    final = states[:, layers.index(FINAL_NORM)]
+    features = torch.cat([states[:, layers.index(layer)] for layer in target_layers], dim=1)
     start = 0
     for number in numbers:
         stop = start + len(samples[number].token_ids)
@@ -77,7 +80,12 @@ def read_examples(path: Path, samples: Sequence[Sample]) -> Iterator[Example]:
         start = stop
 
 
-def _shards(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
+def shard_path(folder: Path, number: int) -> Path:
+    return folder / f"features-{number:05d}.safetensors"
+
+
+def shards(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
+    """The samples of each file."""
     shard: list[Sample] = []
     for sample in samples:
         shard.append(sample)
@@ -88,30 +96,29 @@ def _shards(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
         yield shard
 
 
-def _write_shard(decoder: Decoder, shard: list[Sample], target_layers: Sequence[int], path: Path) -> None:
-    states = hidden_states(decoder, [sample.token_ids for sample in shard], [*target_layers, FINAL_NORM])
-    states = states.to("cpu", torch.bfloat16)
-    tensors = {"features": states[:, :-1].flatten(1).contiguous(), _LABELS: states[:, -1].contiguous()}
+def write_shard(decoder: Decoder, shard: list[Sample], layers: Sequence[int], path: Path) -> None:
+    """One file: the hidden states [num_tokens, len(layers), hidden_size] of its samples, in bfloat16."""
+    states = hidden_states(decoder, [sample.token_ids for sample in shard], layers)
     partial = path.with_suffix(".partial")
-    save_file(tensors, partial, _shard_facts(shard, target_layers))
+    facts = _shard_facts(shard) | {"layers": json.dumps(list(layers))}
+    save_file({"states": states.to("cpu", torch.bfloat16).contiguous()}, partial, facts)
     partial.rename(path)
 
 
-def _shard_facts(shard: list[Sample], target_layers: Sequence[int]) -> dict[str, str]:
+def _shard_facts(shard: list[Sample]) -> dict[str, str]:
     return {
         "samples": json.dumps([sample.number for sample in shard]),
         "lengths": json.dumps([len(sample.token_ids) for sample in shard]),
-        "target_layers": json.dumps(list(target_layers)),
     }
 
 
-def _check_shard(path: Path, shard: list[Sample], target_layers: Sequence[int]) -> None:
+def _check_shard(path: Path, shard: list[Sample], layers: Sequence[int]) -> None:
     try:
         with safe_open(path, framework="pt") as reader:
             found = reader.metadata()
     except SafetensorError as error:
         raise ConfigError(f"{path}: {error}; remove it") from error
-    if found != _shard_facts(shard, target_layers):
+    if not set(layers) <= set(json.loads(found.pop("layers"))) or found != _shard_facts(shard):
         raise ConfigError(f"{path}: holds features of other samples or layers; remove it or name another folder")
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from ..core.errors import ConfigError
 from ..models.decoder import Embedding
-from ..models.draft_config import DraftHeadConfig, draft_shapes
+from ..models.draft_config import DraftHeadConfig
 from ..models.draft_head import DraftHead
 from .batches import Batch
 from .loss import Teacher, unrolled_loss
@@ -48,16 +48,19 @@ class Trainer:
     def __init__(
         self,
         config: DraftHeadConfig,
+        weights: dict[str, torch.Tensor],
         embedding: Embedding,
         lm_head: torch.Tensor,
         draft_ids: torch.Tensor,
         plan: OptimiserPlan,
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        """lm_head [draft_vocab_size, hidden_size]: the target's rows of `draft_ids`; its device is that of all else."""
+        """weights: float32 parameters by name, which change. lm_head [draft_vocab_size, hidden_size]: the target's rows
+        of `draft_ids`; its device is that of all else.
+        """
         self.config, self.plan, self.dtype, self.device = config, plan, dtype, lm_head.device
         self._embedding, self._lm_head, self._draft_ids = embedding, lm_head.to(dtype), draft_ids.to(self.device)
-        self.weights = initial_weights(config, plan.seed, self.device)
+        self.weights = weights
         self._teacher = Teacher(self._lm_head, self._draft_ids, config.layer.vocab_size)
         self._optimiser = torch.optim.AdamW(
             [
@@ -118,24 +121,3 @@ class Trainer:
 def _home(key: str, weight: torch.Tensor) -> torch.device:
     """AdamW counts its steps on the CPU."""
     return torch.device("cpu") if key == "step" else weight.device
-
-
-def initial_weights(config: DraftHeadConfig, seed: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Parameters by name, float32: matrices drawn so that outputs keep the scale of inputs, those that add to the
-    residual small, fc as the mean of the features, norms 1.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    weights: dict[str, torch.Tensor] = {}
-    for name, shape in draft_shapes(config, ()).items():
-        if name == "d2t":
-            continue
-        if len(shape) == 1:
-            value = torch.ones(shape)
-        elif name == "fc.weight":
-            count = shape[1] // shape[0]
-            value = torch.eye(shape[0]).repeat(1, count) / count
-        else:
-            is_last = name.endswith(("o_proj.weight", "down_proj.weight"))
-            value = torch.randn(shape, generator=generator) * (0.2 if is_last else 1.0) / math.sqrt(shape[1])
-        weights[name] = value.to(device).requires_grad_()
-    return weights

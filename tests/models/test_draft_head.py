@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from penstock.core.errors import ModelFileError
 from penstock.models.draft_chain import DraftCache, draft_chain
-from penstock.models.draft_config import FINAL_NORM, head_config
+from penstock.models.draft_config import FINAL_NORM, OUR_NORMS, head_config
 from penstock.models.draft_file import load_draft_head, read_facts, save_draft_head
 from penstock.models.draft_head import DraftHead
 from penstock.testing.tiny_model import tiny_config
@@ -71,6 +71,11 @@ def eagle3(prefix: str = "midlayer") -> dict[str, torch.Tensor]:
         "d2t": drafted - torch.arange(DRAFTED),
         "t2d": torch.isin(torch.arange(VOCAB), drafted),
     }
+
+
+def ours() -> dict[str, torch.Tensor]:
+    tensors = {name: tensor for name, tensor in eagle().items() if name != "fc.bias"}
+    return tensors | {name: 1 + draw(WIDTH + i)[:WIDTH] for i, name in enumerate(OUR_NORMS)}
 
 
 def write(folder: Path, tensors: dict[str, torch.Tensor], **changes: Any) -> Path:
@@ -135,6 +140,20 @@ def test_eagle_head_computes_its_layout(tmp_path: Path) -> None:
     assert head.draft_ids.tolist() == list(range(VOCAB))
 
 
+def test_our_head_norms_both_parts_and_the_layers_entrance(tmp_path: Path) -> None:
+    tensors, drafted = ours(), torch.arange(1, 1 + DRAFTED)
+    head = load(write(tmp_path, tensors | {"d2t": torch.ones(DRAFTED).long()}, draft_vocab_size=DRAFTED))
+    features, token_ids = draw(7, WIDTH) * 5, torch.arange(3, 10)
+    embedded = norm(ENDS["embedding"][token_ids], tensors["embedding_layernorm.weight"])
+    normed = norm(features, tensors["hidden_states_layernorm.weight"])
+    residual = torch.cat((embedded, normed), -1) @ tensors["fc.weight"].T
+    x = norm(residual, tensors["layers.0.input_layernorm.weight"])
+    expected = plain_layer(tensors, "layers.0", x, residual)
+    hidden = head.forward(features.unsqueeze(0), token_ids.unsqueeze(0))[0]
+    torch.testing.assert_close(hidden, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(head.logits(hidden), expected @ ENDS["lm_head"][drafted].T, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("prefix", ["midlayer", "layers.0"])
 @pytest.mark.parametrize("norm_before_residual", [False, True])
 def test_eagle3_head_computes_its_layout(tmp_path: Path, prefix: str, norm_before_residual: bool) -> None:
@@ -169,8 +188,8 @@ def test_own_embedding_and_head_of_the_file_are_used(tmp_path: Path) -> None:
 
 
 def test_head_of_ours_comes_back_as_it_was_written(tmp_path: Path) -> None:
-    config = head_config(TARGET, (FINAL_NORM,), DRAFTED, INNER)
-    tensors = {n: t for n, t in eagle3().items() if n not in ("fc.weight", "lm_head.weight", "d2t", "t2d")}
+    config = head_config(TARGET, DRAFTED, INNER)
+    tensors = ours()
     draft_ids = torch.arange(5, 5 + 2 * DRAFTED, 2)
     head = DraftHead(config, tensors, ENDS["embedding"], ENDS["lm_head"][draft_ids], draft_ids)
     path = tmp_path / "head.safetensors"
@@ -196,7 +215,7 @@ def test_missing_map_of_a_reduced_vocabulary_is_named(tmp_path: Path) -> None:
         load(write_eagle3(tmp_path, {n: t for n, t in eagle3().items() if n != "d2t"}))
 
 
-@pytest.mark.parametrize("name", ["layers.0.input_layernorm.weight", "layers.1.mlp.up_proj.weight", "mask_hidden"])
+@pytest.mark.parametrize("name", ["norm.weight", "layers.1.mlp.up_proj.weight", "mask_hidden"])
 def test_unknown_tensor_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(ModelFileError, match=f"tensor {name} is not part of this architecture"):
         load(write(tmp_path, eagle() | {name: draw(WIDTH)}))

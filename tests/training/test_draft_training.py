@@ -26,7 +26,6 @@ CPU = torch.device("cpu")
 PLAN = DraftPlan(
     generation=GenerationPlan(max_new_tokens=16),
     optimiser=OptimiserPlan(num_steps=3, learning_rate=3e-3, warmup=3),
-    target_layers=(1, FINAL_NORM),
     draft_vocab_size=96,
     inner=64,
     epochs=6,
@@ -96,9 +95,9 @@ def test_head_that_was_written_loads_and_is_the_trained_one(
     assert facts["command"] == "test"
     assert json.loads(facts["figures"])["coverage"] == figures.coverage
     assert figures.acceptance.keys() == {f"{k}{w}" for k in ("greedy", "sampled") for w in ("", ", prompt unseen")}
-    assert head.config.target_layers == (1, FINAL_NORM)
+    assert head.config.target_layers == (FINAL_NORM,)
     assert 0 in head.draft_ids  # the end of an answer
-    trained = make_trainer(target, head.draft_ids, PLAN)
+    trained = make_trainer(target, head.draft_ids, PLAN, [])
     trained.restore(tmp_path / "w" / "checkpoint.safetensors", {"plan": repr(PLAN), "num_samples": "62"})
     for name, weight in head.weights.items():
         assert torch.equal(weight, trained.weights[name].detach().to(torch.bfloat16).float())
@@ -117,7 +116,9 @@ def test_rows_before_the_answer_and_tokens_that_cannot_be_drafted_do_not_count(
     train(tiny_folder, prompt_file, tmp_path, replace(PLAN, epochs=1))
     samples = sorted(read_samples(tmp_path / "w" / "samples.jsonl"), key=lambda sample: sample.number)
     (path,) = (tmp_path / "w" / "features").glob("*.safetensors")
-    example = next(example for example in read_examples(path, samples) if len(example.sample.output_ids) > 4)
+    example = next(
+        example for example in read_examples(path, samples, (FINAL_NORM,)) if len(example.sample.output_ids) > 4
+    )
     target = load_target(tiny_folder, CPU)
     drafted = torch.tensor(sorted(set(example.sample.output_ids[2:])))
     losses = []
@@ -127,7 +128,7 @@ def test_rows_before_the_answer_and_tokens_that_cannot_be_drafted_do_not_count(
             final = example.final.clone()
             final[: len(sample.prompt_ids)] += 3
             example = Example(sample, example.features, final)
-        trainer = make_trainer(target, drafted, PLAN)
+        trainer = make_trainer(target, drafted, PLAN, [example])
         (batch,) = plain_batches([example], 999, skips_prompt=False)
         losses.append(trainer.train(batch.to(CPU, trainer.dtype), 0.0))
     assert example.sample.output_ids[1] in drafted or losses[0] == losses[1]
@@ -146,14 +147,14 @@ def test_command_trains_and_prints_the_figures(
 ) -> None:
     out = tmp_path / "head.safetensors"
     options = ["--prompts", str(prompt_file), "--out", str(out), "--threads", "1", "--max-new-tokens", "8"]
-    options += ["--inner", "64", "--draft-vocab", "64", "--epochs", "1", "--steps", "2", "--layers", "1,norm"]
+    options += ["--inner", "64", "--draft-vocab", "64", "--epochs", "1", "--steps", "2"]
     assert main(["train-draft", str(tiny_folder), *options]) == 0
     captured = capsys.readouterr()
     assert "HELD-OUT ANSWERS" in captured.out
     assert "training: " in captured.err
     facts = read_facts(out)
     assert facts["command"].startswith("penstock train-draft tiny")
-    assert "--layers 1,norm" in facts["command"]
+    assert "--draft-vocab 64" in facts["command"]
     assert str(tmp_path) not in json.dumps(facts)
     assert main(["train-draft", str(tiny_folder), *options, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["num_samples"] == 62
@@ -165,8 +166,6 @@ def test_command_trains_and_prints_the_figures(
         ({"--prompts": "none.jsonl"}, "--prompts: there is no file none.jsonl"),
         ({"--out": "head.bin"}, "--out: head.bin is not a .safetensors file in a folder that exists"),
         ({"--out": "no/where.safetensors"}, "is not a .safetensors file in a folder that exists"),
-        ({"--layers": "2,x"}, "--layers: '2,x' is not a list of whole numbers and norm"),
-        ({"--layers": "9"}, "the model has 2 layers"),
     ],
 )
 def test_command_names_what_is_wrong(

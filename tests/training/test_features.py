@@ -75,7 +75,7 @@ def test_examples_come_back_from_their_files(tmp_path: Path, monkeypatch: pytest
     decoder = tiny("llama")
     paths = compute_features(decoder, SAMPLES, [1, FINAL_NORM], tmp_path, nothing)
     assert len(paths) > 1
-    examples = [example for path in paths for example in read_examples(path, SAMPLES)]
+    examples = [example for path in paths for example in read_examples(path, SAMPLES, [1, FINAL_NORM])]
     assert [example.sample for example in examples] == SAMPLES
     for example in examples:
         states = hidden_states(decoder, [example.sample.token_ids], [1, FINAL_NORM]).to(torch.bfloat16)
@@ -87,7 +87,8 @@ def test_files_that_are_there_are_kept_and_those_of_others_refused(tmp_path: Pat
     decoder = tiny("llama")
     (path,) = compute_features(decoder, SAMPLES, [1], tmp_path, nothing)
     written = path.stat().st_mtime_ns
-    compute_features(decoder, SAMPLES, [1], tmp_path, nothing)
+    for layers in ([1], [FINAL_NORM]):
+        compute_features(decoder, SAMPLES, layers, tmp_path, nothing)
     assert path.stat().st_mtime_ns == written
     for samples, layers in ((SAMPLES[1:], [1]), (SAMPLES, [2])):
         with pytest.raises(ConfigError, match="features of other samples or layers"):

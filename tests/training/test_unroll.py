@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from penstock.models.draft_chain import DraftCache, draft_chain
-from penstock.models.draft_config import FINAL_NORM, head_config
+from penstock.models.draft_config import head_config
 from penstock.models.draft_head import DraftHead
 from penstock.testing.tiny_model import tiny_config
 from penstock.training.batches import plain_batches
 from penstock.training.evaluation import measure_acceptance
 from penstock.training.features import Example
 from penstock.training.generation import Sample
-from penstock.training.trainer import initial_weights
+from penstock.training.initial import initial_weights
 from penstock.training.unroll import Rows, unroll
 
 TARGET = tiny_config(vocab_size=24)
@@ -25,8 +25,9 @@ WIDTH = TARGET.hidden_size
 @pytest.fixture(scope="module")
 def head() -> DraftHead:
     generator = torch.Generator().manual_seed(1)
-    config = head_config(TARGET, (2, FINAL_NORM), 20, 64)
-    weights = {name: w.detach() * 2 for name, w in initial_weights(config, 3, torch.device("cpu")).items()}
+    config = head_config(TARGET, 20, 64)
+    fc = torch.randn(WIDTH, 2 * WIDTH, generator=generator) / WIDTH**0.5
+    weights = {name: w.detach() * 2 for name, w in initial_weights(config, fc, seed=3).items()}
     draft_ids = torch.arange(2, 22)
     ends = torch.randn(2, TARGET.vocab_size, WIDTH, generator=generator)
     return DraftHead(config, weights, ends[0], ends[1][draft_ids], draft_ids)
@@ -35,7 +36,7 @@ def head() -> DraftHead:
 def example(length: int, answer: int, number: int = 0) -> Example:
     generator = torch.Generator().manual_seed(length)
     ids = torch.randint(0, TARGET.vocab_size, (length,), generator=generator).tolist()
-    features = torch.randn(length, 2 * WIDTH, generator=generator)
+    features = torch.randn(length, WIDTH, generator=generator)
     final = torch.randn(length, WIDTH, generator=generator)
     return Example(Sample(number, 0.0, ids[:-answer], ids[-answer:]), features, final)
 
