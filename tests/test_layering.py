@@ -20,7 +20,7 @@ LAYERS = [
     {"models"},
     {"engine"},
     {"kvtransfer"},
-    {"worker"},
+    {"worker", "training"},
     {"prefill_node", "decode_node", "router"},
     {"gateway"},
     {"deploy"},

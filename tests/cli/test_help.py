@@ -24,6 +24,7 @@ COMMANDS = [
     "models path",
     "status",
     "doctor",
+    "train-draft",
     "router",
 ]
 COMMANDS += ["prefill", "decode"]
