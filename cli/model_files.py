@@ -37,11 +37,31 @@ def with_local_model(topology: Topology) -> Topology:
     model = local_model(topology.model.source)
     name = topology.model.name or model.name
     topology = replace(topology, model=replace(topology.model, source=str(model.path), name=name))
-    if topology.speculation.draft_source is None:
-        return topology
-    draft = local_model(topology.speculation.draft_source)
-    _check_vocabulary(model.path, draft.path)
-    return replace(topology, speculation=replace(topology.speculation, method=f"draft:{draft.path}"))
+    return replace(topology, speculation=replace(topology.speculation, method=_local_method(topology, model.path)))
+
+
+def _local_method(topology: Topology, model: Path) -> str:
+    """The method of speculation, with a path on this disk where it names files."""
+    speculation = topology.speculation
+    if speculation.draft_source is not None:
+        draft = local_model(speculation.draft_source)
+        _check_vocabulary(model, draft.path)
+        return f"draft:{draft.path}"
+    if speculation.head_source is not None:
+        return f"eagle:{_head_path(speculation.head_source)}"
+    return speculation.method
+
+
+def _head_path(source: str) -> Path:
+    """Raises ConfigError where nothing is there."""
+    from pathlib import Path
+
+    from ..core.errors import ConfigError
+
+    path = Path(source).expanduser().absolute()
+    if not path.exists():
+        raise ConfigError(f"speculation.method: there is no draft head at {path}")
+    return path
 
 
 def _check_vocabulary(model: Path, draft: Path) -> None:

@@ -78,8 +78,9 @@ def _add_worker_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--speculative",
         metavar="METHOD",
-        help="what drafts tokens for decode workers to verify: off, auto, ngram, suffix, or draft:MODEL, a smaller "
-        "model of the same vocabulary; answers stay the same (default: auto)",
+        help="what drafts tokens for decode workers to verify: off, auto, ngram, suffix, eagle (a draft head, "
+        "eagle:PATH for one of your own), or draft:MODEL, a smaller model of the same vocabulary; answers stay the "
+        "same (default: auto)",
     )
     group.add_argument(
         "--policy",

@@ -25,7 +25,7 @@ PolicyName = Literal["prefix-affinity", "least-loaded", "round-robin"]
 Disaggregate = Literal["auto", "always", "never"]
 LevelName = Literal["debug", "info", "warning", "error"]
 QuantizationName = Literal["auto", "none", "int8"]
-DRAFT_METHODS = ("off", "auto", "ngram", "suffix")  # and draft:MODEL
+DRAFT_METHODS = ("off", "auto", "ngram", "suffix", "eagle")  # and draft:MODEL, eagle:PATH
 WorkerRole = Literal["prefill", "decode", "both"]
 
 
@@ -99,15 +99,23 @@ class DecodeConfig:
 class SpeculationConfig:
     """What drafts tokens that decode workers verify: `engine.speculation.build`. Output is the same with any."""
 
-    method: str = "auto"  # off, auto, ngram, suffix, draft:MODEL
+    method: str = "auto"  # off, auto, ngram, suffix, draft:MODEL, eagle, eagle:PATH
     max_tokens: int = setting(8, 1, 16)  # of a draft
     draft_kv_bytes: int = setting(256 << 20, 1 << 16, 1 << 50)  # KV cache of a draft model, in each decode worker
 
     @property
     def draft_source(self) -> str | None:
         """The draft model's name or path, if there is one."""
-        kind, _, source = self.method.partition(":")
-        return source if kind == "draft" else None
+        return self._source("draft")
+
+    @property
+    def head_source(self) -> str | None:
+        """The path of a draft head, if one is named."""
+        return self._source("eagle")
+
+    def _source(self, kind: str) -> str | None:
+        found, _, source = self.method.partition(":")
+        return source if found == kind and source else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,8 +237,10 @@ def check_topology(topology: Topology) -> Topology:
 
 def check_method(method: str) -> None:
     """Raises ConfigError for what is no method of drafting."""
-    if method not in DRAFT_METHODS and not re.fullmatch(r"draft:.+", method):
-        raise ConfigError(f"speculation.method: {method!r} is not one of {', '.join(DRAFT_METHODS)}, draft:MODEL")
+    if method not in DRAFT_METHODS and not re.fullmatch(r"(draft|eagle):.+", method):
+        raise ConfigError(
+            f"speculation.method: {method!r} is not one of {', '.join(DRAFT_METHODS)}, draft:MODEL, eagle:PATH"
+        )
 
 
 def _check_tls(transfer: TransferConfig) -> None:

@@ -19,7 +19,8 @@ from ..engine.block_pool import BlockPool
 from ..engine.core_share import SharingEngine
 from ..engine.interface import Engine
 from ..engine.parking import Parking
-from ..engine.speculation.build import build_speculation
+from ..engine.speculation.build import Openers, build_speculation
+from ..engine.speculation.interface import Proposer
 from ..kvtransfer.destination import DestinationTable
 from ..kvtransfer.ownership import Ownership
 from ..worker.launch import launch
@@ -47,7 +48,7 @@ def make_roles(
                 speculation.method,
                 speculation.max_tokens,
                 engine.spec,
-                partial(_open_draft, topology, engine),
+                Openers(partial(_open_draft, topology, engine), partial(_open_head, engine)),
                 MonotonicClock(),
             ),
         )
@@ -70,6 +71,17 @@ def _open_draft(topology: Topology, engine: Engine, source: str) -> Engine:
     if isinstance(engine, SharingEngine):
         engine.add_engine(draft.set_num_threads)
     return draft
+
+
+def _open_head(engine: Engine, source: str | None) -> Proposer | None:
+    """The draft head at `source`, or the one that comes with the project. Imports torch."""
+    from ..engine.speculation.open_head import open_head, open_shipped_head
+    from ..engine.torch_engine import TorchEngine
+
+    inner = engine.inner if isinstance(engine, SharingEngine) else engine
+    if not isinstance(inner, TorchEngine):
+        return None
+    return open_shipped_head(inner) if source is None else open_head(inner, Path(source))
 
 
 def main(topology: Topology, name: str) -> int:

@@ -77,7 +77,7 @@ class CoreShare:
 
 
 class SharingEngine:
-    """An engine whose steps take this worker's share of the cores. Implements `engine.interface.Engine`."""
+    """`inner`, whose steps take this worker's share of the cores. Implements `engine.interface.Engine`."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class SharingEngine:
         many_tokens: int = MANY_TOKENS,
     ) -> None:
         self.spec, self.memory = engine.spec, engine.memory
-        self._engine, self._share, self._set_num_threads = engine, share, [set_num_threads]
+        self.inner, self._share, self._set_num_threads = engine, share, [set_num_threads]
         self._num_threads, self._many_tokens = 0, many_tokens
 
     def add_engine(self, set_num_threads: Callable[[int], None]) -> None:
@@ -104,7 +104,7 @@ class SharingEngine:
                 set_num_threads(num_threads)
             self._num_threads = num_threads
         try:
-            return self._engine.execute(batch, on_layers)
+            return self.inner.execute(batch, on_layers)
         finally:
             self._share.end()
 

@@ -31,6 +31,7 @@ LAYOUT = "block-major"
 STAGING_BYTES = 512 << 20  # likewise: only links that convert what they carry use it
 
 Progress = Callable[[int, int], None]
+Observe = Callable[[list[ScheduledSeq], list[tuple[SampledToken, ...]], torch.Tensor], None]
 MakeMemory = Callable[[int, int, int], KVMemory]  # (num_blocks, num_layers, layer_bytes) → memory of as many or more
 
 
@@ -48,11 +49,12 @@ class TorchEngine:
         make_memory: MakeMemory | None = None,
     ) -> None:
         config, dtype = decoder.config, decoder.cache_dtype
-        self.decoder = decoder
+        self.decoder, self.identity = decoder, identity
         make_memory = make_memory or _own_memory
         self.memory = make_memory(num_blocks, config.num_layers, layer_bytes(config, block_size, dtype))
         self._runner = ModelRunner(decoder, pool_view(self.memory, config, block_size, dtype))
         self._block_size = block_size
+        self._observe: Observe | None = None
         self.network_s = 0.0  # seconds within the network so far, for measurements
         self.spec = EngineSpec(
             fingerprint=Fingerprint(
@@ -135,7 +137,16 @@ class TorchEngine:
         started = time.perf_counter()
         result = self._runner.step(inputs, on_layers)
         self.network_s += time.perf_counter() - started
-        return draw(result, batch, self.spec.eos_token_ids)
+        drawn = draw(result, batch, self.spec.eos_token_ids)
+        if self._observe is not None and result.features is not None:
+            self._observe(batch, drawn, result.features)
+        return drawn
+
+    def show_steps(self, taps: tuple[int, ...], observe: Observe) -> None:
+        """Show `observe` each step that samples: the hidden states `taps` (`models.decoder.Taps`) of its sampled rows,
+        and what was drawn from them. A draft head asks for it; there is one at most.
+        """
+        self._runner.taps, self._observe = taps, observe
 
     @property
     def quantization(self) -> str:

@@ -23,6 +23,7 @@ from ..kernels.kv_write.op import clear_blocks, store_kv
 from ..kernels.paged_attention.op import paged_attention
 from ..kernels.paged_attention.plan import AttentionPlan
 from .config import ModelConfig
+from .draft_config import FINAL_NORM
 from .rope import rope_angles, rope_frequencies
 
 # Cosines and sines of each token's angles, [num_tokens, 1, head_dim]; the sines of the first half are negated.
@@ -91,9 +92,6 @@ class DecoderWeights:
     layers: tuple[LayerWeights, ...]
     norm: torch.Tensor
     head: Projection
-
-
-FINAL_NORM = -1  # as a tap: what the last norm gives
 
 
 @dataclass(slots=True, eq=False)

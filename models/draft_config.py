@@ -21,7 +21,7 @@ from .config import ModelConfig, config_from_hf
 from .config_fields import Fields
 from .weight_shapes import Shape
 
-FINAL_NORM = -1  # as a target layer: what the target's final norm gives
+FINAL_NORM = -1  # as a target layer: what its last norm gives
 EAGLE, EAGLE3 = "eagle", "eagle3"
 
 _LAYER = {EAGLE: "layers.0.", EAGLE3: "midlayer."}

@@ -128,6 +128,6 @@ def _draft_ids(config: DraftHeadConfig, offsets: torch.Tensor | None, source: st
     if offsets is None:
         return ids
     ids = ids + offsets.long()
-    if int(ids.min()) < 0 or int(ids.max()) >= config.layer.vocab_size or len(ids.unique()) < len(ids):
+    if int(ids.min()) < 0 or int(ids.max()) >= config.layer.vocab_size or len(set(ids.tolist())) < len(ids):
         raise ModelFileError(f"{source}: tensor d2t leads beyond the vocabulary, or twice to one token")
     return ids

@@ -64,9 +64,7 @@ class DraftHead:
 
         In the layout eagle they are the hidden state as they stand.
         """
-        if self.config.layout != EAGLE3:
-            return features
-        return F.linear(features, self.weights["fc.weight"], self.weights.get("fc.bias"))
+        return features if self.config.layout != EAGLE3 else self._join(features)
 
     def enter(self, hidden: torch.Tensor, token_ids: torch.Tensor, positions: torch.Tensor) -> Entrance:
         """Rows of `hidden` [..., hidden_size], each with the token that follows it (token_ids [...] int64).
@@ -80,11 +78,15 @@ class DraftHead:
             x = torch.cat((self._norm(embedded, "input_layernorm"), normed), dim=-1)
         else:
             parts = (self._norm_if(embedded, "embedding_layernorm"), self._norm_if(hidden, "hidden_states_layernorm"))
-            residual = F.linear(torch.cat(parts, dim=-1), self.weights["fc.weight"], self.weights.get("fc.bias"))
+            residual = self._join(torch.cat(parts, dim=-1))
             x = self._norm_if(residual, self.config.name("input_layernorm"))
         q, k, v = (self._heads(x, name) for name in ("q", "k", "v"))
         cos, sin = self._rotation(positions, q.dtype)
         return Entrance(residual, _rotated(q, cos, sin), _rotated(k, cos, sin), v)
+
+    def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines for rows at `positions`, [rows, head_dim / 2] float32."""
+        return rope_angles(positions, self._inv_freq.to(positions.device), self._gain)
 
     def leave(self, residual: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """attended [..., num_heads, head_dim] → hidden [..., hidden_size], what the next row of a chain takes."""
@@ -112,11 +114,16 @@ class DraftHead:
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True)
         return self.leave(row.residual, attended.transpose(1, 2))
 
+    def _join(self, both: torch.Tensor) -> torch.Tensor:
+        """fc, of [embedding ; hidden] in the layout eagle, of features in eagle3."""
+        return F.linear(both, self.weights["fc.weight"], self.weights.get("fc.bias"))
+
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         return self.embedding.index_select(0, token_ids.flatten()).view(*token_ids.shape, -1)
 
     def _heads(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        return self._linear(x, f"self_attn.{name}_proj").unflatten(-1, (-1, self.config.layer.head_dim))
+        product = self._linear(x, f"self_attn.{name}_proj")
+        return product.view(*x.shape[:-1], -1, self.config.layer.head_dim)
 
     def _linear(self, x: torch.Tensor, part: str) -> torch.Tensor:
         return F.linear(x, self.weights[self.config.name(f"{part}.weight")])
@@ -132,7 +139,7 @@ class DraftHead:
 
     def _rotation(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [..., 1, head_dim]; the sines of the first half are negated."""
-        cos, sin = rope_angles(positions.flatten(), self._inv_freq.to(positions.device), self._gain)
+        cos, sin = self.angles(positions.flatten())
         cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
         return cos.view(*positions.shape, 1, -1).to(dtype), sin.view(*positions.shape, 1, -1).to(dtype)
 

@@ -157,7 +157,7 @@ def _rotation(decoder: Decoder, positions: torch.Tensor) -> Rotation:
 def _qkv(decoder: Decoder, layer: LayerWeights, x: torch.Tensor, rotation: Rotation | None) -> torch.Tensor:
     """[num_tokens, num_heads + 2 · num_kv_heads, head_dim]."""
     config = decoder.config
-    qkv = layer.qkv(_norm(decoder, x, layer.attention_norm)).unflatten(-1, (-1, config.head_dim))
+    qkv = layer.qkv(_norm(decoder, x, layer.attention_norm)).view(len(x), -1, config.head_dim)
     qk = qkv[:, : config.num_heads + config.num_kv_heads]
     if layer.qk_norm is not None:
         qk.copy_(F.rms_norm(qk, qk.shape[-1:], None, config.rms_norm_eps) * layer.qk_norm)
@@ -171,9 +171,9 @@ def _attend(decoder: Decoder, qkv: torch.Tensor, lengths: list[int], window: int
     config = decoder.config
     groups = config.num_heads // config.num_kv_heads
     parts = []
-    for sequence in qkv.split(lengths):
-        sizes = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-        q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in sequence.split(sizes, dim=1))
+    for sequence in torch.split(qkv, lengths):
+        sizes = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+        q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in torch.split(sequence, sizes, dim=1))
         k, v = (part.repeat_interleave(groups, dim=1) for part in (k, v))  # with enable_gqa it is three times slower
         mask = None
         if window is not None and window < len(sequence):

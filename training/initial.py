@@ -57,4 +57,5 @@ def linear_guess(examples: Iterable[Example], embedding: torch.Tensor, epsilon: 
         if num_rows >= _MAX_ROWS:
             break
     ridge = _RIDGE * max(num_rows, 1) * torch.eye(2 * width, device=embedding.device)
-    return torch.linalg.solve(squares + ridge, products).T.contiguous()
+    fc: torch.Tensor = torch.linalg.solve(squares + ridge, products).T.contiguous()
+    return fc

@@ -52,7 +52,8 @@ def _attend(head: DraftHead, entrances: list[Entrance], first: torch.Tensor) -> 
     """[num_sequences, num_rows, num_heads, head_dim], of the last of the steps."""
     step, start = len(entrances), entrances[0]
     groups = head.config.layer.num_heads // head.config.layer.num_kv_heads
-    q = entrances[-1].q.unflatten(2, (-1, groups)) * head.scale  # [sequences, rows, kv_heads, groups, head_dim]
+    q = entrances[-1].q
+    q = q.view(*q.shape[:2], -1, groups, q.shape[-1]) * head.scale  # [sequences, rows, kv_heads, groups, head_dim]
     scores = torch.einsum("btkgd,bskd->bkgts", q, start.k)
     scores = scores.float().masked_fill(~_seen(first, q.shape[1], step), -torch.inf)
     chain = [

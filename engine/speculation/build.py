@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from ...core.clock import Clock
 from ...core.config import check_method
-from ...core.errors import InternalError
+from ...core.errors import ConfigError, InternalError
 from ..interface import Engine, EngineSpec
 from .control import Speculator
 from .draft_model import ModelProposer
@@ -16,33 +17,53 @@ from .step_cost import StepCost
 from .suffix import SuffixProposer
 
 
+@dataclass(frozen=True, slots=True)
+class Openers:
+    """What loads models. draft: that of "draft:MODEL". head: that of "eagle:PATH", or for None the one that comes with
+    the project for this model, which may be none.
+    """
+
+    draft: Callable[[str], Engine] | None = None
+    head: Callable[[str | None], Proposer | None] | None = None
+
+
 def build_speculation(
-    method: str,
-    max_tokens: int,
-    spec: EngineSpec,
-    open_draft: Callable[[str], Engine] | None = None,
-    clock: Clock | None = None,
+    method: str, max_tokens: int, spec: EngineSpec, openers: Openers = Openers(), clock: Clock | None = None
 ) -> Speculator | None:
     """What `method` names, for an engine of this `spec`; None for "off". Raises ConfigError for an unknown method.
 
     Where the engine's steps have not been measured, drafts are as long as they may be; "auto" then drafts nothing.
-    `open_draft`: loads the draft model that "draft:MODEL" names. `clock`: see `Speculator`.
+    `clock`: see `Speculator`.
     """
     check_method(method)
     if method == "off" or (method == "auto" and spec.step_costs is None):
         return None
     cost = StepCost(spec.step_costs) if spec.step_costs is not None else None
-    return Speculator(_proposers(method, spec, open_draft), max_tokens, cost, clock)
+    return Speculator(_proposers(method, spec, openers), max_tokens, cost, clock)
 
 
-def _proposers(method: str, spec: EngineSpec, open_draft: Callable[[str], Engine] | None) -> list[Proposer]:
+def _proposers(method: str, spec: EngineSpec, openers: Openers) -> list[Proposer]:
     kind, _, name = method.partition(":")
     match kind:
         case "ngram":
             return [NgramProposer()]
-        case "draft":
-            if open_draft is None:
-                raise InternalError(f"speculation.method: {method} without anything that loads models")
-            return [SuffixProposer(), ModelProposer(open_draft(name), spec)]
-        case _:
+        case "suffix":
             return [SuffixProposer()]
+        case "draft" if openers.draft is not None:
+            return [SuffixProposer(), ModelProposer(openers.draft(name), spec)]
+        case "eagle" if openers.head is not None:
+            return [_needed(openers.head(name or None))]
+        case "auto":
+            head = openers.head(None) if openers.head is not None else None
+            return [SuffixProposer(), *([head] if head is not None else [])]
+        case _:
+            raise InternalError(f"speculation.method: {method} without anything that loads models")
+
+
+def _needed(head: Proposer | None) -> Proposer:
+    if head is None:
+        raise ConfigError(
+            "speculation.method: eagle: no draft head comes with the project for this model; train one with "
+            "`penstock train-draft MODEL` and name its file: eagle:PATH"
+        )
+    return head

@@ -23,13 +23,21 @@ struct LayerWeights {
     int64_t rotates;  // rotary embedding
 };
 
+// Where the step of a draft head begins: with embedded tokens beside hidden states, each normed where there is a norm.
+struct Entrance {
+    const float *embedding_norm, *hidden_norm;
+    Matrix fc;           // brings both to the width of the residual stream; without data the first qkv takes both
+    int64_t keeps_norm;  // without fc: the residual stream is the normed hidden state, not the one that came
+};
+
 struct Network {
     int64_t hidden, inner, heads, kv_heads, head_dim, layers, vocab;
     float epsilon, scale;
     const float *cosines, *sines;  // [longest sequence, head_dim / 2]
     const LayerWeights* layer;
-    const float* norm;
+    const float* norm;  // or null, as each layer's attention_norm: what is normed else is taken as it is
     Matrix embedding, head;
+    const Entrance* entrance;  // or null
 };
 
 struct Batch {
@@ -37,6 +45,7 @@ struct Batch {
     const int64_t *token_ids, *positions, *slots;   // [tokens]
     const int64_t *starts, *context_lens, *blocks;  // [sequences + 1], [sequences], [sequences, table_width]
     const int64_t* sampled;                         // [samples], rows in order
+    const float *states, *embedded;                 // [tokens, hidden]: for the entrance; tokens embedded already, or null
     float* logits;                                  // [samples, head.outs]
     int64_t* best;                                  // [samples], the first of the likeliest tokens
     float* highest;                                 // [samples], its logit; NaN when any logit is
@@ -109,7 +118,8 @@ class Step {
     Step(const Network& net, const Pool& pool, const Batch& batch, Arena& arena)
         : net_(net), pool_(pool), batch_(batch) {
         // Few rows are rounded by every thread for itself, each in a place of its own.
-        const int64_t rows = std::max(batch.tokens, FEW * batch.threads), widest = std::max({net.hidden, net.inner, q_width()});
+        const int64_t rows = std::max(batch.tokens, FEW * batch.threads), widest =
+            std::max({2 * net.hidden, net.inner, q_width()});
         x_ = arena.take<float>(rows * net.hidden);
         normal_ = arena.take<float>(rows * net.hidden);
         qkv_ = arena.take<float>(rows * stride());
@@ -118,19 +128,21 @@ class Step {
         gate_up_ = arena.take<float>(rows * net.layer[0].gate_up.outs);
         codes_ = {arena.take<int8_t>(rows * widest), arena.take<float>(rows * widest / GROUP),
                   arena.take<float>(rows * widest / GROUP), 0};
+        if (net.entrance) joined_ = arena.take<float>(rows * 2 * net.hidden);
         partials_ = arena.take<Partial>(plan_attention());
     }
 
     void run(Region& region) {
         const int64_t last = net_.layers - 1;
-        region.each(batch_.tokens, 8, [&](int64_t row) {
-            expand_output(net_.embedding, batch_.token_ids[row], x_ + row * net_.hidden);
-        });
+        if (net_.entrance)
+            enter(region, *net_.entrance);
+        else
+            region.each(batch_.tokens, 8, [&](int64_t row) { embed(row, x_ + row * net_.hidden); });
         tap(region, 0, x_, batch_.sampled);
         for (int64_t index = 0; index < net_.layers; ++index) {
             const LayerWeights& layer = net_.layer[index];
             int64_t rows = batch_.tokens;
-            normalize(region, layer.attention_norm, rows);
+            if (index > 0 || !takes_both()) normalize(region, layer.attention_norm, rows);
             product(region, layer.qkv, rows, qkv_, false);
             store_keys(region, layer, index);
             if (region.index == 0 && batch_.on_layers) batch_.on_layers(index + 1);
@@ -156,7 +168,7 @@ class Step {
         });
     }
 
-    int64_t phases() const { return net_.layers * 12 + 5; }
+    int64_t phases() const { return net_.layers * 12 + 8; }
 
    private:
     int64_t q_width() const { return net_.heads * net_.head_dim; }
@@ -181,7 +193,34 @@ class Step {
         region.each(rows, 4, [&](int64_t row) { round(row, row); });
     }
 
+    void embed(int64_t row, float* out) const {
+        if (batch_.embedded)
+            memcpy(out, batch_.embedded + row * net_.hidden, net_.hidden * sizeof(float));
+        else
+            expand_output(net_.embedding, batch_.token_ids[row], out);
+    }
+
+    // The first qkv multiplies what the entrance has rounded.
+    bool takes_both() const { return net_.entrance && !net_.entrance->fc.data; }
+
+    void enter(Region& region, const Entrance& entrance) {
+        const int64_t hidden = net_.hidden, rows = batch_.tokens;
+        region.each(rows, 1, [&](int64_t row) {
+            float *left = joined_ + row * 2 * hidden, *right = left + hidden;
+            embed(row, left);
+            memcpy(right, batch_.states + row * hidden, hidden * sizeof(float));
+            if (takes_both() && !entrance.keeps_norm) memcpy(x_ + row * hidden, right, hidden * sizeof(float));
+            if (entrance.embedding_norm) normalize_row(left, entrance.embedding_norm, hidden, net_.epsilon, left);
+            if (entrance.hidden_norm) normalize_row(right, entrance.hidden_norm, hidden, net_.epsilon, right);
+            if (takes_both() && entrance.keeps_norm) memcpy(x_ + row * hidden, right, hidden * sizeof(float));
+        });
+        quantize(region, joined_, 2 * hidden, 2 * hidden, rows);
+        if (!takes_both()) product(region, entrance.fc, rows, x_, false);
+    }
+
+    // Without `weight` rows are only rounded.
     void normalize(Region& region, const float* weight, int64_t rows) {
+        if (!weight) return quantize(region, x_, net_.hidden, net_.hidden, rows);
         each_row(region, rows, [&](int64_t row, int64_t to) {
             float* normal = normal_ + to * net_.hidden;
             normalize_row(x_ + row * net_.hidden, weight, net_.hidden, net_.epsilon, normal);
@@ -331,7 +370,7 @@ class Step {
     const Batch& batch_;
     std::vector<Piece> pieces_;
     std::vector<Join> joins_;
-    float *x_, *normal_, *qkv_, *attended_, *gate_up_, *active_;
+    float *x_, *normal_, *qkv_, *attended_, *gate_up_, *active_, *joined_ = nullptr;
     Codes codes_;
     Partial* partials_;
 };

@@ -32,7 +32,7 @@ _ON_LAYERS = ctypes.CFUNCTYPE(None, INT64)
 class StepLayer:
     """Norm weights float32; qk_norm [heads + kv_heads, head_dim]; gate_up's outputs are gates, then ups."""
 
-    attention_norm: torch.Tensor
+    attention_norm: torch.Tensor | None
     mlp_norm: torch.Tensor
     qk_norm: torch.Tensor | None
     qkv: QuantLinear
@@ -44,8 +44,25 @@ class StepLayer:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class StepEntrance:
+    """Where the step of a draft head begins: with embedded tokens beside hidden states, each normed where it has a norm
+    [hidden].
+
+    fc brings both to the width of the residual stream; without it the first qkv takes both, and the residual stream is
+    the hidden state, normed if `keeps_norm`.
+    """
+
+    embedding_norm: torch.Tensor | None
+    hidden_norm: torch.Tensor | None
+    fc: QuantLinear | None
+    keeps_norm: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class StepNetwork:
-    """cosines and sines [positions, head_dim / 2] float32."""
+    """cosines and sines [positions, head_dim / 2] float32. norm, and each layer's attention_norm: None where what is
+    normed else is taken as it is. embedding: None where every step brings its tokens embedded.
+    """
 
     hidden: int
     inner: int
@@ -57,9 +74,20 @@ class StepNetwork:
     cosines: torch.Tensor
     sines: torch.Tensor
     layers: Sequence[StepLayer]
-    norm: torch.Tensor
-    embedding: QuantLinear
+    norm: torch.Tensor | None
+    embedding: QuantLinear | None
     head: QuantLinear
+    entrance: StepEntrance | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Given:
+    """What a step brings along, float32 [tokens, hidden], contiguous: hidden states for the network's entrance, and its
+    tokens embedded.
+    """
+
+    states: torch.Tensor | None = None
+    embedded: torch.Tensor | None = None
 
 
 class StepBatch(Protocol):
@@ -115,7 +143,12 @@ class _Network(ctypes.Structure):
         *((name, ADDRESS) for name in ("cosines", "sines", "layer", "norm")),
         ("embedding", Matrix),
         ("head", Matrix),
+        ("entrance", ADDRESS),
     ]
+
+
+class _Entrance(ctypes.Structure):
+    _fields_ = [("embedding_norm", ADDRESS), ("hidden_norm", ADDRESS), ("fc", Matrix), ("keeps_norm", INT64)]
 
 
 class _Pool(ctypes.Structure):
@@ -130,7 +163,8 @@ class _Batch(ctypes.Structure):
     _fields_ = [
         *((name, INT64) for name in ("tokens", "sequences", "samples", "table_width")),
         *((name, ADDRESS) for name in ("token_ids", "positions", "slots", "starts", "context_lens", "blocks")),
-        *((name, ADDRESS) for name in ("sampled", "logits", "best", "highest", "on_layers", "tapped", "features")),
+        *((name, ADDRESS) for name in ("sampled", "states", "embedded", "logits", "best", "highest")),
+        *((name, ADDRESS) for name in ("on_layers", "tapped", "features")),
         *((name, INT64) for name in ("taps", "threads")),
     ]
 
@@ -144,7 +178,8 @@ class DecoderStep:
             raise InternalError("the native step cannot run this network")
         self._network = network
         self._layers = (_Layer * len(network.layers))(*map(_layer, network.layers))
-        self._struct = _struct(network, self._layers)
+        self._entrance = _entrance(network.entrance) if network.entrance is not None else None
+        self._struct = _struct(network, self._layers, self._entrance)
 
     def run(
         self,
@@ -153,17 +188,19 @@ class DecoderStep:
         num_threads: int,
         on_layers: OnLayers | None = None,
         taps: Sequence[int] = (),
+        given: Given = Given(),
     ) -> StepLogits:
         """One step on `num_threads` threads.
 
         kv_pool [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim], contiguous, float32, bfloat16 or
         float16. `on_layers(n)` hears when keys and values of the first n layers are stored; what it raises is raised
-        here, at the end. `taps`: see `models.decoder.Taps`. Token ids, positions and blocks must be in range: the
-        caller has checked them. Raises InternalError when shapes or types do not fit.
+        here, at the end. `taps`: see `models.decoder.Taps`. `given`: what the network calls for. Token ids, positions
+        and blocks must be in range: the caller has checked them. Raises InternalError when shapes or types do not fit.
         """
         network, native = self._network, _native()
         assert native is not None
         arrays = _checked(network, batch, kv_pool)
+        _check_given(network, given, len(batch.token_ids))
         head = network.head
         samples = len(batch.sampled_rows)
         logits = torch.empty(samples, head.packed.padded_outs)
@@ -177,6 +214,8 @@ class DecoderStep:
             samples,
             batch.block_table.shape[1],
             *(array.ctypes.data for array in arrays),
+            _address(given.states),
+            _address(given.embedded),
             logits.data_ptr(),
             best.ctypes.data,
             highest.ctypes.data,
@@ -252,11 +291,26 @@ def _checked(network: StepNetwork, batch: StepBatch, kv_pool: torch.Tensor) -> l
     return [array for array, _ in arrays.values()]
 
 
+def _check_given(network: StepNetwork, given: Given, tokens: int) -> None:
+    wanted = {"states": network.entrance is not None, "embedded": network.embedding is None}
+    for name, is_needed in wanted.items():
+        x: torch.Tensor | None = getattr(given, name)
+        if x is None and not is_needed:
+            continue
+        found = "missing" if x is None else f"{list(x.shape)} {x.dtype}"
+        if x is None or x.shape != (tokens, network.hidden) or x.dtype != torch.float32 or not x.is_contiguous():
+            raise InternalError(f"{name} is {found}, not [{tokens}, {network.hidden}] float32, contiguous")
+
+
+def _address(x: torch.Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
 def _layer(layer: StepLayer) -> _Layer:
     return _Layer(
-        layer.attention_norm.data_ptr(),
+        _address(layer.attention_norm),
         layer.mlp_norm.data_ptr(),
-        None if layer.qk_norm is None else layer.qk_norm.data_ptr(),
+        _address(layer.qk_norm),
         layer.qkv.matrix(),
         layer.output.matrix(),
         layer.gate_up.matrix(),
@@ -266,7 +320,16 @@ def _layer(layer: StepLayer) -> _Layer:
     )
 
 
-def _struct(network: StepNetwork, layers: ctypes.Array[_Layer]) -> _Network:
+def _entrance(entrance: StepEntrance) -> _Entrance:
+    norms = _address(entrance.embedding_norm), _address(entrance.hidden_norm)
+    return _Entrance(*norms, _matrix(entrance.fc), entrance.keeps_norm)
+
+
+def _matrix(linear: QuantLinear | None) -> Matrix:
+    return Matrix() if linear is None else linear.matrix()
+
+
+def _struct(network: StepNetwork, layers: ctypes.Array[_Layer], entrance: _Entrance | None) -> _Network:
     return _Network(
         network.hidden,
         network.inner,
@@ -280,7 +343,8 @@ def _struct(network: StepNetwork, layers: ctypes.Array[_Layer]) -> _Network:
         network.cosines.data_ptr(),
         network.sines.data_ptr(),
         ctypes.addressof(layers),
-        network.norm.data_ptr(),
-        network.embedding.matrix(),
+        _address(network.norm),
+        _matrix(network.embedding),
         network.head.matrix(),
+        None if entrance is None else ctypes.addressof(entrance),
     )

@@ -41,6 +41,11 @@ class Linear:
         total: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
         return total
 
+    def dense(self) -> torch.Tensor:
+        """The weight as it was given: a copy where it is packed."""
+        weight: torch.Tensor = self.weight.to_dense() if self.is_packed else self.weight
+        return weight
+
 
 @cache
 def can_pack(dtype: torch.dtype) -> bool:

@@ -10,7 +10,7 @@ import torch
 from penstock.core.errors import ConfigError
 from penstock.decode_node.local import LocalRunner
 from penstock.engine.interface import StepCosts
-from penstock.engine.speculation.build import build_speculation
+from penstock.engine.speculation.build import Openers, build_speculation
 from penstock.engine.speculation.control import Speculator
 from penstock.engine.speculation.draft_model import MAX_NEW_TOKENS, ModelProposer
 from penstock.engine.speculation.step_cost import StepCost
@@ -135,5 +135,5 @@ def test_build_opens_the_draft_model_by_its_name() -> None:
         opened.append(name)
         return FakeEngine()
 
-    assert isinstance(build_speculation("draft:small:er", 4, FakeEngine().spec, open_draft), Speculator)
+    assert isinstance(build_speculation("draft:small:er", 4, FakeEngine().spec, Openers(open_draft)), Speculator)
     assert opened == ["small:er"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ HF_CONFIG = {
 def write_tokenizer(folder: Path) -> None:
     """One token a word: `w0` to `w126`; everything else is `w1`."""
     words = {f"w{number}": number for number in range(127)}
-    document = {
+    document: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
