@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from penstock.benchmarks.speculation_prompts import load_prompts
 from penstock.core.clock import MonotonicClock
@@ -25,8 +26,10 @@ from penstock.core.ids import WorkerKey
 from penstock.decode_node.local import items_of
 from penstock.decode_node.role import DecodeRole
 from penstock.engine.block_pool import BlockPool
-from penstock.engine.speculation.build import build_speculation
-from penstock.engine.torch_engine import TorchEngine
+from penstock.engine.speculation.build import Openers, build_speculation
+from penstock.engine.speculation.draft_head import HeadProposer
+from penstock.engine.speculation.open_head import open_head, open_shipped_head
+from penstock.engine.torch_engine import Observe, TorchEngine
 from penstock.kvtransfer.destination import DestinationTable
 from penstock.models.store import resolve
 from penstock.models.tokenizer import Tokenizer, load_tokenizer
@@ -48,19 +51,29 @@ class Figures:
     seconds: list[float] = field(default_factory=list)  # of each group
 
 
+class Shown(NamedTuple):
+    """What `TorchEngine.show_steps` takes."""
+
+    taps: tuple[int, ...]
+    observe: Observe | None
+
+
 class Method:
     """A decode worker of its own, with its own drafts and prefix cache, on the engine that all methods share."""
 
     def __init__(self, name: str, engine: TorchEngine, max_tokens: int) -> None:
         spec, key = engine.spec, WorkerKey("bench", EPOCH)
         self.pool = BlockPool(spec.num_blocks, spec.block_size, enable_prefix_cache=False)
-        speculation = build_speculation("off" if name == AGAIN else name, max_tokens, spec, clock=MonotonicClock())
+        self._engine, self._shown = engine, Shown((), None)
+        openers, method = Openers(head=self._open_head), "off" if name == AGAIN else name
+        speculation = build_speculation(method, max_tokens, spec, openers, MonotonicClock())
         role = DecodeRole(key, spec, self.pool, DestinationTable(60.0), b"", speculation=speculation)
         self.core = WorkerCore(key, "both", engine, self.pool, [role], MonotonicClock(), max_batch_tokens=2048)
         self._number = 0
 
     def answer(self, prompts: list[list[int]], params: SamplingParams, figures: Figures) -> list[list[int]]:
         """All prompts at once; the time counts from when each has its first token."""
+        self._engine.show_steps(*self._shown)
         answers: dict[str, list[int]] = {}
         for ids in prompts:
             self._number += 1
@@ -79,6 +92,13 @@ class Method:
             figures.seconds.append(time.perf_counter() - started)
             figures.tokens += sum(map(len, answers.values()))
         return list(answers.values())
+
+    def _open_head(self, source: str | None) -> HeadProposer | None:
+        """A head sees only the steps of its own method."""
+        head = open_shipped_head(self._engine) if source is None else open_head(self._engine, Path(source))
+        if head is not None:
+            self._shown = Shown(head.taps, head.observe)
+        return head
 
     def _count(self, effects: list[CoreEffect], answers: dict[str, list[int]], figures: Figures | None) -> None:
         for item in items_of(effects):

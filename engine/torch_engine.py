@@ -142,9 +142,9 @@ class TorchEngine:
             self._observe(batch, drawn, result.features)
         return drawn
 
-    def show_steps(self, taps: tuple[int, ...], observe: Observe) -> None:
+    def show_steps(self, taps: tuple[int, ...], observe: Observe | None) -> None:
         """Show `observe` each step that samples: the hidden states `taps` (`models.decoder.Taps`) of its sampled rows,
-        and what was drawn from them. A draft head asks for it; there is one at most.
+        and what was drawn from them. A draft head asks for it; there is one at most, and none with None.
         """
         self._runner.taps, self._observe = taps, observe
 

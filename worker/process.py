@@ -252,7 +252,7 @@ def run_worker(who: Incarnation, engine: Engine, make_core: MakeCore, make_mesh:
     loop = WorkerLoop(core, mesh, router, inbox, clock, turns, who.drain_s)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: loop.drain())
-    obey_fault_signals(mesh, os.environ)
+    obey_fault_signals(mesh, core, os.environ)
     try:
         loop.run()
     finally:

@@ -67,7 +67,7 @@ class Speculator:
         offers = self._offers(seqs, bounds)
         lengths, saved_s = self._lengths(seqs, offers, room)
         if self._pauses is not None:
-            self._pauses.end(saved_s)
+            self._pauses.end(saved_s, self._draft_s)
         return [self._take(seq, offer, n) for seq, offer, n in zip(seqs, offers, lengths, strict=True)]
 
     def _offers(self, seqs: Sequences[Sequence], bounds: Sequences[int]) -> list[_Offer]:

@@ -26,10 +26,12 @@ class Pauses:
         self._began = self._clock.now()
         return True
 
-    def end(self, saved_s: float) -> None:
-        """What was found is expected to save so many seconds in this step."""
-        spent_s = self._clock.now() - self._began
-        self._saved += _RATE * (saved_s - self._saved)
+    def end(self, saved_s: float, drafting_s: float) -> None:
+        """What was found is expected to save so many seconds in this step. A model took `drafting_s` to make it, which
+        is weighed where models are asked.
+        """
+        spent_s = max(self._clock.now() - self._began - drafting_s, 0.0)
+        self._saved += _RATE * (saved_s - drafting_s - self._saved)
         self._spent += _RATE * (spent_s - self._spent)
         if self._saved >= _WORTH * self._spent:
             self._length = 0
