@@ -26,6 +26,7 @@ from penstock.core.ids import WorkerKey
 from penstock.decode_node.local import items_of
 from penstock.decode_node.role import DecodeRole
 from penstock.engine.block_pool import BlockPool
+from penstock.engine.saturation import STEPS
 from penstock.engine.speculation.build import Openers, build_speculation
 from penstock.engine.speculation.draft_head import HeadProposer
 from penstock.engine.speculation.open_head import open_head, open_shipped_head
@@ -158,7 +159,9 @@ def settings_of(args: argparse.Namespace) -> dict[str, str]:
 
 def measure(args: argparse.Namespace) -> dict[str, object]:
     path = resolve(args.model).path
-    engine = TorchEngine.load(path, model_name="model", dtype=args.dtype, num_blocks=args.blocks, measures_steps=True)
+    engine = TorchEngine.load(
+        path, model_name="model", dtype=args.dtype, num_blocks=args.blocks, measures_steps=STEPS[-1]
+    )
     tokenizer = load_tokenizer(path)
     methods = ["off", *args.methods.split(","), AGAIN]
     workers = {name: Method(name, engine, args.max_draft) for name in methods}

@@ -56,18 +56,27 @@ def register(commands: Commands) -> None:
     parser.add_argument(
         "--threads", type=whole_number(1, 4096), metavar="N", help="compute threads (default: every core)"
     )
+    parser.add_argument(
+        "--speculative",
+        metavar="METHOD",
+        default="auto",
+        help="what drafts tokens, as in `penstock serve`: off, auto, ngram, suffix, eagle, eagle:PATH, draft:MODEL; "
+        "the answer stays the same (default: auto)",
+    )
     add_model_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..core.config import SpeculationConfig, check_method
     from ..core.logging import setup_logging
     from ..deploy.launch import available_cores
     from ..models.tokenizer import load_tokenizer
     from ..protocol.sampling import SamplingParams
-    from .model_files import local_model, use_threads
+    from .model_files import local_method, local_model, use_threads
 
     setup_logging("generate", args.log_level or "warning")
     text = _prompt(args.prompt)
+    check_method(args.speculative)
     model = local_model(args.model)
     tokenizer = load_tokenizer(model.path)
     prompt_ids = _encode(tokenizer, text, args.raw)
@@ -76,11 +85,13 @@ def run(args: argparse.Namespace) -> int:
         temperature=args.temperature,
         seed=secrets.randbits(63) if args.seed is None else args.seed,
     )
+    method = local_method(SpeculationConfig(args.speculative), model.path)
     threads = args.threads or available_cores()
     use_threads(threads)
     from ..decode_node.local import LocalRunner
 
-    runner = LocalRunner.open(model.path, model.name, args.dtype or "auto", threads, args.quantization or "auto")
+    dtype, quantization = args.dtype or "auto", args.quantization or "auto"
+    runner = LocalRunner.open(model.path, model.name, dtype, threads, quantization, method)
     token_ids = (sampled.token_id for item in runner.stream(prompt_ids, params) for sampled in item.tokens)
     for piece in text_pieces(tokenizer, token_ids):
         print(printable(piece), end="", flush=True)

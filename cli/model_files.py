@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ..core.config import Topology
+    from ..core.config import SpeculationConfig, Topology
     from ..models.store import ModelPath
 
 
@@ -37,12 +37,13 @@ def with_local_model(topology: Topology) -> Topology:
     model = local_model(topology.model.source)
     name = topology.model.name or model.name
     topology = replace(topology, model=replace(topology.model, source=str(model.path), name=name))
-    return replace(topology, speculation=replace(topology.speculation, method=_local_method(topology, model.path)))
+    return replace(
+        topology, speculation=replace(topology.speculation, method=local_method(topology.speculation, model.path))
+    )
 
 
-def _local_method(topology: Topology, model: Path) -> str:
-    """The method of speculation, with a path on this disk where it names files."""
-    speculation = topology.speculation
+def local_method(speculation: SpeculationConfig, model: Path) -> str:
+    """The method that drafts for `model`, with a path on this disk where it names files. Raises ConfigError."""
     if speculation.draft_source is not None:
         draft = local_model(speculation.draft_source)
         _check_vocabulary(model, draft.path)

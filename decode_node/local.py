@@ -12,13 +12,17 @@ from ..core.errors import describe
 from ..core.ids import WorkerKey
 from ..engine.block_pool import BlockPool
 from ..engine.interface import Engine
+from ..engine.speculation.build import build_speculation
 from ..engine.speculation.interface import Speculation
 from ..kvtransfer.destination import DestinationTable
 from ..protocol.messages import AttemptFailed, ChoiceState, FromRouter, Output, StartDecode, Tokens, pack_ids
 from ..protocol.sampling import SamplingParams
 from ..worker.core import CoreEffect, WorkerCore
 from ..worker.role import Tell
+from .draft_sources import DraftOptions, openers
 from .role import DecodeRole
+
+DRAFT_TOKENS = 8  # of the longest draft
 
 _EPOCH = "0" * 16
 
@@ -44,14 +48,32 @@ class LocalRunner:
         self._number = 0
 
     @classmethod
-    def open(cls, path: Path, model_name: str, dtype: str, num_threads: int, quantization: str = "auto") -> LocalRunner:
-        """A runner on the model at `path`. Imports torch. Raises ModelFileError or ConfigError."""
+    def open(
+        cls,
+        path: Path,
+        model_name: str,
+        dtype: str,
+        num_threads: int,
+        quantization: str = "auto",
+        speculative: str = "off",
+    ) -> LocalRunner:
+        """A runner on the model at `path`; `speculative`: see `build_speculation`. Imports torch. Raises ModelFileError
+        or ConfigError.
+        """
         from ..engine.torch_engine import TorchEngine
 
         engine = TorchEngine.load(
-            path, model_name=model_name, dtype=dtype, quantization=quantization, num_threads=num_threads
+            path,
+            model_name=model_name,
+            dtype=dtype,
+            quantization=quantization,
+            num_threads=num_threads,
+            measures_steps=0 if speculative == "off" else 1 + DRAFT_TOKENS,
         )
-        return cls(engine)
+        drafts = openers(engine, DraftOptions(dtype=dtype, quantization=quantization))
+        clock = MonotonicClock()
+        speculation = build_speculation(speculative, DRAFT_TOKENS, engine.spec, drafts, clock)
+        return cls(engine, clock, speculation=speculation)
 
     def stream(self, prompt_ids: list[int], params: SamplingParams, timeout_s: float = 1e6) -> Iterator[Tokens]:
         """The tokens of every choice as they come; each choice's last item has a finish_reason. Raises ServeError if

@@ -69,8 +69,8 @@ def measure_saturation(decoder: Decoder, block_size: int, num_threads: int) -> i
     return found
 
 
-def measure_steps(decoder: Decoder, block_size: int, num_threads: int) -> StepCosts:
-    """What decode steps of this network take on this machine."""
+def measure_steps(decoder: Decoder, block_size: int, num_threads: int, longest: int = STEPS[-1]) -> StepCosts:
+    """What decode steps of this network take on this machine, of up to `longest` tokens."""
     config = decoder.config
     far = min(FAR, decoder.max_context - FURTHER)
     shape = (config.num_layers, 2, block_size, config.num_kv_heads, config.head_dim)
@@ -84,7 +84,7 @@ def measure_steps(decoder: Decoder, block_size: int, num_threads: int) -> StepCo
         return min(_timed(lambda: runner.step(batch)) for _ in range(_STEP_ROUNDS))
 
     started = time.perf_counter()
-    costs = step_costs(seconds, far, min(STEPS[-1], decoder.max_context))
+    costs = step_costs(seconds, far, min(longest, decoder.max_context))
     log.info("decode steps from %.1f ms (measured in %.1f s)", costs.curve[0][1] * 1e3, time.perf_counter() - started)
     return costs
 

@@ -89,7 +89,7 @@ class TorchEngine:
         max_model_len: int | None = None,
         num_threads: int | None = None,
         measures_chunks: bool = False,
-        measures_steps: bool = False,
+        measures_steps: int = 0,
         progress: Progress | None = None,
         make_memory: MakeMemory | None = None,
     ) -> TorchEngine:
@@ -97,8 +97,8 @@ class TorchEngine:
 
         `make_memory`: where the blocks lie, when they are not to have a memory of their own.
         `quantization`: see `resolve_grouping`. `measures_chunks`: find out `spec.saturation_tokens`;
-        `measures_steps`: `spec.step_costs`. Sets torch's number of threads for the whole process. Raises ModelFileError
-        or ConfigError.
+        `measures_steps`: `spec.step_costs`, for steps of up to so many tokens. Sets torch's number of threads for the
+        whole process. Raises ModelFileError or ConfigError.
         """
         if num_threads is not None:
             torch.set_num_threads(num_threads)
@@ -122,7 +122,9 @@ class TorchEngine:
             chunk = measure_saturation(decoder, block_size, engine.num_threads)
             engine.spec = replace(engine.spec, saturation_tokens=chunk)
         if measures_steps:
-            engine.spec = replace(engine.spec, step_costs=measure_steps(decoder, block_size, engine.num_threads))
+            engine.spec = replace(
+                engine.spec, step_costs=measure_steps(decoder, block_size, engine.num_threads, measures_steps)
+            )
         return engine
 
     def set_num_threads(self, num_threads: int) -> None:

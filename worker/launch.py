@@ -65,6 +65,7 @@ def load_engine(topology: Topology, spec: WorkerSpec, membership: Membership | N
     """The torch engine for one worker. Imports torch, so only a worker process calls it."""
     import torch
 
+    from ..engine.saturation import STEPS
     from ..engine.torch_engine import TorchEngine
 
     pool = spec.config
@@ -82,7 +83,7 @@ def load_engine(topology: Topology, spec: WorkerSpec, membership: Membership | N
         block_size=pool.block_size or topology.block_size,
         max_model_len=topology.model.max_model_len,
         measures_chunks=pool.max_num_batched_tokens is None,
-        measures_steps=spec.role != "prefill" and topology.speculation.method != "off",
+        measures_steps=STEPS[-1] if spec.role != "prefill" and topology.speculation.method != "off" else 0,
         make_memory=membership.make_memory if membership is not None else None,
     )
     share.rest()

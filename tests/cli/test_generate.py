@@ -67,7 +67,7 @@ def echo(monkeypatch: pytest.MonkeyPatch) -> type[Echo]:
 def test_prompt_goes_through_the_chat_template(echo: type[Echo], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "häy", "--threads", "2"]) == 0
     assert capsys.readouterr().out == "<häy>\n"
-    assert echo.made == [(Path("/tiny.gguf"), "tiny", "auto", 2, "auto")]
+    assert echo.made == [(Path("/tiny.gguf"), "tiny", "auto", 2, "auto", "auto")]
     assert (echo.asked[0].temperature, echo.asked[0].max_tokens) == (0.0, 256)
 
 
@@ -79,6 +79,19 @@ def test_raw_prompt_from_stdin_is_continued_as_it_stands(
     assert main(argv) == 0
     assert capsys.readouterr().out == "abcd\n"
     assert (echo.asked[0].temperature, echo.asked[0].seed) == (0.5, 7)
+
+
+def test_method_of_speculation_is_checked_and_its_path_made_absolute(
+    echo: type[Echo], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", "a", "--speculative", "eagel"]) != 0
+    assert "speculation.method: 'eagel' is not one of off, auto, ngram" in capsys.readouterr().err
+    assert main(["generate", "a", "--speculative", "eagle:head.safetensors"]) != 0
+    assert f"there is no draft head at {tmp_path}/head.safetensors" in capsys.readouterr().err
+    (tmp_path / "head.safetensors").touch()
+    assert main(["generate", "a", "--speculative", "eagle:head.safetensors"]) == 0
+    assert [made[-1] for made in echo.made] == [f"eagle:{tmp_path}/head.safetensors"]
 
 
 def test_empty_prompt_is_a_usage_error(echo: type[Echo], capsys: pytest.CaptureFixture[str]) -> None:
