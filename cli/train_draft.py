@@ -90,6 +90,9 @@ def _add_head_options(parser: Parser) -> None:
         "--inner", type=whole_number(32, 1 << 20), default=768, metavar="N", help="width of its MLP (default: 768)"
     )
     parser.add_argument(
+        "--start", type=Path, metavar="HEAD", help="a trained head to go on from, with its sizes and vocabulary"
+    )
+    parser.add_argument(
         "--steps", type=whole_number(1, 8), default=4, metavar="N", help="guesses unrolled in training (default: 4)"
     )
     parser.add_argument(
@@ -136,9 +139,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_paths(args: argparse.Namespace) -> None:
-    for path in args.prompts:
-        if not path.is_file():
-            raise CliError(f"--prompts: there is no file {path}", exit_code=USAGE)
+    for option, path in [*(("--prompts", path) for path in args.prompts), ("--start", args.start)]:
+        if path is not None and not path.is_file():
+            raise CliError(f"{option}: there is no file {path}", exit_code=USAGE)
     if args.out.suffix != ".safetensors" or not args.out.absolute().parent.is_dir():
         raise CliError(f"--out: {args.out} is not a .safetensors file in a folder that exists", exit_code=USAGE)
 
@@ -157,6 +160,7 @@ def _plan(args: argparse.Namespace) -> DraftPlan:
         epochs=args.epochs,
         max_prompt_tokens=args.max_prompt_tokens,
         max_samples=args.samples,
+        start=args.start,
     )
 
 
@@ -168,7 +172,13 @@ def _facts(args: argparse.Namespace) -> dict[str, str]:
     settings = ("draft_vocab", "inner", "steps", "epochs", "learning_rate", "temperature", "max_new_tokens")
     options = " ".join(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in settings)
     command = f"penstock train-draft {Path(args.model).name} --prompts {names} {options} --seed {args.seed}"
-    return {"command": command, "seed": str(args.seed), "version": __version__, "commit": _commit()}
+    facts = {"command": command, "seed": str(args.seed), "version": __version__, "commit": _commit()}
+    if args.start is None:
+        return facts
+    from ..models.draft_file import read_facts
+
+    before = read_facts(args.start).get("command", "unknown")
+    return facts | {"command": f"{command} --start {args.start.name}", "start_command": before}
 
 
 def _commit() -> str:

@@ -20,7 +20,7 @@ import torch
 from ..core.errors import ConfigError
 from ..engine.torch_engine import TorchEngine
 from ..models.draft_config import FINAL_NORM, head_config
-from ..models.draft_file import save_draft_head
+from ..models.draft_file import load_draft_head, save_draft_head
 from ..models.draft_head import DraftHead
 from ..models.tokenizer import load_tokenizer
 from .batches import epoch_batches, plain_batches
@@ -43,7 +43,9 @@ _FEATURES = (FINAL_NORM,)
 
 @dataclass(frozen=True, slots=True)
 class DraftPlan:
-    """draft_vocab_size and inner: see `head_config`. batch_rows: with padding."""
+    """draft_vocab_size and inner: see `head_config`. batch_rows: with padding. start: a head of ours that training goes
+    on from, whose sizes and vocabulary it keeps.
+    """
 
     generation: GenerationPlan = field(default_factory=GenerationPlan)
     optimiser: OptimiserPlan = field(default_factory=OptimiserPlan)
@@ -53,6 +55,7 @@ class DraftPlan:
     batch_rows: int = 2048
     max_prompt_tokens: int = 1024
     max_samples: int | None = None
+    start: Path | None = None
 
 
 class DraftFigures(msgspec.Struct, frozen=True):
@@ -89,13 +92,16 @@ def train_draft_head(
         report("features", done, total, "")
 
     paths = compute_features(target.decoder, samples, _FEATURES, work / "features", say)
-    draft_ids = choose_vocabulary(target, learned, plan)
-    trainer = make_trainer(target, draft_ids, plan, learned_examples(paths, samples))
+    if plan.start is not None:
+        trainer = resume_trainer(target, plan.start, plan)
+    else:
+        draft_ids = choose_vocabulary(target, learned, plan)
+        trainer = make_trainer(target, draft_ids, plan, learned_examples(paths, samples))
     run_training(trainer, paths, samples, work / "checkpoint.safetensors", plan, report)
     examples = [e for path in paths for e in read_examples(path, samples, _FEATURES) if is_held_out(e.sample)]
     acceptance = measure_kinds(trainer.head(), examples, plan.batch_rows, device, report)
     answer_tokens = sum(len(sample.output_ids) for sample in samples)
-    figures = DraftFigures(len(samples), answer_tokens, round(coverage(held_out, draft_ids), 4), acceptance)
+    figures = DraftFigures(len(samples), answer_tokens, round(coverage(held_out, trainer.draft_ids), 4), acceptance)
     measured = json.dumps(msgspec.to_builtins(figures))
     all_facts = {**facts, "target_identity": target.identity, "figures": measured}
     save_draft_head(trainer.head(), out, all_facts, with_lm_head=False)
@@ -149,6 +155,19 @@ def make_trainer(target: Target, draft_ids: torch.Tensor, plan: DraftPlan, examp
     weights = initial_weights(config, fc, plan.optimiser.seed)
     rows = target.lm_head[draft_ids.to(target.lm_head.device)]
     return Trainer(config, weights, target.embedding, rows, draft_ids, plan.optimiser)
+
+
+def resume_trainer(target: Target, start: Path, plan: DraftPlan) -> Trainer:
+    """A trainer that begins with the head at `start`. Raises ModelFileError or ConfigError."""
+    head = load_draft_head(start, target.config, target.embedding, target.lm_head)
+    if head.config.target_layers != _FEATURES:
+        raise ConfigError(
+            f"{start}: reads hidden states behind layers {head.config.target_layers}, not the last norm's"
+        )
+    device = target.lm_head.device
+    weights = {name: weight.to(device).requires_grad_() for name, weight in head.weights.items()}
+    rows = target.lm_head[head.draft_ids.to(device)]
+    return Trainer(head.config, weights, target.embedding, rows, head.draft_ids, plan.optimiser)
 
 
 def run_training(

@@ -59,9 +59,9 @@ class Trainer:
         of `draft_ids`; its device is that of all else.
         """
         self.config, self.plan, self.dtype, self.device = config, plan, dtype, lm_head.device
-        self._embedding, self._lm_head, self._draft_ids = embedding, lm_head.to(dtype), draft_ids.to(self.device)
+        self._embedding, self._lm_head, self.draft_ids = embedding, lm_head.to(dtype), draft_ids.to(self.device)
         self.weights = weights
-        self._teacher = Teacher(self._lm_head, self._draft_ids, config.layer.vocab_size)
+        self._teacher = Teacher(self._lm_head, self.draft_ids, config.layer.vocab_size)
         self._optimiser = torch.optim.AdamW(
             [
                 {"params": [w for w in self.weights.values() if w.dim() > 1], "weight_decay": plan.weight_decay},
@@ -75,7 +75,7 @@ class Trainer:
     def head(self) -> DraftHead:
         """The head as it is now, in the type in which it is used; differentiable."""
         weights = {name: weight.to(self.dtype) for name, weight in self.weights.items()}
-        return DraftHead(self.config, weights, self._embedding, self._lm_head, self._draft_ids)
+        return DraftHead(self.config, weights, self._embedding, self._lm_head, self.draft_ids)
 
     def train(self, batch: Batch, share: float) -> float:
         """One batch; its loss. `share`: how much of the whole training lies before it."""

@@ -5,16 +5,20 @@ the hand-off, and when a worker dies between two drafts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from penstock.benchmarks.speculation_prompts import load_prompts
+from penstock.decode_node.draft_sources import DraftOptions, openers
+from penstock.engine.interface import Engine
 from penstock.engine.sequence import Sequence as TokenSequence
 from penstock.engine.speculation.build import build_speculation
 from penstock.engine.speculation.control import Speculator
 from penstock.engine.speculation.draft_model import ModelProposer
-from penstock.engine.speculation.interface import Draft
+from penstock.engine.speculation.interface import Draft, Speculation
+from penstock.models.shipped_heads import FOLDER
 from penstock.models.tokenizer import Tokenizer
 from penstock.protocol.messages import WorkerLoad
 from penstock.protocol.sampling import SamplingParams
@@ -27,6 +31,7 @@ from .resuming import KINDS, NUM_TOKENS, ROUTER, Fault, assert_exact, holder, un
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
+HEAD = FOLDER / "smollm2-135m-instruct.safetensors"
 PER_CATEGORY, LONGEST = 10, 112
 GREEDY = SamplingParams(max_tokens=18, temperature=0, logprobs=0, ignore_eos=True)
 
@@ -52,6 +57,10 @@ def load_of(cluster: InProcessCluster, name: str) -> WorkerLoad:
     return cluster.workers[name].core.snapshot().load
 
 
+def speculation(method: str, engine: Engine) -> Speculation | None:
+    return build_speculation(method, 6, engine.spec, openers(engine, DraftOptions()))
+
+
 @pytest.fixture(scope="module")
 def plain(real_prompts: list[list[int]], base_engine: object, model_path: Path) -> dict[str, Result]:
     """What a colocated worker answers without drafts."""
@@ -65,17 +74,31 @@ def plain(real_prompts: list[list[int]], base_engine: object, model_path: Path) 
     return found
 
 
-@pytest.mark.parametrize(("method", "at_once"), [("suffix", 20), ("ngram", 3)])
+@pytest.mark.parametrize(("method", "at_once"), [("suffix", 20), ("ngram", 3), (f"eagle:{HEAD}", 20)])
 def test_greedy_answers_to_real_prompts_are_the_same_across_the_hand_off(
     method: str, at_once: int, real_prompts: list[list[int]], plain: dict[str, Result], make_engine: MakeEngine
 ) -> None:
     assert len(real_prompts) >= 60
     engines = {"prefill-0": make_engine(400), "decode-0": make_engine(400)}
-    with InProcessCluster(engines, speculate=lambda engine: build_speculation(method, 6, engine.spec)) as cluster:
+    with InProcessCluster(engines, speculate=partial(speculation, method)) as cluster:
         found = answers(cluster, real_prompts, at_once)
         load = load_of(cluster, "decode-0")
     assert_equal(found, plain)
     assert load.accepted_tokens > 100
+
+
+def test_a_heads_drafts_behind_a_hand_off_are_those_of_a_colocated_worker(
+    real_prompts: list[list[int]], make_engine: MakeEngine
+) -> None:
+    loads = []
+    for names in (("both-0",), ("prefill-0", "decode-0")):
+        engines = {name: make_engine(400) for name in names}
+        with InProcessCluster(engines, speculate=partial(speculation, f"eagle:{HEAD}")) as cluster:
+            answers(cluster, real_prompts[::6], 1)
+            loads.append(load_of(cluster, names[-1]))
+    colocated, disaggregated = loads
+    assert disaggregated.drafted_tokens == colocated.drafted_tokens > 300
+    assert disaggregated.accepted_tokens == colocated.accepted_tokens > 50
 
 
 def test_the_model_as_its_own_draft_is_right_but_for_rounding(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from penstock.cli.main import main
@@ -103,6 +104,17 @@ def test_head_that_was_written_loads_and_is_the_trained_one(
         assert torch.equal(weight, trained.weights[name].detach().to(torch.bfloat16).float())
 
 
+def test_training_goes_on_from_a_head(tiny_folder: Path, prompt_file: Path, tmp_path: Path) -> None:
+    """Without learning anything more it is that head."""
+    train(tiny_folder, prompt_file, tmp_path)
+    start = tmp_path / "h.safetensors"
+    still = replace(PLAN.optimiser, learning_rate=0.0, weight_decay=0.0)
+    train(tiny_folder, prompt_file, tmp_path / "more", replace(PLAN, start=start, optimiser=still, inner=32, epochs=1))
+    with safe_open(start, "pt") as before, safe_open(tmp_path / "more" / "h.safetensors", "pt") as after:
+        assert set(before.keys()) == set(after.keys())
+        assert all(torch.equal(before.get_tensor(name), after.get_tensor(name)) for name in before.keys())  # noqa: SIM118
+
+
 def test_few_prompts_are_refused(tiny_folder: Path, prompt_file: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="30 prompts are too few; 31 or more are needed"):
         train(tiny_folder, prompt_file, tmp_path, replace(PLAN, max_samples=30))
@@ -164,6 +176,7 @@ def test_command_trains_and_prints_the_figures(
     ("change", "problem"),
     [
         ({"--prompts": "none.jsonl"}, "--prompts: there is no file none.jsonl"),
+        ({"--start": "none.safetensors"}, "--start: there is no file none.safetensors"),
         ({"--out": "head.bin"}, "--out: head.bin is not a .safetensors file in a folder that exists"),
         ({"--out": "no/where.safetensors"}, "is not a .safetensors file in a folder that exists"),
     ],
