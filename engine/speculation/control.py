@@ -23,6 +23,7 @@ from .pauses import Pauses
 from .step_cost import StepCost
 
 MARGIN = 1.02
+_SLOWNESS_RATE = 0.1
 PROBE_EVERY = 64  # steps in which nothing is drafted though something could be
 
 
@@ -48,6 +49,7 @@ class Speculator:
         self, proposers: list[Proposer], max_tokens: int, cost: StepCost | None, clock: Clock | None = None
     ) -> None:
         self._pauses = Pauses(clock) if clock is not None and cost is not None else None
+        self._clock, self._slowness = clock, [1.0] * len(proposers)  # against what the proposers say, by the clock
         self._proposers, self._max_tokens, self._cost = proposers, max_tokens, cost
         self._acceptance = [Acceptance(proposer) for proposer in proposers]
         self._corrections: dict[Sequence, list[Correction]] = {}
@@ -72,25 +74,40 @@ class Speculator:
 
     def _offers(self, seqs: Sequences[Sequence], bounds: Sequences[int]) -> list[_Offer]:
         best = [_Offer(0, NOTHING, [])] * len(seqs)
-        for source, proposer in enumerate(self._proposers):
-            limits = self._affordable(source, seqs, bounds, best)
+        for source in range(len(self._proposers)):
+            limits, predicted_s = self._affordable(source, seqs, bounds, best)
             if not any(limits):
                 continue
-            for place, draft in enumerate(proposer.propose(seqs, limits)):
+            for place, draft in enumerate(self._make(source, seqs, limits, predicted_s)):
                 offer = _Offer(source, draft, self._reach(seqs[place], source, draft))
                 if offer.expected > best[place].expected:
                     best[place] = offer
         return best
 
+    def _make(self, source: int, seqs: Sequences[Sequence], limits: Sequences[int], predicted_s: float) -> list[Draft]:
+        """The drafts of a proposer, which are said to take so long. What they do take says more of the next ones."""
+        proposer = self._proposers[source]
+        if self._clock is None or not predicted_s:
+            self._draft_s += predicted_s
+            return proposer.propose(seqs, limits)
+        began = self._clock.now()
+        drafts = proposer.propose(seqs, limits)
+        taken_s = self._clock.now() - began
+        self._draft_s += taken_s
+        self._slowness[source] *= min(max(taken_s / predicted_s, 0.25), 4.0) ** _SLOWNESS_RATE
+        return drafts
+
     def _affordable(
         self, source: int, seqs: Sequences[Sequence], bounds: Sequences[int], best: list[_Offer]
-    ) -> Sequences[int]:
-        """How long drafts of this proposer may be to pay for being made, beside the offers that there are."""
+    ) -> tuple[Sequences[int], float]:
+        """How long drafts of this proposer may be to pay for being made, beside the offers that there are; and the
+        seconds that making them takes.
+        """
         num_cached = sum(seq.num_tokens for seq in seqs)
         each = self._proposers[source].seconds(len(seqs), num_cached)
         if self._cost is None or not each:
-            return bounds
-        each *= self._cost.scale
+            return bounds, 0.0
+        each *= self._cost.scale if self._clock is None else self._slowness[source]
         mean = self._acceptance[source].mean
         length, expected = 0, 1.0
         most = MARGIN / self._cost.seconds(len(seqs), num_cached, 0)
@@ -101,9 +118,9 @@ class Speculator:
             if rate > most:
                 length, most = number, rate
         length = length or self._probe()
-        self._draft_s += length * each
         gain = sum(mean**number for number in range(1, length + 1))
-        return [min(bound, length) if offer.expected < gain else 0 for bound, offer in zip(bounds, best, strict=True)]
+        limits = [min(bound, length) if offer.expected < gain else 0 for bound, offer in zip(bounds, best, strict=True)]
+        return limits, length * each
 
     def _reach(self, seq: Sequence, source: int, draft: Draft) -> list[float]:
         correction, acceptance = self._correction(seq, source), self._acceptance[source]

@@ -1,7 +1,7 @@
 """One step of a draft head for many sequences: rows in, their keys and values stored, a guess behind each last row.
 
 TorchHeadStep    sequence by sequence, as `models.draft_chain` does it; anywhere
-NativeHeadStep   the decoder step's kernel, with weights of 8 bits and all sequences in one call
+NativeHeadStep   the decoder step's kernel, with weights of 8 bits (4 at the end) and all sequences in one call
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from ...kernels.decoder_step.op import DecoderStep, Given, StepEntrance, StepLayer, StepNetwork, can_run
-from ...kernels.quant_linear.grouped import GROUP, group
+from ...kernels.quant_linear.grouped import GROUP, group, group_in_4_bits
 from ...kernels.quant_linear.op import QuantEmbedding, QuantLinear, is_native
 from ...models.draft_config import EAGLE3
 from ...models.draft_head import DraftHead
@@ -161,7 +161,7 @@ def _network(head: DraftHead, max_positions: int) -> StepNetwork:
         layers=[_layer(head)],
         norm=_float(head, "norm.weight"),
         embedding=head.embedding.linear if isinstance(head.embedding, QuantEmbedding) else None,
-        head=QuantLinear(group(head.lm_head.float())),
+        head=QuantLinear(group_in_4_bits(head.lm_head.float())),  # most of what a guess reads
         entrance=_entrance(head),
     )
 

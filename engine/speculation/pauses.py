@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from ...core.clock import Clock
 
-_RATE = 0.3  # of the averages
-_WORTH = 1.5  # what a draft is expected to save, at least, over what looking for it takes
-_LONGEST = 16  # steps
+_LOOKS = 4  # are judged together: one alone says little of whether the next one pays
+_KEPT = 0.5  # of what was judged, for the next time
+_WORTH = 1.5  # what drafts are expected to save, at least, over what looking for them takes
+_SHORTEST, _LONGEST = 4, 16  # steps of a pause
 
 
 class Pauses:
-    """Averages of what drafting is expected to save and of what it takes; pauses double while it does not pay."""
+    """What some looks are expected to save, beside what they take; pauses double while they do not pay."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._saved = self._spent = 0.0
-        self._length = self._left = 0
+        self._looks = self._length = self._left = 0
         self._began = 0.0
 
     def begin(self) -> bool:
@@ -30,11 +31,12 @@ class Pauses:
         """What was found is expected to save so many seconds in this step. A model took `drafting_s` to make it, which
         is weighed where models are asked.
         """
-        spent_s = max(self._clock.now() - self._began - drafting_s, 0.0)
-        self._saved += _RATE * (saved_s - drafting_s - self._saved)
-        self._spent += _RATE * (spent_s - self._spent)
-        if self._saved >= _WORTH * self._spent:
-            self._length = 0
-        else:
-            self._length = min(max(1, 2 * self._length), _LONGEST)
+        self._spent += max(self._clock.now() - self._began - drafting_s, 0.0)
+        self._saved += saved_s - drafting_s
+        self._looks += 1
+        if self._looks < _LOOKS:
+            return
+        pays = self._saved >= _WORTH * self._spent
+        self._length = 0 if pays else min(max(_SHORTEST, 2 * self._length), _LONGEST)
         self._left = self._length
+        self._saved, self._spent, self._looks = self._saved * _KEPT, self._spent * _KEPT, 0

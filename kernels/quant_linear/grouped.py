@@ -77,6 +77,23 @@ def group(weight: torch.Tensor) -> GroupedWeight:
     return GroupedWeight(codes.to(torch.uint8).view(outs, ins).numpy(), d.numpy(), (d * -128).numpy(), bits=8)
 
 
+def group_in_4_bits(weight: torch.Tensor) -> GroupedWeight:
+    """Round weight [outs, ins] to 4 bits: the least value of a group becomes 0, its largest 15.
+
+    Raises InternalError when `ins` is no multiple of 32.
+    """
+    outs, ins = weight.shape
+    _check_ins(ins)
+    values = weight.to(torch.float32).view(outs, ins // GROUP, GROUP)
+    m = values.amin(dim=-1).to(torch.float16)
+    rest = values - m.to(torch.float32)[..., None]
+    d = (rest.amax(dim=-1) / 15).to(torch.float16)
+    step = d.to(torch.float32)
+    inverse = torch.where(step > 0, 1 / step, 0.0)
+    codes = (rest * inverse[..., None]).round_().clamp_(0, 15)
+    return GroupedWeight(codes.to(torch.uint8).view(outs, ins).numpy(), d.numpy(), m.numpy(), bits=4)
+
+
 def joined(weights: list[GroupedWeight]) -> GroupedWeight:
     """One weight whose outputs are those of `weights` in turn; 8 bits when any has 8, which changes no value."""
     return GroupedWeight(

@@ -10,6 +10,7 @@ import torch
 
 from penstock.engine.speculation.head_cache import FIRST_SLOTS, HeadCache
 from penstock.engine.speculation.head_step import HeadRows, HeadStep, NativeHeadStep, TorchHeadStep, make_head_step
+from penstock.kernels.quant_linear.grouped import expand, group_in_4_bits
 from penstock.kernels.quant_linear.op import is_native
 from penstock.models.draft_chain import DraftCache, draft_chain
 from penstock.models.draft_head import DraftHead
@@ -75,6 +76,7 @@ def test_torch_step_is_the_chain_of_each_sequence_alone(head: DraftHead) -> None
 def test_native_step_is_the_torch_step_but_for_eight_bits(head: DraftHead) -> None:
     native = make_head_step(head, 400, lambda: 2)
     assert isinstance(native, NativeHeadStep)
+    head.lm_head = expand(group_in_4_bits(head.lm_head))
     for ours, twins in zip(run(head, native, ROUNDS, 1), run(head, TorchHeadStep(head), ROUNDS, 1), strict=True):
         error = np.abs(ours[0] - twins[0]).max()
         assert error < 0.05 * np.abs(twins[0]).max()

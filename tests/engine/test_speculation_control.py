@@ -14,8 +14,10 @@ from penstock.engine.sequence import Sequence
 from penstock.engine.speculation.build import build_speculation
 from penstock.engine.speculation.control import PROBE_EVERY, Speculator
 from penstock.engine.speculation.interface import NOTHING, Draft
+from penstock.engine.speculation.pauses import Pauses
 from penstock.engine.speculation.step_cost import StepCost
 from penstock.protocol.sampling import SamplingParams
+from penstock.testing.clock import FakeClock
 from penstock.testing.fake_engine import FakeEngine
 from penstock.testing.sim_parking import SteppingClock
 
@@ -175,9 +177,45 @@ def test_looking_for_drafts_is_paused_while_nothing_is_found() -> None:
     assert proposer.asked == 20
     proposer.is_over = True
     run(speculator, seqs, 1.0, 200)
-    assert proposer.asked < 20 + 60
+    assert proposer.asked < 20 + 100
     proposer.is_over = False
     assert run(speculator, seqs, 1.0, 40)[-5:] == [8] * 5
+
+
+class Modest(Coin):
+    """Says that a token takes next to nothing, and takes `token_s` of the clock."""
+
+    def __init__(self, clock: FakeClock, token_s: float) -> None:
+        super().__init__(0.6)
+        self._clock, self._token_s = clock, token_s
+
+    def seconds(self, num_seqs: int, num_cached: int) -> float:
+        return 0.1e-3
+
+    def propose(self, seqs: Sequences[Sequence], limits: Sequences[int]) -> list[Draft]:
+        self._clock.advance(self._token_s * max(limits))
+        return super().propose(seqs, limits)
+
+
+@pytest.mark.parametrize(("token_s", "least", "most"), [(0.1e-3, 1.0, 8.0), (4e-3, 0.0, 0.3)])
+def test_what_drafts_take_to_make_is_learned(token_s: float, least: float, most: float) -> None:
+    clock = FakeClock()
+    speculator = Speculator([Modest(clock, token_s)], 8, StepCost(COSTS), clock)
+    drafted = run(speculator, sequences(1), 0.6, 300)
+    assert least <= sum(drafted[-100:]) / 100 <= most
+
+
+def test_one_bad_look_does_not_end_looking_that_pays() -> None:
+    """Three looks in ten find something, which saves more than all ten take."""
+    clock, looks = FakeClock(), 0
+    pauses = Pauses(clock)
+    rng = random.Random(1)
+    for _ in range(1000):
+        if pauses.begin():
+            looks += 1
+            clock.advance(0.1e-3)
+            pauses.end(1.5e-3 if rng.random() < 0.3 else 0.0, 0.0)
+    assert looks > 700
 
 
 def test_build_knows_its_methods() -> None:

@@ -9,7 +9,15 @@ import torch
 from penstock.core.errors import InternalError
 from penstock.kernels.native import library
 from penstock.kernels.quant_linear import reference
-from penstock.kernels.quant_linear.grouped import GroupedWeight, expand, group, joined, pack, unpack
+from penstock.kernels.quant_linear.grouped import (
+    GroupedWeight,
+    expand,
+    group,
+    group_in_4_bits,
+    joined,
+    pack,
+    unpack,
+)
 from penstock.kernels.quant_linear.op import QuantEmbedding, QuantLinear
 
 from .native_levels import any_level, native_level
@@ -95,6 +103,18 @@ def test_rounding_to_eight_bits_loses_little() -> None:
     given = torch.randn(64, 256)
     error = (expand(group(given)) - given).abs().max()
     assert error <= given.abs().max() / 127 * 0.51
+
+
+def test_rounding_to_four_bits_keeps_the_ends_of_a_group_and_errs_by_half_a_step() -> None:
+    given = torch.randn(64, 256) + 3
+    rounded = group_in_4_bits(given)
+    assert rounded.bits == 4
+    groups, steps = given.view(64, 8, 32), torch.from_numpy(rounded.d.astype("float32"))
+    error = (expand(rounded).view(64, 8, 32) - groups).abs().amax(dim=-1)
+    assert bool((error <= 0.51 * steps + 0.01).all())
+    assert set(rounded.codes.ravel().tolist()) == set(range(16))
+    flat = torch.full((16, 32), 0.5)
+    assert torch.equal(expand(group_in_4_bits(flat)), flat)
 
 
 def test_four_bits_beside_eight_change_no_value() -> None:
