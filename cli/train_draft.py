@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import os
 import subprocess
 import sys
@@ -20,8 +18,6 @@ from .terminal import table
 
 if TYPE_CHECKING:
     from ..training.draft_training import DraftFigures, DraftPlan, Report
-
-_M_MMAP_THRESHOLD = -3  # of malloc.h
 
 _DETAILS = """\
 A draft head guesses tokens ahead of the model, so that one step of the model verifies several. The model answers the
@@ -128,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
     model = local_model(args.model)
     threads = args.threads or available_cores()
     use_threads(threads)
-    _keep_memory_small()
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # every batch has other sizes: few are met again
     import msgspec
     import torch
 
@@ -142,15 +138,6 @@ def run(args: argparse.Namespace) -> int:
         figures = train_draft_head(model.path, args.prompts, args.out, work, plan, device, _facts(args), report)
     print(msgspec.json.format(msgspec.json.encode(figures)).decode() if args.json else _as_table(figures))
     return 0
-
-
-def _keep_memory_small() -> None:
-    """Every batch has other sizes. glibc keeps pieces of all of them, and oneDNN what it prepares for each, until the
-    process has several times what it uses; so large pieces go back at once, and oneDNN keeps few.
-    """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-    with contextlib.suppress(AttributeError, OSError):  # another C library
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 128 << 10)
 
 
 def _check_paths(args: argparse.Namespace) -> None:

@@ -28,6 +28,7 @@ from .evaluation import Acceptance, measure_acceptance
 from .features import Example, compute_features, read_examples
 from .generation import GenerationPlan, Sample, generate_samples
 from .initial import initial_weights, linear_guess
+from .memory import give_back
 from .prompts import encode_chats, read_chats
 from .target import Target, load_target
 from .trainer import OptimiserPlan, Trainer
@@ -195,6 +196,7 @@ def run_training(
             report("training", seen, total, f"loss {loss:.3f}")
             if number % _BATCHES_A_CHECKPOINT == 0 or seen == total:
                 trainer.save(checkpoint, facts)
+                give_back()
 
 
 def measure_kinds(
