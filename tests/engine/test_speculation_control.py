@@ -58,7 +58,7 @@ def run(speculator: Speculator, seqs: list[Sequence], hit_rate: float, steps: in
         for seq, draft in zip(seqs, drafts, strict=True):
             accepted = next((n for n in range(len(draft)) if rng.random() >= hit_rate), len(draft))
             if draft:
-                speculator.verified(seq, draft, accepted)
+                speculator.verified(seq, len(draft), tuple(range(accepted)))
     return drafted
 
 
@@ -98,7 +98,7 @@ def test_the_lucky_sequence_drafts_and_its_unlucky_neighbour_does_not() -> None:
         drafts = speculator.draft(seqs, [8, 8], 512)
         for seq, draft, is_lucky in zip(seqs, drafts, (True, False), strict=True):
             if draft:
-                speculator.verified(seq, draft, len(draft) if is_lucky else 0)
+                speculator.verified(seq, len(draft), tuple(range(len(draft) if is_lucky else 0)))
     lucky, unlucky = speculator.draft(seqs, [8, 8], 512)
     assert len(lucky) == 8
     assert len(unlucky) <= 1
@@ -108,7 +108,7 @@ def test_limits_and_room_hold() -> None:
     speculator, seqs = Speculator([Coin(0.99)], 5, None), sequences(3)
     assert list(map(len, speculator.draft(seqs, [9, 2, 0], 512))) == [5, 2, 0]
     assert sum(map(len, speculator.draft(seqs, [9, 9, 9], 4))) <= 4
-    assert speculator.draft(seqs, [9, 9, 9], 0) == [(), (), ()]
+    assert speculator.draft(seqs, [9, 9, 9], 0) == [NOTHING] * 3
     assert speculator.draft([], [], 9) == []
 
 
@@ -117,7 +117,7 @@ def test_counts_are_by_place() -> None:
     for accepted in (3, 1):
         drafts = speculator.draft(seqs, [3, 3], 512)
         for seq, draft in zip(seqs, drafts, strict=True):
-            speculator.verified(seq, draft, accepted)
+            speculator.verified(seq, len(draft), tuple(range(accepted)))
     counts = speculator.counts
     assert (counts.drafts, counts.drafted, counts.accepted, counts.positions) == (4, 12, 8, (4, 2, 2))
 
