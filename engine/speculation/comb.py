@@ -4,7 +4,7 @@
     a'  b'  c'      A head that guesses has scored the runners-up anyway; where one of them is what the sequence draws,
     a"  b"          the step yields it and one token more.
 
-A kind tells a token's rank, its place, and what probability the head gave it.
+A kind tells whether a token is of the chain or which runner-up, its place, and what probability the head gave it.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def chain_kind(place: int, share: float) -> int:
     return place * SURENESS + min(int(share * SURENESS), SURENESS - 1)
 
 
-def leaf_kind(rank: int, place: int, share: float) -> int | None:
-    """rank: from 1. None where it is too unlikely to be drafted."""
+def leaf_kind(runner: int, place: int, share: float) -> int | None:
+    """Of the runner-up with this number, from 1. None where it is too unlikely to be drafted."""
     halvings = int(-math.log2(share)) if share > 0 else HALVINGS
     if halvings >= HALVINGS:
         return None
-    return _LEAVES + ((rank - 1) * MAX_DRAFT_TOKENS + place) * HALVINGS + halvings
+    return _LEAVES + ((runner - 1) * MAX_DRAFT_TOKENS + place) * HALVINGS + halvings
 
 
 def ranked(scores: Floats, best: int, count: int) -> list[int]:
@@ -80,8 +80,8 @@ class Comb:
         place = len(self.token_ids)
         self.token_ids.append(token_ids[0])
         self.kinds.append(chain_kind(place, shares[0]))
-        for rank, (token_id, share) in enumerate(zip(token_ids[1:], shares[1:], strict=True), 1):
-            kind = leaf_kind(rank, place, share)
+        for runner, (token_id, share) in enumerate(zip(token_ids[1:], shares[1:], strict=True), 1):
+            kind = leaf_kind(runner, place, share)
             if kind is not None:
                 self.leaves.append((place, token_id, kind))
 

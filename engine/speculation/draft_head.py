@@ -95,9 +95,8 @@ class HeadProposer:
         hidden, zeros = torch.zeros(count, self._head.config.layer.hidden_size), np.zeros(count, np.int64)
         started = time.perf_counter()
         guesses = self._guess(states, hidden, zeros, zeros, 0)
-        comb.shares_of(
-            guesses.logits, [comb.ranked(*pair, comb.RUNNERS_UP) for pair in zip(guesses.logits, zeros, strict=True)]
-        )
+        best = zip(guesses.logits, guesses.best.tolist(), strict=True)
+        comb.shares_of(guesses.logits, [comb.ranked(logits, entry, comb.RUNNERS_UP) for logits, entry in best])
         taken = time.perf_counter() - started
         for state in states:
             self._cache.give_back(state.slot)

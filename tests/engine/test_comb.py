@@ -46,7 +46,7 @@ def test_a_comb_without_leaves_is_a_chain() -> None:
 def test_kinds_are_apart_and_guess_what_they_stand_for() -> None:
     places = range(MAX_DRAFT_TOKENS)
     seen = {comb.chain_kind(place, (n + 0.5) / 8) for place in places for n in range(8)}
-    leaves = {comb.leaf_kind(rank, place, 0.7 * 0.5**n) for rank in (1, 2) for place in places for n in range(5)}
+    leaves = {comb.leaf_kind(runner, place, 0.7 * 0.5**n) for runner in (1, 2) for place in places for n in range(5)}
     assert len(seen) + len(leaves) == comb.NUM_KINDS == len(seen | leaves)
     assert None not in leaves
     assert comb.first_guess(comb.chain_kind(3, 0.8)) == pytest.approx(0.8125)

@@ -15,12 +15,12 @@ from penstock.core.errors import ConfigError
 from penstock.core.random_bits import choice_seed
 from penstock.decode_node.local import LocalRunner
 from penstock.engine.interface import ScheduledSeq, StepCosts
-from penstock.engine.race import race_key, winner
+from penstock.engine.race import arrival_times, race_key, winner
 from penstock.engine.sequence import Sequence
 from penstock.engine.speculation.build import Openers, build_speculation
 from penstock.engine.speculation.control import Speculator
 from penstock.engine.speculation.draft_head import HeadProposer
-from penstock.engine.speculation.head_step import TorchHeadStep, make_head_step
+from penstock.engine.speculation.head_step import HeadGuesses, TorchHeadStep, make_head_step
 from penstock.engine.speculation.interface import Draft, Proposer
 from penstock.engine.speculation.open_head import head_matrix, open_head, open_shipped_head
 from penstock.engine.torch_engine import TorchEngine, build_decoder
@@ -148,6 +148,52 @@ def test_a_head_that_knows_all_is_accepted_from_the_second_step_on(params: Sampl
     assert drafted == plain
     assert load.accepted_tokens == load.drafted_tokens
     assert load.steps <= 2 + len(plain[0]) / 5 + 1
+
+
+class Second(Perfect):
+    """As `Perfect`, but holds another token likeliest: what the target says comes in second."""
+
+    def __call__(self, rows, pool):
+        guesses = super().__call__(rows, pool)
+        for logits in guesses.logits:
+            right = int(logits.argmax())
+            logits[right] = 50
+            logits[right - 1 if right else 1] = 50.4
+        guesses.best[:] = guesses.logits.argmax(axis=1)
+        return guesses
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED, RULED])
+def test_runners_up_are_drafted_and_accepted(params: SamplingParams) -> None:
+    plain, _ = run(engine(), None, params)
+    target = engine()
+    watching = Watching(head_for(target, "eagle"), target)
+    watching._step = second = Second(head_for(target, "eagle"))
+    second.answer = plain[0]
+    drafted, load = run(target, watching, params)
+    assert drafted == plain
+    assert all(draft.parents for _, draft in watching.drafts[1:])
+    if params.temperature == 0:  # sampled ones draft whichever of the two arrives first
+        assert load.accepted_at[1:] == (0, 0, 0)
+        assert load.accepted_at[0] >= 0.9 * load.drafts
+    assert load.accepted_tokens > 15
+    positions = [position for position, _, _ in watching.seen]
+    assert positions == list(range(positions[0], positions[0] + len(positions)))  # of paths, and nothing beside them
+
+
+def test_sampled_runners_up_come_in_next_in_the_sequences_own_race() -> None:
+    target = engine()
+    head = head_for(target, "ours")
+    proposer = HeadProposer(head, TorchHeadStep(head))
+    seq = a_sequence(SAMPLED, [1, 2, 3])
+    logits = np.random.default_rng(5).normal(size=(1, 100)).astype(np.float32) * 3
+    for place in range(5):
+        guesses = HeadGuesses(torch.zeros(1, 1), logits.copy(), logits.argmax(axis=1))
+        entries = proposer._ranked(seq, guesses, 0, place)
+        times = arrival_times(race_key(choice_seed(7, 2), 3 + place), TARGET.vocab_size, head.draft_ids.numpy())
+        order = np.argsort(-np.exp(logits[0] - logits.max()) / times)
+        assert entries == order[:3].tolist()
+        assert (guesses.logits == logits).all()
 
 
 def a_sequence(params: SamplingParams, output: list[int]) -> Sequence:

@@ -198,7 +198,7 @@ class Trees(Coin):
 
     def __init__(self, parents: tuple[int, ...], chances: tuple[float, ...]) -> None:
         super().__init__()
-        self.tree, self.chances, self.num_kinds = parents, chances, len(chances)  # type: ignore[misc]
+        self.tree, self.chances, self.num_kinds = parents, chances, len(chances)
 
     def first_guess(self, kind: int) -> float:
         return self.chances[kind]
