@@ -86,7 +86,7 @@ def test_the_model_as_its_own_draft_is_right_but_for_rounding(
     draft = make_engine(400)
     engines = {"both-0": make_engine(400)}
     with InProcessCluster(
-        engines, speculate=lambda engine: Speculator([ModelProposer(draft, engine.spec)], 4, None)
+        engines, speculate=lambda engine: Speculator([ModelProposer(draft, engine.spec)], 4, None, takes_trees=False)
     ) as cluster:
         found = answers(cluster, some, 10)
         load = load_of(cluster, "both-0")
