@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..engine.block_pool import BlockPool
+from ..engine.draft_tree import path_of
 from ..engine.interface import ScheduledSeq
 from ..engine.sequence import Sequence, blocks_for
 from ..engine.speculation.interface import DraftCounts, Speculation
@@ -33,7 +34,7 @@ class Drafting:
             self._pool.grow(table, entry.seq.num_tokens + len(draft))
             spare -= len(table) - num_before
             budget.num_tokens -= len(draft)
-            extended.append(ScheduledSeq(entry.seq, entry.num_new_tokens, draft))
+            extended.append(ScheduledSeq(entry.seq, entry.num_new_tokens, draft.token_ids, draft.parents))
         return extended
 
     def _limit(self, seq: Sequence, spare: int) -> int:
@@ -44,11 +45,14 @@ class Drafting:
         return max(0, min(room, seq.params.max_tokens - len(seq.output_ids) - 1))
 
     def settle(self, entry: ScheduledSeq, num_accepted: int) -> None:
-        """Blocks that held nothing but what was not accepted are free again."""
+        """Blocks that held nothing but what was not accepted are free again. `seq` has the accepted tokens by now, and
+        their KV lies behind its own (`Engine.execute`).
+        """
         if self._speculation is None or not entry.draft:
             return
         seq = entry.seq
-        self._speculation.verified(seq, entry.draft, num_accepted)
+        accepted = seq.tokens(seq.num_computed_tokens - num_accepted, seq.num_computed_tokens)
+        self._speculation.verified(seq, len(entry.draft), path_of(entry.draft, entry.parents, accepted))
         keep = blocks_for(seq.num_tokens, self._pool.block_size)
         self._pool.free(seq.block_table[: keep - 1 : -1])
         del seq.block_table[keep:]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..protocol.messages import Fingerprint, SampledToken
+from .draft_tree import CHAIN, Parents
 from .kv_memory import KVMemory
 from .sequence import Sequence
 
@@ -18,11 +19,13 @@ class ScheduledSeq:
     `sample` holds when these reach the sequence's end: then one token for each of `seq.choices` is drawn from the
     last logits. `draft`: tokens that may follow, of an entry that samples for one choice. They are computed with the
     others, and as many of them as are what the sequence draws anyway are its next tokens, with one more behind them.
+    `parents`: which of them each follows, where they are a tree (`draft_tree`); only for an engine that `takes_trees`.
     """
 
     seq: Sequence
     num_new_tokens: int
     draft: tuple[int, ...] = ()
+    parents: Parents = CHAIN
 
     @property
     def num_step_tokens(self) -> int:
@@ -61,6 +64,7 @@ class EngineSpec:
     bytes_per_token: int
     saturation_tokens: int = 512  # a step of more new tokens computes each of them no faster
     step_costs: StepCosts | None = None  # None: not measured
+    takes_trees: bool = False  # drafts may be trees; else they are chains
 
     @property
     def layer_bytes(self) -> int:
@@ -78,12 +82,14 @@ class Engine(Protocol):
         """Run one step over a ragged batch; for each entry the sampled tokens (empty when it does not sample).
 
         An entry with a draft gets the drafted tokens that its sequence draws, up to the first other one, and this one
-        too: one to len(draft) + 1 tokens, the same that as many steps without a draft give.
+        too: one to len(draft) + 1 tokens, the same that as many steps without a draft give. Of a tree these are the
+        tokens of one path, whose KV then lies in consecutive slots, as if they alone had been computed.
 
         `on_layers(n)` is called within the step, on its thread, when the first n layers of all new KV are written.
 
         Writes the KV of the new tokens into the entry's blocks and reads those of all earlier ones. Running the same
-        entry again writes the same values. Raises for the whole batch; nothing of the sequences has changed then.
+        entry again writes the same values of the tokens that count. Raises for the whole batch; nothing of the
+        sequences has changed then.
         """
         ...
 

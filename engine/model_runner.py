@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..core.errors import InternalError
 from ..kernels.decoder_step.op import DecoderStep, StepLogits, likeliest
-from ..kernels.kv_write.op import clear_blocks, kv_rows
+from ..kernels.kv_write.op import clear_blocks, kv_rows, move_kv
 from ..kernels.paged_attention.plan import PoolShape, build_plan
 from ..models.config import ModelConfig
 from ..models.decoder import Decoder, StepInput, Taps
@@ -76,6 +77,11 @@ class ModelRunner:
         logits = self._decoder.forward(self._step_input(batch), self._pool, on_layers, taps)
         return replace(likeliest(logits), features=taps.features())
 
+    def move(self, sources: npt.NDArray[np.int64], targets: npt.NDArray[np.int64]) -> None:
+        """Copy keys and values from slots to slots."""
+        if len(sources):
+            move_kv(self._pool, torch.from_numpy(sources), torch.from_numpy(targets))
+
     def _run_natively(self, step: DecoderStep, batch: Batch, on_layers: OnLayers | None) -> StepLogits:
         if len(batch.fresh_blocks):
             clear_blocks(self._pool, torch.from_numpy(batch.fresh_blocks))
@@ -88,7 +94,9 @@ class ModelRunner:
             kv_rows=kv_rows(torch.from_numpy(batch.slot_mapping), self._pool),
             fresh_blocks=torch.from_numpy(batch.fresh_blocks),
             sampled_rows=torch.from_numpy(batch.sampled_rows),
-            plan=build_plan(batch.cu_seqlens_q, batch.context_lens, batch.block_table, self._shape, self._window),
+            plan=build_plan(
+                batch.cu_seqlens_q, batch.context_lens, batch.block_table, self._shape, self._window, batch.tree
+            ),
         )
 
     def _check(self, batch: Batch) -> None:

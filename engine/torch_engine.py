@@ -20,6 +20,7 @@ from ..models.config import ModelConfig
 from ..models.decoder import Decoder
 from ..models.weights import Weight, load_weights
 from ..protocol.messages import Fingerprint, SampledToken
+from .accepted import drawn_rows, moved_slots
 from .batch import build_batch
 from .interface import EngineSpec, OnLayers, ScheduledSeq
 from .kv_memory import DEFAULT_KV_BYTES, KVMemory, blocks_in
@@ -73,6 +74,7 @@ class TorchEngine:
             vocab_size=config.vocab_size,
             eos_token_ids=frozenset(config.eos_token_ids),
             bytes_per_token=config.num_layers * layer_bytes(config, 1, dtype),
+            takes_trees=True,
         )
 
     @classmethod
@@ -140,13 +142,15 @@ class TorchEngine:
         result = self._runner.step(inputs, on_layers)
         self.network_s += time.perf_counter() - started
         drawn = draw(result, batch, self.spec.eos_token_ids)
+        if inputs.tree is not None:
+            self._runner.move(*moved_slots(inputs, batch, drawn))
         if self._observe is not None and result.features is not None:
-            self._observe(batch, drawn, result.features)
+            self._observe(batch, drawn, result.features[drawn_rows(batch, drawn)])
         return drawn
 
     def show_steps(self, taps: tuple[int, ...], observe: Observe | None) -> None:
-        """Show `observe` each step that samples: the hidden states `taps` (`models.decoder.Taps`) of its sampled rows,
-        and what was drawn from them. A draft head asks for it; there is one at most, and none with None.
+        """Show `observe` each step that samples: what was drawn, and the hidden states `taps` (`models.decoder.Taps`)
+        of the rows it was drawn from (`drawn_rows`). A draft head asks for it; there is one at most, none with None.
         """
         self._runner.taps, self._observe = taps, observe
 

@@ -9,6 +9,7 @@ So a block that is missing, stale, swapped, torn or another request's changes th
 from __future__ import annotations
 
 import math
+import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -18,6 +19,7 @@ import xxhash
 
 from ..core.errors import InternalError
 from ..core.random_bits import choice_seed, uniform
+from ..engine.draft_tree import ROOT, follow
 from ..engine.interface import EngineSpec, OnLayers, ScheduledSeq
 from ..engine.kv_memory import KVMemory
 from ..engine.sequence import Sequence as SequenceOfTokens
@@ -121,6 +123,7 @@ class FakeEngine:
             vocab_size=vocab_size,
             eos_token_ids=_EOS,
             bytes_per_token=num_layers * SLOT_BYTES,
+            takes_trees=True,
         )
 
     def cost_s(self, batch: list[ScheduledSeq]) -> float:
@@ -157,32 +160,59 @@ class FakeEngine:
         size, num_layers = self.spec.block_size, self.memory.num_layers
         return ((block * num_layers + layer) * size for block in block_table)
 
+    def _slots_of(self, entry: ScheduledSeq, layer: int) -> list[int]:
+        """Where the values of the entry's tokens lie, from the first of the sequence to the last drafted one."""
+        size, begins = self.spec.block_size, list(self._starts(entry.seq.block_table, layer))
+        stop = entry.seq.num_computed_tokens + entry.num_step_tokens
+        return [begins[position // size] + position % size for position in range(stop)]
+
     def _compute(self, entry: ScheduledSeq, layer: int) -> None:
         seq, start = entry.seq, entry.seq.num_computed_tokens
-        size, slots, begins = self.spec.block_size, self._slots, list(self._starts(seq.block_table, layer))
-        value = slots[begins[(start - 1) // size] + (start - 1) % size] if start else self._salt
-        new = (*seq.tokens(start, start + entry.num_new_tokens), *entry.draft)
-        for position, token_id in enumerate(new, start):
-            value = _value(value, token_id, layer)
-            slots[begins[position // size] + position % size] = value
+        places, slots = self._slots_of(entry, layer), self._slots
+        value = slots[places[start - 1]] if start else self._salt
+        known = start + entry.num_new_tokens
+        for place, token_id in zip(places[start:known], seq.tokens(start, known), strict=True):
+            value = slots[place] = _value(value, token_id, layer)
+        for drafted, (place, token_id) in enumerate(zip(places[known:], entry.draft, strict=True)):
+            parent = entry.parents[drafted] if entry.parents else drafted - 1
+            slots[place] = _value(slots[places[known + parent]], token_id, layer)
 
     def _sample(self, entry: ScheduledSeq) -> tuple[SampledToken, ...]:
         if not entry.sample:
             return ()
         if not entry.draft:
-            return tuple(self._drawn(entry.seq, choice, ()) for choice in entry.seq.choices)
+            return tuple(self._drawn(entry, choice, ()) for choice in entry.seq.choices)
         tokens: list[SampledToken] = []
-        for place in range(len(entry.draft) + 1):
-            tokens.append(self._drawn(entry.seq, entry.seq.choice, entry.draft[:place]))
-            if place < len(entry.draft) and tokens[-1].token_id != entry.draft[place]:
-                break
+        path: list[int] = []
+        at: int | None = ROOT
+        while at is not None:
+            tokens.append(self._drawn(entry, entry.seq.choice, tuple(path)))
+            at = follow(entry.draft, entry.parents, at, tokens[-1].token_id)
+            path += [] if at is None else [at]
+        self._keep(entry, path)
         return tuple(tokens)
 
-    def _drawn(self, seq: SequenceOfTokens, choice: int, ahead: tuple[int, ...]) -> SampledToken:
-        """The token behind `seq` and drafted tokens `ahead`."""
-        stop, spec = seq.num_tokens + len(ahead), self.spec
-        state = _fold(self.read(seq.block_table, layer, stop) for layer in range(self.memory.num_layers))
-        return _draw(state, seq.params, choice, [*seq.output_ids, *ahead], spec.vocab_size, spec.eos_token_ids)
+    def _drawn(self, entry: ScheduledSeq, choice: int, path: tuple[int, ...]) -> SampledToken:
+        """The token behind the entry's sequence and the drafted tokens on `path`."""
+        seq, spec = entry.seq, self.spec
+        state = _fold(self._seen(entry, layer, path) for layer in range(self.memory.num_layers))
+        output_ids = [*seq.output_ids, *(entry.draft[at] for at in path)]
+        return _draw(state, seq.params, choice, output_ids, spec.vocab_size, spec.eos_token_ids)
+
+    def _seen(self, entry: ScheduledSeq, layer: int, path: tuple[int, ...]) -> bytes:
+        """What the cache holds of the sequence and of the drafted tokens on `path`, in one layer."""
+        known = self.read(entry.seq.block_table, layer, entry.seq.num_tokens)
+        if not path:
+            return known
+        places = self._slots_of(entry, layer)[entry.seq.num_tokens :]
+        return known + b"".join(self._slots[places[at]].to_bytes(SLOT_BYTES, sys.byteorder) for at in path)
+
+    def _keep(self, entry: ScheduledSeq, path: list[int]) -> None:
+        """The values of what was accepted move up, side by side."""
+        for layer in range(self.memory.num_layers):
+            places = self._slots_of(entry, layer)[entry.seq.num_tokens :]
+            for place, at in enumerate(path):
+                self._slots[places[place]] = self._slots[places[at]]
 
 
 def _fold(columns: Iterable[bytes]) -> int:

@@ -1,17 +1,24 @@
-"""Drafts in the simulation: right as often as a seed says, so that every length of a draft is accepted and refused."""
+"""Drafts in the simulation: right as often as a seed says, so that every length of a draft is accepted and refused, and
+trees whose paths lie anywhere among their tokens.
+"""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from collections.abc import Sequence as Sequences
 
+from ..engine.draft_tree import ROOT
 from ..engine.sequence import Sequence
 from ..engine.speculation.interface import Draft
 from .fake_engine import next_tokens
 
+Know = Callable[[Sequence, int], list[int]]  # a sequence and a number → the next so many tokens
+
 
 class SeededProposer:
-    """Proposes what `FakeEngine` draws next, each token wrong with a probability of 1 - `hit_rate`.
+    """Proposes what is drawn next, by default by `FakeEngine`, each token wrong with a probability of 1 - `hit_rate`; a
+    share of its drafts are trees, with wrong tokens beside the others, now and then with more behind them.
 
     Depends on the seed, the sequence and its length alone, like everything in a simulated run.
     """
@@ -19,8 +26,8 @@ class SeededProposer:
     name = "seeded"
     num_kinds = 1
 
-    def __init__(self, hit_rate: float, seed: int) -> None:
-        self._hit_rate, self._seed = hit_rate, seed
+    def __init__(self, hit_rate: float, seed: int, trees: float = 0.5, know: Know = next_tokens) -> None:
+        self._hit_rate, self._seed, self._trees, self._know = hit_rate, seed, trees, know
         self.known: set[Sequence] = set()
 
     def seconds(self, num_seqs: int, num_cached: int) -> float:
@@ -35,9 +42,31 @@ class SeededProposer:
     def _propose(self, seq: Sequence, limit: int) -> Draft:
         self.known.add(seq)
         rng = random.Random(f"{self._seed} {seq.key} {seq.choice} {seq.num_tokens}")
-        right = next_tokens(seq, rng.randint(0, max(limit, 0)))
-        token_ids = tuple(token if rng.random() < self._hit_rate else token + 1 for token in right)
-        return Draft(token_ids, (0,) * len(token_ids))
+        right = self._know(seq, rng.randint(0, max(limit, 0)))
+        chain = [token if rng.random() < self._hit_rate else _other(token, 1) for token in right]
+        if rng.random() >= self._trees:
+            return Draft(tuple(chain), (0,) * len(chain))
+        return _branched(chain, limit, rng)
 
     def forget(self, seq: Sequence) -> None:
         self.known.discard(seq)
+
+
+def _branched(chain: list[int], limit: int, rng: random.Random) -> Draft:
+    """`chain` with other tokens between and behind its own, `limit` in all."""
+    token_ids: list[int] = []
+    parents: list[int] = []
+    at = ROOT
+    for token in chain:
+        for other in range(rng.randint(0, 2)):
+            parents.append(at if rng.random() < 0.7 else rng.randint(ROOT, len(token_ids) - 1))
+            token_ids.append(_other(token, 2 + other))
+        parents.append(at)
+        token_ids.append(token)
+        at = len(token_ids) - 1
+    return Draft(tuple(token_ids), (0,) * len(token_ids), tuple(parents))[:limit]
+
+
+def _other(token_id: int, distance: int) -> int:
+    """Another token of the same vocabulary."""
+    return token_id - distance if token_id >= distance else token_id + distance

@@ -39,7 +39,8 @@ def build_speculation(
     if method == "off" or (method == "auto" and spec.step_costs is None):
         return None
     cost = StepCost(spec.step_costs) if spec.step_costs is not None else None
-    return Speculator(_proposers(method, spec, openers), max_tokens, cost, clock)
+    proposers = _proposers(method, spec, openers)
+    return Speculator(proposers, max_tokens, cost, clock, takes_trees=spec.takes_trees)
 
 
 def _proposers(method: str, spec: EngineSpec, openers: Openers) -> list[Proposer]:

@@ -1,7 +1,7 @@
 """Whose draft, and how much of it: what makes the step yield most tokens per second.
 
-Each token of a draft has a chance (`acceptance`); that it counts, all before it must be right too. Over all sequences
-the likeliest tokens are taken first, and as many as raise
+Each token of a draft has a chance (`acceptance`); that it counts, all before it must be right too, so it is never
+likelier than its parent. Over all sequences the likeliest tokens are taken first, and as many as raise
 
     (sequences + expected accepted tokens) / (seconds of such a step)
 
@@ -15,10 +15,11 @@ from collections.abc import Sequence as Sequences
 from dataclasses import dataclass
 
 from ...core.clock import Clock
+from ..draft_tree import MAX_TREE_ROWS, ROOT, first_children
 from ..interface import ScheduledSeq
 from ..sequence import Sequence
-from .acceptance import Acceptance, Correction
-from .interface import NO_DRAFT, NOTHING, Draft, DraftCounts, Proposer
+from .acceptance import Acceptance, Corrections
+from .interface import NOTHING, Draft, DraftCounts, Proposer
 from .pauses import Pauses
 from .step_cost import StepCost
 
@@ -29,7 +30,7 @@ PROBE_EVERY = 64  # steps in which nothing is drafted though something could be
 
 @dataclass(slots=True)
 class _Offer:
-    """The best draft for one sequence. reach: for each token, the chance that it and all before it are right."""
+    """The best draft for one sequence. reach: for each token, the chance that it and all it follows are right."""
 
     source: int
     draft: Draft
@@ -41,18 +42,25 @@ class _Offer:
 
 
 class Speculator:
-    """Implements `Speculation`. Without `cost` each draft is as long as it may be. `clock`: what making drafts takes
-    counts too; without it counts for nothing.
+    """Implements `Speculation`. A draft has `max_tokens` at most, and without `cost` as many as it may. `clock`: what
+    making drafts takes counts too; without it counts for nothing. `takes_trees`: the engine does (`EngineSpec`).
     """
 
     def __init__(
-        self, proposers: list[Proposer], max_tokens: int, cost: StepCost | None, clock: Clock | None = None
+        self,
+        proposers: list[Proposer],
+        max_tokens: int,
+        cost: StepCost | None,
+        clock: Clock | None = None,
+        *,
+        takes_trees: bool = True,
     ) -> None:
         self._pauses = Pauses(clock) if clock is not None and cost is not None else None
         self._clock, self._slowness = clock, [1.0] * len(proposers)  # against what the proposers say, by the clock
         self._proposers, self._max_tokens, self._cost = proposers, max_tokens, cost
+        self._takes_trees = takes_trees
         self._acceptance = [Acceptance(proposer) for proposer in proposers]
-        self._corrections: dict[Sequence, list[Correction]] = {}
+        self._corrections: dict[Sequence, list[Corrections]] = {}
         self._drafted: dict[Sequence, tuple[int, Draft]] = {}
         self._declined = 0
         self._draft_s = 0.0  # what the drafts of this step took a model to make
@@ -60,17 +68,17 @@ class Speculator:
 
     # ---- drafting ----
 
-    def draft(self, seqs: Sequences[Sequence], limits: Sequences[int], room: int) -> list[tuple[int, ...]]:
+    def draft(self, seqs: Sequences[Sequence], limits: Sequences[int], room: int) -> list[Draft]:
         """See `Speculation.draft`."""
         bounds = [min(limit, room, self._max_tokens) for limit in limits]
         self._draft_s = 0.0
         if not seqs or max(bounds) <= 0 or (self._pauses is not None and not self._pauses.begin()):
-            return [NO_DRAFT] * len(seqs)
+            return [NOTHING] * len(seqs)
         offers = self._offers(seqs, bounds)
-        lengths, saved_s = self._lengths(seqs, offers, room)
+        chosen, saved_s = self._chosen(seqs, offers, room)
         if self._pauses is not None:
             self._pauses.end(saved_s, self._draft_s)
-        return [self._take(seq, offer, n) for seq, offer, n in zip(seqs, offers, lengths, strict=True)]
+        return [self._take(seq, offer, places) for seq, offer, places in zip(seqs, offers, chosen, strict=True)]
 
     def _offers(self, seqs: Sequences[Sequence], bounds: Sequences[int]) -> list[_Offer]:
         best = [_Offer(0, NOTHING, [])] * len(seqs)
@@ -79,7 +87,7 @@ class Speculator:
             if not any(limits):
                 continue
             for place, draft in enumerate(self._make(source, seqs, limits, predicted_s)):
-                offer = _Offer(source, draft, self._reach(seqs[place], source, draft))
+                offer = self._offer(seqs[place], source, draft, bounds[place])
                 if offer.expected > best[place].expected:
                     best[place] = offer
         return best
@@ -122,31 +130,46 @@ class Speculator:
         limits = [min(bound, length) if offer.expected < gain else 0 for bound, offer in zip(bounds, best, strict=True)]
         return limits, length * each
 
+    def _offer(self, seq: Sequence, source: int, draft: Draft, bound: int) -> _Offer:
+        """`draft` as far as the engine takes it: of a tree the likeliest tokens."""
+        draft = draft if self._takes_trees else draft.trunk()
+        if not draft.parents:
+            return _Offer(source, draft, self._reach(seq, source, draft))
+        reach = self._reach(seq, source, draft)
+        likeliest = sorted(range(len(draft)), key=lambda place: -reach[place])  # stable: a parent before its children
+        places = sorted(likeliest[: min(bound, MAX_TREE_ROWS - 1)])
+        return _Offer(source, draft.only(places), [reach[place] for place in places])
+
     def _reach(self, seq: Sequence, source: int, draft: Draft) -> list[float]:
-        correction, acceptance = self._correction(seq, source), self._acceptance[source]
+        corrections, acceptance = self._corrections_of(seq, source), self._acceptance[source]
         reach: list[float] = []
         chance = 1.0
-        for kind in draft.kinds:
-            chance *= acceptance.chance(kind, correction)
-            reach.append(chance)
+        if not draft.parents:
+            for kind in draft.kinds:
+                chance *= acceptance.chance(kind, corrections.first)
+                reach.append(chance)
+            return reach
+        for kind, parent, is_first in zip(draft.kinds, draft.parents, first_children(draft.parents), strict=True):
+            before = 1.0 if parent == ROOT else reach[parent]
+            reach.append(before * acceptance.chance(kind, corrections.of(is_first)))
         return reach
 
-    def _correction(self, seq: Sequence, source: int) -> Correction:
-        return self._corrections.setdefault(seq, [Correction() for _ in self._proposers])[source]
+    def _corrections_of(self, seq: Sequence, source: int) -> Corrections:
+        return self._corrections.setdefault(seq, [Corrections() for _ in self._proposers])[source]
 
-    def _lengths(self, seqs: Sequences[Sequence], offers: list[_Offer], room: int) -> tuple[list[int], float]:
-        """How much of each offer is taken, and the seconds that this is expected to save."""
+    def _chosen(self, seqs: Sequences[Sequence], offers: list[_Offer], room: int) -> tuple[list[list[int]], float]:
+        """Which tokens of each offer are taken, and the seconds that this is expected to save."""
         likeliest = sorted(
-            ((chance, place) for place, offer in enumerate(offers) for chance in offer.reach),
-            key=lambda item: -item[0],  # stable: of one draft the earlier tokens come first
+            ((chance, n, place) for n, offer in enumerate(offers) for place, chance in enumerate(offer.reach)),
+            key=lambda item: -item[0],  # stable: of one draft a parent comes before its children
         )[: max(room, 0)]
-        lengths = [0] * len(offers)
+        chosen: list[list[int]] = [[] for _ in offers]
         number, saved_s = self._best_number(seqs, likeliest)
-        for _, place in likeliest[:number]:
-            lengths[place] += 1
-        return lengths, saved_s
+        for _, n, place in likeliest[:number]:
+            chosen[n].append(place)
+        return chosen, saved_s
 
-    def _best_number(self, seqs: Sequences[Sequence], likeliest: list[tuple[float, int]]) -> tuple[int, float]:
+    def _best_number(self, seqs: Sequences[Sequence], likeliest: list[tuple[float, int, int]]) -> tuple[int, float]:
         """How many of the likeliest tokens to take, and what that saves."""
         if self._cost is None or not likeliest:
             return len(likeliest), 0.0
@@ -154,9 +177,9 @@ class Speculator:
         num_cached, further, expected = sum(cached), 0, float(len(seqs))
         plain = self._cost.seconds(len(seqs), num_cached, 0) / expected
         best, least, saved_s = 0, plain / MARGIN, 0.0
-        for number, (chance, place) in enumerate(likeliest, 1):
+        for number, (chance, n, _) in enumerate(likeliest, 1):
             expected += chance
-            further += cached[place]
+            further += cached[n]
             seconds = self._cost.seconds(len(seqs) + number, num_cached, further)
             if seconds / expected < least:
                 best, least, saved_s = number, seconds / expected, plain * expected - seconds
@@ -166,25 +189,36 @@ class Speculator:
         self._declined += 1
         return int(self._declined % PROBE_EVERY == 0)
 
-    def _take(self, seq: Sequence, offer: _Offer, length: int) -> tuple[int, ...]:
-        if not length:
-            return NO_DRAFT
-        self._drafted[seq] = (offer.source, offer.draft)
-        return offer.draft.token_ids[:length]
+    def _take(self, seq: Sequence, offer: _Offer, places: list[int]) -> Draft:
+        if not places:
+            return NOTHING
+        draft = offer.draft.only(sorted(places)) if offer.draft.parents else offer.draft[: len(places)]
+        self._drafted[seq] = (offer.source, draft)
+        return draft
 
     # ---- learning ----
 
-    def verified(self, seq: Sequence, draft: tuple[int, ...], num_accepted: int) -> None:
+    def verified(self, seq: Sequence, num_drafted: int, path: tuple[int, ...]) -> None:
         """See `Speculation.verified`."""
         source, drafted = self._drafted.pop(seq, (0, NOTHING))
-        correction = self._correction(seq, source)
-        for place, kind in enumerate(drafted.kinds[: min(len(draft), num_accepted + 1)]):
-            self._acceptance[source].note(kind, correction, is_right=place < num_accepted)
+        self._learn(seq, source, drafted[:num_drafted], path)
         counts = self.counts
         counts.drafts += 1
-        counts.drafted += len(draft)
-        counts.accepted += num_accepted
-        counts.positions = tuple(count + (place < num_accepted) for place, count in enumerate(counts.positions))
+        counts.drafted += num_drafted
+        counts.accepted += len(path)
+        counts.positions = tuple(count + (place < len(path)) for place, count in enumerate(counts.positions))
+
+    def _learn(self, seq: Sequence, source: int, draft: Draft, path: tuple[int, ...]) -> None:
+        """From the tokens whose parents were right: of others nobody knows."""
+        corrections, acceptance = self._corrections_of(seq, source), self._acceptance[source]
+        if not draft.parents:
+            for place, kind in enumerate(draft.kinds[: len(path) + 1]):
+                acceptance.note(kind, corrections, is_right=place < len(path))
+            return
+        firsts = first_children(draft.parents)
+        for place, (kind, parent) in enumerate(zip(draft.kinds, draft.parents, strict=True)):
+            if parent == ROOT or parent in path:
+                acceptance.note(kind, corrections, is_right=place in path, is_first=firsts[place])
 
     def note_step(self, entries: Sequences[ScheduledSeq], seconds: float) -> None:
         """See `Speculation.note_step`. Steps that prefill tell nothing of those that only decode."""

@@ -1,4 +1,4 @@
-"""Drafts by a head on the target's hidden states (EAGLE; `models.draft_head`): chains, for all sequences at once.
+"""Drafts by a head on the target's hidden states (EAGLE; `models.draft_head`): combs, for all sequences at once.
 
 The engine shows what each step computed (`observe`): the hidden states of the tokens that a sequence has kept, and the
 tokens behind them. They become rows of the head's own cache (`head_cache`); the last one guesses the next token, and
@@ -22,13 +22,14 @@ from ...protocol.messages import SampledToken
 from ..interface import ScheduledSeq
 from ..race import arrival_times, race_key
 from ..sequence import Sequence
+from . import comb
+from .comb import Comb, Floats
 from .head_cache import HeadCache, Slot
 from .head_step import HeadGuesses, HeadRows, HeadStep
 from .interface import MAX_DRAFT_TOKENS, NOTHING, Draft
 
 WINDOW = 256  # rows of a sequence that the head attends to
 MAX_FRESH = WINDOW // 2  # rows that wait for the next draft
-SURENESS = 8  # kinds of a place, by how sure the head was
 _LEAST_TEMPERATURE = 1e-5
 _MEASURED_SEQS = 8
 
@@ -58,7 +59,7 @@ class HeadProposer:
     """Drafts with `head`, which computes by `step`; the target shows its steps to `observe`."""
 
     name = "eagle"
-    num_kinds = MAX_DRAFT_TOKENS * SURENESS
+    num_kinds = comb.NUM_KINDS
 
     def __init__(self, head: DraftHead, step: HeadStep) -> None:
         layer = head.config.layer
@@ -77,7 +78,7 @@ class HeadProposer:
     # ---- what the control asks ----
 
     def first_guess(self, kind: int) -> float:
-        return (kind % SURENESS + 0.5) / SURENESS
+        return comb.first_guess(kind)
 
     def seconds(self, num_seqs: int, num_cached: int) -> float:
         """Of one further guess for each of `num_seqs`."""
@@ -93,24 +94,25 @@ class HeadProposer:
         states = [_State(self._cache.take()) for _ in range(count)]
         hidden, zeros = torch.zeros(count, self._head.config.layer.hidden_size), np.zeros(count, np.int64)
         started = time.perf_counter()
-        _sureness(self._guess(states, hidden, zeros, zeros, 0))
+        guesses = self._guess(states, hidden, zeros, zeros, 0)
+        best = zip(guesses.logits, guesses.best.tolist(), strict=True)
+        comb.shares_of(guesses.logits, [comb.ranked(logits, entry, comb.RUNNERS_UP) for logits, entry in best])
         taken = time.perf_counter() - started
         for state in states:
             self._cache.give_back(state.slot)
         return taken
 
     def propose(self, seqs: Sequences[Sequence], limits: Sequences[int]) -> list[Draft]:
-        """See `Proposer.propose`. A kind is a place in the draft with how sure the head was."""
+        """See `Proposer.propose`. Kinds are those of `comb`."""
         for seq in seqs:
             if seq not in self._states:
                 self._states[seq] = _State(self._cache.take())
         drafts = [NOTHING] * len(seqs)
         places = [n for n, (seq, limit) in enumerate(zip(seqs, limits, strict=True)) if limit and self._is_ready(seq)]
         if places:
-            chains = self._chains([seqs[n] for n in places], max(limits[n] for n in places))
-            for place, draft in zip(places, chains, strict=True):
-                limit = limits[place]
-                drafts[place] = Draft(draft.token_ids[:limit], draft.kinds[:limit])
+            combs = self._combs([seqs[n] for n in places], max(limits[n] for n in places))
+            for place, grown in zip(places, combs, strict=True):
+                drafts[place] = grown.draft(limits[place])
         return drafts
 
     def forget(self, seq: Sequence) -> None:
@@ -121,14 +123,16 @@ class HeadProposer:
     # ---- what the engine shows ----
 
     def observe(self, batch: list[ScheduledSeq], drawn: list[tuple[SampledToken, ...]], features: torch.Tensor) -> None:
-        """A step: features [sampled rows, taps, hidden_size] of `Batch.sampled_rows`, and what was drawn from them."""
+        """A step: what was drawn, and features [rows, taps, hidden_size] of the rows it was drawn from: one for each
+        entry that samples, and with a draft one for each of its tokens.
+        """
         row = 0
         for entry, tokens in zip(batch, drawn, strict=True):
             state = self._states.get(entry.seq)
             if state is not None and entry.sample and not entry.seq.sample_choices:
                 some = features[row : row + len(tokens)].flatten(1)
                 _keep(state, _Fresh(entry.seq.num_tokens - 1, some, [token.token_id for token in tokens]))
-            row += 1 + len(entry.draft) if entry.sample else 0
+            row += len(tokens) if entry.draft else int(entry.sample)
 
     def _is_ready(self, seq: Sequence) -> bool:
         fresh = self._states[seq].fresh
@@ -136,19 +140,19 @@ class HeadProposer:
 
     # ---- drafting ----
 
-    def _chains(self, seqs: list[Sequence], count: int) -> list[Draft]:
-        """A chain of `count` guesses for each."""
-        states = [self._states[seq] for seq in seqs]
+    def _combs(self, seqs: list[Sequence], count: int) -> list[Comb]:
+        """A comb of `count` places for each."""
+        states, combs = [self._states[seq] for seq in seqs], [Comb() for _ in seqs]
         guesses = self._read(states, count)
         positions = np.array([state.slot.end for state in states])
-        token_ids, kinds = np.empty((2, len(seqs), count), np.int64)
         for place in range(count):
-            self._draw(seqs, guesses, place)
-            token_ids[:, place] = self._draft_ids[guesses.best]
-            kinds[:, place] = place * SURENESS + _sureness(guesses)
+            entries = [self._ranked(seq, guesses, n, place) for n, seq in enumerate(seqs)]
+            token_ids, shares = self._draft_ids[np.array(entries)], comb.shares_of(guesses.logits, entries)
+            for grown, some, their_shares in zip(combs, token_ids.tolist(), shares, strict=True):
+                grown.grow(some, their_shares)
             if place + 1 < count:
-                guesses = self._guess(states, guesses.hidden, token_ids[:, place].copy(), positions + place, place)
-        return [Draft(tuple(ids), tuple(some)) for ids, some in zip(token_ids.tolist(), kinds.tolist(), strict=True)]
+                guesses = self._guess(states, guesses.hidden, token_ids[:, 0].copy(), positions + place, place)
+        return combs
 
     def _read(self, states: list[_State], count: int) -> HeadGuesses:
         """What is fresh goes into the cache, with room for `count` guesses behind it; and the first of these."""
@@ -192,17 +196,23 @@ class HeadProposer:
         num_kept = np.array([state.slot.rows + behind for state in states])
         return self._step(HeadRows(hidden, token_ids, positions, lengths.cumsum(), slots, num_kept), self._cache.pool)
 
-    def _draw(self, seqs: list[Sequence], guesses: HeadGuesses, place: int) -> None:
-        """Sequences that are sampled go on with what wins the race with their own key, as it does for the target."""
-        for n, seq in enumerate(seqs):
-            if not seq.params.is_greedy:
-                guesses.best[n] = self._race(seq, guesses.logits[n], place)
+    def _ranked(self, seq: Sequence, guesses: HeadGuesses, n: int, place: int) -> list[int]:
+        """The likeliest entries of row `n`. A sequence that is sampled goes on with what wins the race with its own
+        key, as it does for the target, and with those that come in next.
+        """
+        logits, best = guesses.logits[n], int(guesses.best[n])
+        if not seq.params.is_greedy:
+            logits = self._race(seq, logits, place)
+            best = int(logits.argmax())
+        return comb.ranked(logits, best, comb.RUNNERS_UP)
 
-    def _race(self, seq: Sequence, logits: npt.NDArray[np.float32], place: int) -> int:
+    def _race(self, seq: Sequence, logits: Floats, place: int) -> Floats:
+        """How early each entry arrives."""
         params = seq.params
         weights = np.exp((logits - logits.max()) / max(params.temperature, _LEAST_TEMPERATURE))
         key = race_key(choice_seed(params.seed, seq.choice), len(seq.output_ids) + place)
-        return int(np.argmax(weights / arrival_times(key, self._vocab_size, self._draft_ids)))
+        pace: Floats = weights / arrival_times(key, self._vocab_size, self._draft_ids)
+        return pace
 
 
 def _keep(state: _State, fresh: _Fresh) -> None:
@@ -213,11 +223,3 @@ def _keep(state: _State, fresh: _Fresh) -> None:
         token_ids = (held.token_ids + fresh.token_ids)[-MAX_FRESH:]
         fresh = _Fresh(fresh.end - len(token_ids), features, token_ids)
     state.fresh = fresh
-
-
-def _sureness(guesses: HeadGuesses) -> Ints:
-    """For each sequence in which eighth of [0, 1] the probability of its guess lies."""
-    own = np.take_along_axis(guesses.logits, guesses.best[:, None], axis=1)
-    share = 1 / np.exp(guesses.logits - own).sum(axis=1)
-    kinds: Ints = np.minimum((share * SURENESS).astype(np.int64), SURENESS - 1)
-    return kinds

@@ -2,7 +2,8 @@
 
 Each sequence has a shadow: the same prompt, rules and seed, and an output that runs ahead. The draft model draws its
 tokens as the target does, by the race with the sequence's own key (`engine.race`): where the two distributions agree,
-so do the draws, under sampling too. What the target rejects is cut off the shadow, and its cache with it.
+so do the draws, under sampling too. The tokens that it holds likeliest beside the one drawn are leaves (`comb`). What
+the target rejects is cut off the shadow, and its cache with it.
 
 A shadow begins where its sequence does, wherever that was prefilled: the draft model reads the prompt itself, a chunk
 in each step, and proposes nothing until it has caught up.
@@ -12,44 +13,45 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as Sequences
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
 from ...core.errors import ConfigError
+from ...protocol.messages import TokenLogprob
 from ..block_pool import BlockPool
 from ..interface import Engine, EngineSpec, ScheduledSeq
 from ..sequence import Sequence
+from .comb import NUM_KINDS, RUNNERS_UP, Comb, first_guess
 from .interface import MAX_DRAFT_TOKENS, Draft
 from .step_cost import StepCost
 
 MAX_NEW_TOKENS = 256  # of a prompt that one step reads
-SURENESS = 8  # kinds of a place, by how sure the draft model was
 
 
 @dataclass(slots=True)
-class _Chain:
+class _Run:
     """One draft while it is drawn."""
 
     shadow: Sequence
     limit: int
-    token_ids: list[int]
-    kinds: list[int]
+    comb: Comb = field(default_factory=Comb)
 
-    def take(self, token_id: int, probability: float) -> None:
-        place = min(len(self.token_ids), MAX_DRAFT_TOKENS - 1)
-        self.kinds.append(place * SURENESS + min(int(probability * SURENESS), SURENESS - 1))
-        self.token_ids.append(token_id)
+    def take(self, token_id: int, logprob: TokenLogprob) -> None:
+        others = [other for other in logprob.top if other[0] != token_id][:RUNNERS_UP]
+        logprobs = [logprob.logprob, *(value for _, value in others)]
+        self.comb.grow([token_id, *(other for other, _ in others)], [math.exp(min(value, 0.0)) for value in logprobs])
 
     def goes_on(self, ending: frozenset[int]) -> bool:
-        return len(self.token_ids) < self.limit and self.token_ids[-1] not in ending
+        token_ids = self.comb.token_ids
+        return len(token_ids) < min(self.limit, MAX_DRAFT_TOKENS) and token_ids[-1] not in ending
 
 
 class ModelProposer:
     """Drafts with `engine`, which nobody else uses."""
 
     name = "draft"
-    num_kinds = MAX_DRAFT_TOKENS * SURENESS
+    num_kinds = NUM_KINDS
 
     def __init__(self, engine: Engine, target: EngineSpec) -> None:
         """Raises ConfigError where the vocabularies differ in size."""
@@ -64,33 +66,33 @@ class ModelProposer:
         self._shadows: dict[Sequence, Sequence] = {}
 
     def first_guess(self, kind: int) -> float:
-        return (kind % SURENESS + 0.5) / SURENESS
+        return first_guess(kind)
 
     def seconds(self, num_seqs: int, num_cached: int) -> float:
         """Of one step of the draft model."""
         return self._cost.seconds(num_seqs, num_cached, 0) if self._cost is not None else 0.0
 
     def propose(self, seqs: Sequences[Sequence], limits: Sequences[int]) -> list[Draft]:
-        """See `Proposer.propose`. A kind is a place in the draft with how sure the draft model was."""
-        chains = [_Chain(self._shadow(seq), limit, [], []) for seq, limit in zip(seqs, limits, strict=True)]
-        self._read(chains)
-        running = [chain for chain in chains if chain.limit > 0 and chain.shadow.num_uncomputed_tokens == 1]
+        """See `Proposer.propose`. Kinds are those of `comb`."""
+        runs = [_Run(self._shadow(seq), limit) for seq, limit in zip(seqs, limits, strict=True)]
+        self._read(runs)
+        running = [run for run in runs if run.limit > 0 and run.shadow.num_uncomputed_tokens == 1]
         ending = self._engine.spec.eos_token_ids
-        while running := [chain for chain in running if self._has_room(chain.shadow, 1)]:
-            drawn = self._engine.execute([ScheduledSeq(chain.shadow, 1) for chain in running])
-            for chain, (token,) in zip(running, drawn, strict=True):
+        while running := [run for run in running if self._has_room(run.shadow, 1)]:
+            drawn = self._engine.execute([ScheduledSeq(run.shadow, 1) for run in running])
+            for run, (token,) in zip(running, drawn, strict=True):
                 assert token.logprob is not None
-                chain.shadow.num_computed_tokens += 1
-                chain.shadow.output_ids.append(token.token_id)
-                chain.take(token.token_id, math.exp(min(token.logprob.logprob, 0.0)))
-            running = [chain for chain in running if chain.goes_on(ending)]
-        return [Draft(tuple(chain.token_ids), tuple(chain.kinds)) for chain in chains]
+                run.shadow.num_computed_tokens += 1
+                run.shadow.output_ids.append(token.token_id)
+                run.take(token.token_id, token.logprob)
+            running = [run for run in running if run.goes_on(ending)]
+        return [run.comb.draft(MAX_DRAFT_TOKENS) for run in runs]
 
     def _shadow(self, seq: Sequence) -> Sequence:
         """The shadow of `seq` with its tokens, and as much of its cache as is right."""
         shadow = self._shadows.get(seq)
         if shadow is None:
-            params = msgspec.structs.replace(seq.params, logprobs=0)
+            params = msgspec.structs.replace(seq.params, logprobs=1 + RUNNERS_UP)
             ids = list(seq.prompt_ids)
             shadow = Sequence(seq.key, seq.choice, ids, params, seq.hash_key, seq.arrival, seq.deadline)
             self._shadows[seq] = shadow
@@ -99,11 +101,11 @@ class ModelProposer:
         shadow.output_ids[agreed:] = seq.output_ids[agreed:]
         return shadow
 
-    def _read(self, chains: list[_Chain]) -> None:
+    def _read(self, runs: list[_Run]) -> None:
         """Compute what shadows are behind by, but for their last token; a chunk of each."""
         entries: list[ScheduledSeq] = []
-        for chain in chains:
-            shadow = chain.shadow
+        for run in runs:
+            shadow = run.shadow
             behind = min(shadow.num_uncomputed_tokens - 1, MAX_NEW_TOKENS)
             if behind > 0 and self._has_room(shadow, behind):
                 entries.append(ScheduledSeq(shadow, behind))

@@ -127,6 +127,7 @@ class _Batch:
     context_lens: Ints
     block_table: Ints
     sampled_rows: Ints
+    tree: Ints | None = None
 
 
 def _batch(rows: HeadRows, capacity: int) -> _Batch:

@@ -45,6 +45,7 @@ struct Batch {
     const int64_t *token_ids, *positions, *slots;   // [tokens]
     const int64_t *starts, *context_lens, *blocks;  // [sequences + 1], [sequences], [sequences, table_width]
     const int64_t* sampled;                         // [samples], rows in order
+    const int64_t* tree;                            // [tokens], as tree.py packs it, or null where all are chains
     const float *states, *embedded;                 // [tokens, hidden]: for the entrance; tokens embedded already, or null
     float* logits;                                  // [samples, head.outs]
     int64_t* best;                                  // [samples], the first of the likeliest tokens
@@ -290,6 +291,16 @@ class Step {
         return partials;
     }
 
+    // Null for a chain, which is quicker to compute as one.
+    const int64_t* tree_of(int64_t first, int64_t count) const {
+        if (!batch_.tree || count > MAX_TREE) return nullptr;
+        for (int64_t token = 0; token < count; ++token) {
+            const int64_t all = (int64_t{2} << token) - 1;
+            if ((batch_.tree[first + token] & all) != all) return batch_.tree + first;
+        }
+        return nullptr;
+    }
+
     Queries queries(const LayerWeights& layer, int64_t index, int64_t seq, int64_t head) const {
         const int64_t first = batch_.starts[seq], count = batch_.starts[seq + 1] - first;
         const int64_t column = head * group() * net_.head_dim;
@@ -305,7 +316,8 @@ class Step {
                 head,
                 layer.window,
                 net_.scale,
-                {}};
+                {},
+                tree_of(first, count)};
     }
 
     void attend(Region& region, const LayerWeights& layer, int64_t index) {

@@ -91,7 +91,10 @@ class Given:
 
 
 class StepBatch(Protocol):
-    """A ragged batch, all int64 and contiguous: what the step reads of `engine.batch.Batch`."""
+    """A ragged batch, all int64 and contiguous: what the step reads of `engine.batch.Batch`.
+
+    tree [tokens]: see `kernels.paged_attention.tree`; None where all are chains.
+    """
 
     @property
     def token_ids(self) -> Ints: ...
@@ -107,6 +110,8 @@ class StepBatch(Protocol):
     def block_table(self) -> Ints: ...
     @property
     def sampled_rows(self) -> Ints: ...
+    @property
+    def tree(self) -> Ints | None: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -163,7 +168,7 @@ class _Batch(ctypes.Structure):
     _fields_ = [
         *((name, INT64) for name in ("tokens", "sequences", "samples", "table_width")),
         *((name, ADDRESS) for name in ("token_ids", "positions", "slots", "starts", "context_lens", "blocks")),
-        *((name, ADDRESS) for name in ("sampled", "states", "embedded", "logits", "best", "highest")),
+        *((name, ADDRESS) for name in ("sampled", "tree", "states", "embedded", "logits", "best", "highest")),
         *((name, ADDRESS) for name in ("on_layers", "tapped", "features")),
         *((name, INT64) for name in ("taps", "threads")),
     ]
@@ -213,7 +218,7 @@ class DecoderStep:
             len(batch.context_lens),
             samples,
             batch.block_table.shape[1],
-            *(array.ctypes.data for array in arrays),
+            *(None if array is None else array.ctypes.data for array in arrays),
             _address(given.states),
             _address(given.embedded),
             logits.data_ptr(),
@@ -270,13 +275,13 @@ class _Heard:
             raise self._error
 
 
-def _checked(network: StepNetwork, batch: StepBatch, kv_pool: torch.Tensor) -> list[Ints]:
+def _checked(network: StepNetwork, batch: StepBatch, kv_pool: torch.Tensor) -> list[Ints | None]:
     """The batch's arrays in the order of `_Batch`."""
     shape = (len(network.layers), 2, kv_pool.shape[3], network.num_kv_heads, network.head_dim)
     if tuple(kv_pool.shape[1:]) != shape or kv_pool.dtype not in _KINDS or not kv_pool.is_contiguous():
         raise InternalError(f"the pool is {list(kv_pool.shape)} {kv_pool.dtype}, not [blocks, {shape}]")
     tokens, sequences = len(batch.token_ids), len(batch.context_lens)
-    arrays = {
+    arrays: dict[str, tuple[Ints | None, tuple[int, ...]]] = {
         "token_ids": (batch.token_ids, (tokens,)),
         "positions": (batch.positions, (tokens,)),
         "slot_mapping": (batch.slot_mapping, (tokens,)),
@@ -284,8 +289,11 @@ def _checked(network: StepNetwork, batch: StepBatch, kv_pool: torch.Tensor) -> l
         "context_lens": (batch.context_lens, (sequences,)),
         "block_table": (batch.block_table, (sequences, batch.block_table.shape[1])),
         "sampled_rows": (batch.sampled_rows, (len(batch.sampled_rows),)),
+        "tree": (batch.tree, (tokens,)),
     }
     for name, (array, wanted) in arrays.items():
+        if array is None:
+            continue
         if array.shape != wanted or array.dtype != np.int64 or not array.flags.c_contiguous:
             raise InternalError(f"{name} is {array.shape} {array.dtype}, not {wanted} int64, contiguous")
     return [array for array, _ in arrays.values()]

@@ -38,6 +38,15 @@ def store_kv(kv: torch.Tensor, kv_pool: torch.Tensor, layer: int, rows: torch.Te
     layer_rows.index_copy_(0, rows, kv.reshape(-1, width))
 
 
+def move_kv(kv_pool: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:
+    """Copy all layers' keys and values of the slots `sources` to the slots `targets`, [n] int64; all are read before
+    any is written. Reference: `reference.move_kv`.
+    """
+    block_size = kv_pool.shape[3]
+    kept = kv_pool[sources // block_size, :, :, sources % block_size]
+    kv_pool[targets // block_size, :, :, targets % block_size] = kept
+
+
 def clear_blocks(kv_pool: torch.Tensor, block_ids: torch.Tensor) -> None:
     """Zero all layers of these blocks; block_ids [n] int64.
 

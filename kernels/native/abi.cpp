@@ -3,4 +3,4 @@
 
 #include "export.h"
 
-EXPORT int32_t penstock_abi() { return 1; }
+EXPORT int32_t penstock_abi() { return 2; }

@@ -20,7 +20,7 @@ from ...core.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-ABI = 1
+ABI = 2
 VARIABLE = "PENSTOCK_NATIVE"
 _AVX2 = frozenset({"avx2", "fma", "bmi1", "bmi2", "f16c"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni"}

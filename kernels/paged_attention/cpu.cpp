@@ -72,10 +72,10 @@ inline Floats sums_of_each(const Floats (&v)[BATCH_KEYS]) {
 }
 #endif
 
-// One query and head against keys [from, to) in batches of sixteen.
+// One query and head against keys [from, to) in batches of sixteen. `path`: where new keys lie; null for a chain.
 template <class T, int Vectors>
 void attend_one(const Pool& pool, const T* data, const Queries& queries, const float* q, int64_t from, int64_t to,
-                Partial& partial) {
+                const Path* path, Partial& partial) {
     Floats query[Vectors], values[Vectors];
     for (int i = 0; i < Vectors; ++i) {
         query[i] = mul(load(q + LANES * i), all(queries.scale));
@@ -89,7 +89,9 @@ void attend_one(const Pool& pool, const T* data, const Queries& queries, const f
         const int64_t count = std::min(BATCH_KEYS, to - key);
         Floats products[BATCH_KEYS];
         for (int64_t i = 0; i < BATCH_KEYS; ++i) {
-            const int64_t at = key + std::min(i, count - 1);
+            int64_t at = key + std::min(i, count - 1);
+            if (path && at >= queries.first_position)
+                at = queries.first_position + path->tokens[at - queries.first_position];
             rows[i] = data + pool.row(queries.blocks[at / pool.block_size], queries.layer, 0, at % pool.block_size,
                                       queries.head);
             Floats product = mul(query[0], Row<T>::at(rows[i]));
@@ -121,7 +123,8 @@ void attend_one(const Pool& pool, const T* data, const Queries& queries, const f
 template <class T, int Vectors>
 void attend_each(const Pool& pool, const T* data, const Queries& queries, int64_t from, int64_t to, Partial* partial) {
     for (int64_t token = 0; token < queries.count; ++token) {
-        const int64_t position = queries.first_position + token;
+        const int64_t position = position_of(queries, token);
+        const Path path = queries.tree ? Path(queries, token) : Path();
         const int64_t start = std::max(from, first_key(queries, position)), stop = std::min(to, position + 1);
         for (int64_t head = 0; head < queries.group; ++head, ++partial) {
             partial->largest = LOWEST;
@@ -129,7 +132,7 @@ void attend_each(const Pool& pool, const T* data, const Queries& queries, int64_
             memset(partial->values, 0, pool.head_dim * sizeof(float));
             if (start < stop)
                 attend_one<T, Vectors>(pool, data, queries, queries.q + token * queries.q_stride + head * pool.head_dim,
-                                       start, stop, *partial);
+                                       start, stop, queries.tree ? &path : nullptr, *partial);
         }
     }
 }

@@ -39,6 +39,23 @@ struct Queries {
     int64_t window;         // keys that a token sees, itself included; 0 for all
     float scale;
     Ahead next;             // what the caller asks for afterwards
+    const int64_t* tree;    // [count] or null for a chain: which of these tokens each one sees, as tree.py packs it
+};
+
+// New tokens of a sequence that may form a tree. They lie in consecutive slots, and a row takes the keys on its own path
+// in the places that they would have in a chain: so it is computed as in a chain, bit for bit.
+constexpr int64_t MAX_TREE = 16;
+
+// The new tokens that one of them sees, itself last: token i of the path takes place first_position + i.
+struct Path {
+    int64_t length = 0;
+    int64_t tokens[MAX_TREE];
+
+    Path() = default;
+    Path(const Queries& queries, int64_t token) {
+        for (int64_t other = 0; other <= token; ++other)
+            if (queries.tree[token] >> other & 1) tokens[length++] = other;
+    }
 };
 
 // A context is cut into parts of so many keys, which threads may share. A query's result is that of its parts joined in
@@ -48,6 +65,12 @@ constexpr int64_t PART_KEYS = 512;
 constexpr int64_t TILE_QUERIES = 32;  // tokens of a prompt computed together against a block of keys
 constexpr int64_t MAX_HEAD_DIM = 256;
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();  // the score of a key that is not seen
+
+// Where a token stands, which is among how many keys it sees.
+inline int64_t position_of(const Queries& queries, int64_t token) {
+    if (!queries.tree) return queries.first_position + token;
+    return queries.first_position + Path(queries, token).length - 1;
+}
 
 inline int64_t first_key(const Queries& queries, int64_t position) {
     return queries.window > 0 ? std::max<int64_t>(0, position - queries.window + 1) : 0;

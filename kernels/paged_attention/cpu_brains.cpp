@@ -244,12 +244,51 @@ bool find_seen(const Queries& queries, int64_t key, uint64_t* seen) {
     const int64_t last = queries.first_position + queries.count - 1;
     if (key + TILE_KEYS <= queries.first_position + 1 && first_key(queries, last) <= key) return false;
     for (int64_t token = 0; token < queries.count; ++token) {
-        const int64_t position = queries.first_position + token;
+        const int64_t position = position_of(queries, token);
         const int64_t first = std::clamp<int64_t>(first_key(queries, position) - key, 0, TILE_KEYS);
         const uint64_t bits = bits_between(first, std::clamp<int64_t>(position + 1 - key, 0, TILE_KEYS));
         for (int64_t head = 0; head < queries.group; ++head) *seen++ = bits;
     }
     return true;
+}
+
+// A tile's weights and weighted values for rows [from, to).
+void attend_rows(Tile& tile, int64_t from, int64_t to, int64_t dim, const uint64_t* bits) {
+    for (int64_t row = from; row < to; row += ROWS) SCORE_ROWS[std::min(ROWS, to - row) - 1](tile, row, dim, bits);
+    for (int64_t row = from; row < to; row += ROWS) WEIGH_ROWS[std::min(ROWS, to - row) - 1](tile, row, dim);
+}
+
+// The key and value of the sequence's slot `at` into a column of the tile.
+void place_key(const Pool& pool, const Queries& queries, int64_t at, int64_t column, Tile& tile) {
+    const int64_t dim = pool.head_dim, values = pool.row(0, 0, 1, 0, 0);
+    each_row(pool, queries.blocks, queries.layer, queries.head, at, 1, [&](int64_t, const uint16_t* row) {
+        for (int64_t pair = 0; pair < dim / 2; ++pair)
+            memcpy(tile.keys + (pair * TILE_KEYS + column) * 2, row + 2 * pair, 2 * sizeof(uint16_t));
+        uint16_t* to = tile.values + column / 2 * 2 * dim + column % 2;
+        for (int64_t j = 0; j < dim; ++j) to[2 * j] = row[values + j];
+    });
+}
+
+// A tile that begins with `key` and holds new keys of a tree, in the order of their slots: tokens are computed together
+// as long as each finds the keys of its path in their places, and then those that the next one needs are put there.
+void attend_branches(const Pool& pool, const Queries& queries, int64_t key, Tile& tile, const uint64_t* bits) {
+    const int64_t first = queries.first_position, group = queries.group;
+    int64_t held[MAX_TREE], done = 0;
+    for (int64_t place = 0; place < MAX_TREE; ++place) held[place] = place;
+    for (int64_t token = 0; token < queries.count; ++token) {
+        const Path path(queries, token);
+        const int64_t from = std::max<int64_t>(0, key - first), to = std::min(path.length, key + TILE_KEYS - first);
+        if (!std::equal(path.tokens + from, path.tokens + std::max(from, to), held + from)) {
+            attend_rows(tile, done * group, token * group, pool.head_dim, bits);
+            done = token;
+        }
+        for (int64_t place = from; place < to; ++place) {
+            if (held[place] == path.tokens[place]) continue;
+            held[place] = path.tokens[place];
+            place_key(pool, queries, first + held[place], first + place - key, tile);
+        }
+    }
+    attend_rows(tile, done * group, queries.count * group, pool.head_dim, bits);
 }
 
 }  // namespace
@@ -272,6 +311,10 @@ void attend_brains(const Pool& pool, const Queries& queries, int64_t from, int64
         load_keys(pool, queries, key, std::min(TILE_KEYS, last - key), tile);
         call_quarter(pool, queries, ahead, 1);
         const uint64_t* bits = find_seen(queries, key, seen) ? seen : nullptr;
+        if (queries.tree && key + TILE_KEYS > queries.first_position) {
+            attend_branches(pool, queries, key, tile, bits);
+            continue;
+        }
         for (int64_t row = 0; row < rows; row += ROWS) SCORE_ROWS[std::min(ROWS, rows - row) - 1](tile, row, dim, bits);
         call_quarter(pool, queries, ahead, 2);
         for (int64_t row = 0; row < rows; row += ROWS) WEIGH_ROWS[std::min(ROWS, rows - row) - 1](tile, row, dim);

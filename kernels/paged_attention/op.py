@@ -33,7 +33,8 @@ def paged_attention(
     plan: for a CUDA device a DevicePlan, for others an AttentionPlan (or a DevicePlan, slowly: the reference takes it).
     `window`: a token sees the last `window` tokens, itself included; None for all. Unused slots of a sequence's
     blocks must be finite (`kv_write.clear_blocks`), except on a CUDA device, which never reads them.
-    tree: which new tokens see which, int64 [num_tokens], as the module `tree` packs it; None for a chain.
+    tree: which new tokens see which, int64 [num_tokens], as the module `tree` packs it; None for a chain, and for an
+    AttentionPlan that was built with it.
     kv_scales: float32 [num_blocks, num_layers, 2 (K, V), num_kv_heads], by which the numbers of an int8 or
     float8_e4m3fn pool are multiplied; q may then be of any type. float8_e4m3fn takes a GPU of compute capability 8.9.
     Raises InternalError when shapes or types do not fit, ConfigError where Triton is needed and not installed.

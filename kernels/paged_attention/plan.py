@@ -98,12 +98,19 @@ class PoolShape:
 
 
 def build_plan(
-    cu_seqlens_q: Ints, context_lens: Ints, block_table: Ints, shape: PoolShape, window: int | None = None
+    cu_seqlens_q: Ints,
+    context_lens: Ints,
+    block_table: Ints,
+    shape: PoolShape,
+    window: int | None = None,
+    tree: Ints | None = None,
 ) -> AttentionPlan:
-    """The plan of one step; arrays as in AttentionPlan."""
+    """The plan of one step; arrays as in AttentionPlan. tree [num_tokens]: which new tokens see which, as the module
+    `tree` packs it, None for chains; it is in the masks, so that attention need not be told again.
+    """
     query_lens = np.diff(cu_seqlens_q)
     is_short = query_lens <= SHORT_QUERY
-    batch = _Batch(cu_seqlens_q, query_lens, context_lens, block_table, shape, window)
+    batch = _Batch(cu_seqlens_q, query_lens, context_lens, block_table, shape, window, tree)
     short = tuple(_short_queries(batch, members) for members in _buckets(batch, np.flatnonzero(is_short)))
     long = tuple(_long_query(batch, int(index)) for index in np.flatnonzero(~is_short))
     return AttentionPlan(cu_seqlens_q, context_lens, block_table, window, short, long)
@@ -117,6 +124,7 @@ class _Batch:
     block_table: Ints
     shape: PoolShape
     window: int | None
+    tree: Ints | None
 
     def block_rows(self, members: Ints, num_blocks: int) -> torch.Tensor:
         """Rows of the flat pool [num_blocks · num_layers · 2, …] from a layer's first on: all keys, then all values."""
@@ -147,7 +155,8 @@ def _short_queries(batch: _Batch, members: Ints) -> ShortQueries:
     positions = context_lens[:, None] - query_lens[:, None] + steps_in_seq
     is_padded = bool((query_lens != query_len).any())
     key_len = num_blocks * shape.block_size
-    mask = _mask(positions, key_len, None, shape)
+    seen = _seen_new(batch, members, steps_in_seq)
+    mask = _mask(positions, key_len, None, shape, seen)
     return ShortQueries(
         batch=len(members),
         query_len=query_len,
@@ -156,8 +165,20 @@ def _short_queries(batch: _Batch, members: Ints) -> ShortQueries:
         kept=torch.from_numpy(np.flatnonzero((steps[None, :] < query_lens[:, None]).ravel())) if is_padded else None,
         block_rows=batch.block_rows(members, num_blocks),
         mask=mask,
-        window_mask=_mask(positions, key_len, batch.window, shape) if _exceeds(batch.window, context_lens) else mask,
+        window_mask=(
+            _mask(positions, key_len, batch.window, shape, seen) if _exceeds(batch.window, context_lens) else mask
+        ),
     )
+
+
+def _seen_new(batch: _Batch, members: Ints, steps_in_seq: Ints) -> Ints | None:
+    """[batch, query_len, query_len]: whether a query sees each new token of its sequence; None where all are chains."""
+    if batch.tree is None:
+        return None
+    bits = batch.tree[batch.cu_seqlens_q[members][:, None] + steps_in_seq]
+    new = np.arange(steps_in_seq.shape[1])
+    seen: Ints = (bits[..., None] >> new & 1) * (new <= steps_in_seq[..., None])
+    return seen
 
 
 def _exceeds(window: int | None, context_lens: Ints) -> bool:
@@ -171,16 +192,45 @@ def _as_slice(rows: Ints) -> slice | torch.Tensor:
     return torch.from_numpy(rows)
 
 
-def _mask(positions: Ints, key_len: int, window: int | None, shape: PoolShape) -> torch.Tensor:
-    """0 where the query at `positions` [batch, query_len] sees the key, else -inf; shaped as ShortQueries.mask."""
-    keys = np.arange(key_len)
-    hidden = keys > positions[..., None]
+def _mask(
+    positions: Ints, key_len: int, window: int | None, shape: PoolShape, seen: Ints | None = None
+) -> torch.Tensor:
+    """0 where the query that stands at `positions` [batch, query_len] sees the key, else -inf; shaped as
+    ShortQueries.mask. seen: see `_seen_new`.
+    """
+    hidden = np.arange(key_len) > positions[..., None]
+    if seen is not None:
+        hidden |= _branches(positions, key_len, seen)
     if window is not None:
-        hidden |= keys <= positions[..., None] - window
+        hidden |= _behind(positions, key_len, window, seen)
     mask = torch.zeros(hidden.shape, dtype=shape.dtype).masked_fill_(torch.from_numpy(hidden), float("-inf"))
     if positions.shape[1] > 1:
         mask = mask.repeat_interleave(shape.group, dim=1)
     return mask.unsqueeze(1)
+
+
+def _branches(positions: Ints, key_len: int, seen: Ints) -> npt.NDArray[np.bool_]:
+    """Keys [batch, query_len, key_len] of new tokens that are on no path to the query."""
+    new = np.arange(key_len) - positions[:, :1, None]  # which new token a key is of; the first stands at positions[0]
+    is_on_path = np.take_along_axis(
+        seen, np.broadcast_to(new.clip(0, seen.shape[2] - 1), (*seen.shape[:2], key_len)), 2
+    )
+    branches: npt.NDArray[np.bool_] = (new >= 0) & (is_on_path == 0)
+    return branches
+
+
+def _behind(positions: Ints, key_len: int, window: int, seen: Ints | None) -> npt.NDArray[np.bool_]:
+    """Keys [batch, query_len, key_len] that the window has left behind. In a tree it counts a query's own path."""
+    keys = np.arange(key_len)
+    if seen is None:
+        behind: npt.NDArray[np.bool_] = keys <= positions[..., None] - window
+        return behind
+    first = positions[:, :1, None]
+    depth = seen.sum(axis=2) - 1  # of each query
+    new = (keys - first).clip(0, seen.shape[2] - 1)
+    places = np.where(keys < first, keys, first + np.take_along_axis(depth[:, None], new, 2))
+    left: npt.NDArray[np.bool_] = places <= first + depth[..., None] - window
+    return left
 
 
 def _long_query(batch: _Batch, index: int) -> LongQuery:

@@ -36,9 +36,9 @@ def emit_drafted(original: Any) -> Any:
 def draw_at_one_index(original: Any) -> Any:
     """All rows of a draft are drawn as if they were the first."""
 
-    def drawn(self: FakeEngine, seq: Any, choice: int, ahead: Any) -> SampledToken:
-        token: SampledToken = original(self, seq, choice, ahead)
-        return original(self, seq, choice, ()) if ahead and not seq.params.is_greedy else token
+    def drawn(self: FakeEngine, entry: Any, choice: int, path: Any) -> SampledToken:
+        token: SampledToken = original(self, entry, choice, path)
+        return original(self, entry, choice, ()) if path and not entry.seq.params.is_greedy else token
 
     return drawn
 
@@ -55,6 +55,22 @@ def keep_draft_blocks(original: Any) -> Any:
             self._pool.allocate(len(dropped))
 
     return settle
+
+
+def leave_path(original: Any) -> Any:
+    """What was accepted of a tree stays where it was computed."""
+    return lambda self, entry, path: None
+
+
+def see_sibling(original: Any) -> Any:
+    """A drafted token sees the one before it in the draft, on its path or not."""
+
+    def seen(self: FakeEngine, entry: Any, layer: int, path: Any) -> bytes:
+        if entry.parents and path and path[-1] > 0 and path[-1] - 1 not in path:
+            return bytes(original(self, entry, layer, (*path[:-1], path[-1] - 1, path[-1])))
+        return bytes(original(self, entry, layer, path))
+
+    return seen
 
 
 def remember_ended(original: Any) -> Any:
@@ -89,6 +105,20 @@ DRAFT_BUGS = [
         "blocks of rejected tokens are never free again",
         plants((Drafting, "settle", keep_draft_blocks)),
         Seeds("I4", ANY),
+    ),
+    Bug(
+        "draft-path",
+        "of our own",
+        "the accepted tokens of a tree stay in the slots of the tree, among rejected ones",
+        plants((FakeEngine, "_keep", leave_path)),
+        Seeds("I2", CALM),
+    ),
+    Bug(
+        "draft-sibling",
+        "of our own",
+        "a token of a tree attends to one that is not on its path",
+        plants((FakeEngine, "_seen", see_sibling)),
+        Seeds("I2", CALM),
     ),
     Bug(
         "draft-memory",

@@ -20,9 +20,15 @@ class Run:
     """Everything that one request gave."""
 
     def __init__(
-        self, params: SamplingParams, hit_rate: float | None, num_blocks: int = 64, max_tokens: int = 4, seed: int = 0
+        self,
+        params: SamplingParams,
+        hit_rate: float | None,
+        num_blocks: int = 64,
+        max_tokens: int = 4,
+        seed: int = 0,
+        trees: float = 0.5,
     ) -> None:
-        self.proposer = SeededProposer(hit_rate or 0.0, seed)
+        self.proposer = SeededProposer(hit_rate or 0.0, seed, trees)
         self.speculator = Speculator([self.proposer], max_tokens, None) if hit_rate is not None else None
         runner = LocalRunner(FakeEngine(num_blocks), FakeClock(), 16, self.speculator)
         self.items: dict[int, list[Tokens]] = {choice: [] for choice in range(params.n)}
@@ -55,8 +61,8 @@ class Run:
     ],
 )
 def test_answers_are_those_without_drafts(params: SamplingParams, hit_rate: float) -> None:
-    for seed in range(5):
-        run = Run(params, hit_rate, seed=seed)
+    for seed in range(8):
+        run = Run(params, hit_rate, seed=seed, max_tokens=4 if seed % 2 else 9, trees=seed / 7)
         assert (run.ids(), run.reason) == expected_tokens(PROMPT, params)
     if params.logprobs is not None:
         tokens, _ = expected_run(PROMPT, params)
@@ -64,7 +70,7 @@ def test_answers_are_those_without_drafts(params: SamplingParams, hit_rate: floa
 
 
 def test_right_drafts_save_steps_and_are_counted() -> None:
-    run, plain = Run(FREE, 1.0), Run(FREE, None)
+    run, plain = Run(FREE, 1.0, trees=0), Run(FREE, None)
     assert run.ids() == plain.ids()
     assert run.load.steps < plain.load.steps - run.load.accepted_tokens / 2
     assert run.load.accepted_tokens == run.load.drafted_tokens > 0
@@ -72,6 +78,15 @@ def test_right_drafts_save_steps_and_are_counted() -> None:
     assert sum(item.accepted for item in run.items[0]) == run.load.accepted_tokens
     assert sum(len(item.tokens) for item in run.items[0]) == FREE.max_tokens
     assert (plain.load.drafts, plain.load.drafted_tokens) == (0, 0)
+
+
+def test_paths_of_trees_save_steps_and_are_counted_by_place() -> None:
+    run, plain = Run(FREE, 1.0, max_tokens=8, trees=1), Run(FREE, None)
+    assert run.ids() == plain.ids()
+    assert run.load.drafted_tokens > run.load.accepted_tokens > 4
+    assert run.load.steps <= plain.load.steps - run.load.accepted_tokens
+    assert run.load.accepted_at[0] >= run.load.accepted_at[1] > 0
+    assert sum(run.load.accepted_at) == run.load.accepted_tokens == sum(item.accepted for item in run.items[0])
 
 
 def test_wrong_drafts_are_refused_and_counted() -> None:

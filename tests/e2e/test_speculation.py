@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from penstock.benchmarks.speculation_prompts import load_prompts
@@ -17,13 +18,15 @@ from penstock.engine.sequence import Sequence as TokenSequence
 from penstock.engine.speculation.build import build_speculation
 from penstock.engine.speculation.control import Speculator
 from penstock.engine.speculation.draft_model import ModelProposer
-from penstock.engine.speculation.interface import Draft, Speculation
+from penstock.engine.speculation.interface import Draft, Proposer, Speculation
+from penstock.engine.torch_engine import TorchEngine
 from penstock.models.shipped_heads import FOLDER
 from penstock.models.tokenizer import Tokenizer
 from penstock.protocol.messages import WorkerLoad
 from penstock.protocol.sampling import SamplingParams
 from penstock.router.interface import GenerateRequest
 from penstock.testing.inprocess import InProcessCluster, Result
+from penstock.testing.sim_drafts import Know, SeededProposer
 
 from .comparing import assert_equal, requests_of
 from .conftest import MakeEngine
@@ -64,8 +67,6 @@ def speculation(method: str, engine: Engine) -> Speculation | None:
 @pytest.fixture(scope="module")
 def plain(real_prompts: list[list[int]], base_engine: object, model_path: Path) -> dict[str, Result]:
     """What a colocated worker answers without drafts."""
-    from penstock.engine.torch_engine import TorchEngine
-
     assert isinstance(base_engine, TorchEngine)
     engine = TorchEngine(base_engine.decoder, model_name="smollm2", identity="test", num_blocks=400)
     with InProcessCluster({"both-0": engine}) as cluster:
@@ -108,7 +109,7 @@ def test_the_model_as_its_own_draft_is_right_but_for_rounding(
     draft = make_engine(400)
     engines = {"both-0": make_engine(400)}
     with InProcessCluster(
-        engines, speculate=lambda engine: Speculator([ModelProposer(draft, engine.spec)], 4, None)
+        engines, speculate=lambda engine: Speculator([ModelProposer(draft, engine.spec)], 4, None, takes_trees=False)
     ) as cluster:
         found = answers(cluster, some, 10)
         load = load_of(cluster, "both-0")
@@ -144,13 +145,66 @@ class Oracle:
         pass
 
 
-@pytest.mark.parametrize("index", [1, 4])
+def around(found: dict[str, Result], prompts: list[list[int]]) -> Know:
+    """Knows what each prompt is answered with."""
+    ids = {tuple(prompt): found[f"r{index}"].answers[0].token_ids for index, prompt in enumerate(prompts)}
+    return lambda seq, count: ids[tuple(seq.prompt_ids)][len(seq.output_ids) :][:count]
+
+
+@pytest.mark.parametrize("at_once", [1, 20])
+def test_greedy_answers_with_trees_are_the_same_across_the_hand_off(
+    at_once: int, real_prompts: list[list[int]], plain: dict[str, Result], make_engine: MakeEngine
+) -> None:
+    """Trees grown around the right answer, whose branches are taken and left at any token."""
+    prompts = real_prompts if at_once > 1 else real_prompts[:15]
+    know = around(plain, real_prompts)
+    engines = {"prefill-0": make_engine(400), "decode-0": make_engine(400)}
+    with InProcessCluster(
+        engines, speculate=lambda _: Speculator([SeededProposer(0.85, 1, 1.0, know)], 8, None)
+    ) as cluster:
+        found = answers(cluster, prompts, at_once)
+        load = load_of(cluster, "decode-0")
+    assert_equal(found, {name: plain[name] for name in found})
+    assert load.drafted_tokens > load.accepted_tokens > 5 * len(prompts)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_answers_with_trees_are_the_same_in_the_native_step(
+    kind: str, model_path: Path, request_of: Callable[[SamplingParams], GenerateRequest]
+) -> None:
+    """Bit for bit, with a bfloat16 cache: ids and log-probabilities."""
+    engine = TorchEngine.load(model_path, model_name="smollm2", num_blocks=64)
+    request = request_of(msgspec.structs.replace(KINDS[kind], max_tokens=40))
+    with InProcessCluster({"both-0": engine}) as cluster:
+        expected = cluster.run([request])
+
+    def know(seq: TokenSequence, count: int) -> list[int]:
+        return expected["r"].answers[seq.choice].token_ids[len(seq.output_ids) :][:count]
+
+    with InProcessCluster(
+        {"both-0": engine}, speculate=lambda _: Speculator([SeededProposer(0.85, 1, 1.0, know)], 12, None)
+    ) as cluster:
+        found = cluster.run([request])
+        load = load_of(cluster, "both-0")
+    engine.memory.close()
+    assert_exact(found, expected)
+    assert load.accepted_tokens > 5
+
+
+@pytest.mark.parametrize(("index", "shape"), [(1, "chain"), (4, "chain"), (3, "tree")])
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_decode_worker_killed_between_drafts_changes_nothing_in_the_answer(
-    kind: str, index: int, make_engine: MakeEngine, request_of: Callable[[SamplingParams], GenerateRequest]
+    kind: str, index: int, shape: str, make_engine: MakeEngine, request_of: Callable[[SamplingParams], GenerateRequest]
 ) -> None:
     request = request_of(KINDS[kind])
     expected = undisturbed(make_engine, request)
+    ids = [answer.token_ids for answer in expected["r"].answers]
+
+    def propose() -> Proposer:
+        if shape == "chain":
+            return Oracle(expected["r"])
+        return SeededProposer(0.7, 3, 1.0, lambda seq, count: ids[seq.choice][len(seq.output_ids) :][:count])
+
     loads: list[WorkerLoad] = []
 
     def kill(cluster: InProcessCluster) -> None:
@@ -160,9 +214,7 @@ def test_decode_worker_killed_between_drafts_changes_nothing_in_the_answer(
 
     fault = Fault(index, kill)
     engines = {name: make_engine(64) for name in ("prefill-0", "prefill-1", "decode-0", "decode-1")}
-    with InProcessCluster(
-        engines, router=ROUTER, speculate=lambda engine: Speculator([Oracle(expected["r"])], 4, None)
-    ) as cluster:
+    with InProcessCluster(engines, router=ROUTER, speculate=lambda engine: Speculator([propose()], 6, None)) as cluster:
         found = cluster.run([request], each_turn=fault)
         loads += [load_of(cluster, name) for name in cluster.workers if name.startswith("decode")]
     assert fault.happened_at is not None

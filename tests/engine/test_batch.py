@@ -26,7 +26,7 @@ def entry(prompt: int, computed: int, new: int, first_block: int, output: int = 
 
 
 def lists(batch: Batch) -> dict[str, list[int]]:
-    return {name: getattr(batch, name).tolist() for name in batch.__slots__}
+    return {name: getattr(batch, name).tolist() for name in batch.__slots__ if name != "tree"}
 
 
 def test_batch_lays_sequences_end_to_end() -> None:
@@ -46,6 +46,18 @@ def test_batch_lays_sequences_end_to_end() -> None:
 def test_filled_block_is_not_fresh() -> None:
     assert lists(build_batch([entry(8, 0, 8, 0)], BLOCK_SIZE))["fresh_blocks"] == []
     assert lists(build_batch([entry(8, 4, 4, 0)], BLOCK_SIZE))["fresh_blocks"] == []
+
+
+def test_tokens_of_a_tree_have_slots_in_a_row_and_the_positions_of_their_paths() -> None:
+    tree = entry(8, 7, 1, 10)
+    branched = ScheduledSeq(tree.seq, 1, (1, 2, 3, 4), (-1, 0, -1, 2))
+    tree.seq.block_table = [BlockId(10), BlockId(12), BlockId(14)]
+    batch = build_batch([entry(3, 0, 3, 20), branched], BLOCK_SIZE)
+    assert batch.positions.tolist() == [0, 1, 2, 7, 8, 9, 8, 9]
+    assert batch.slot_mapping.tolist() == [80, 81, 82, 51, 56, 57, 58, 59]
+    assert batch.tree is not None
+    assert batch.tree.tolist() == [-1, -1, -1, -1, 0b11, 0b111, 0b1001, 0b11001]
+    assert build_batch([ScheduledSeq(tree.seq, 1, (1, 2))], BLOCK_SIZE).tree is None
 
 
 @pytest.mark.parametrize(

@@ -49,10 +49,15 @@ def engine(of: Decoder, num_blocks: int = 200) -> TorchEngine:
 
 
 def run(
-    target: TorchEngine, draft: TorchEngine | None, params: SamplingParams, cost: StepCost | None = None
+    target: TorchEngine,
+    draft: TorchEngine | None,
+    params: SamplingParams,
+    cost: StepCost | None = None,
+    *,
+    takes_trees: bool = False,
 ) -> tuple[list[int], WorkerLoad]:
     proposer = ModelProposer(draft, target.spec) if draft is not None else None
-    speculation = Speculator([proposer], 4, cost) if proposer is not None else None
+    speculation = Speculator([proposer], 4, cost, takes_trees=takes_trees) if proposer is not None else None
     runner = LocalRunner(target, SteppingClock(10e-3), 64, speculation)
     ids = [token.token_id for item in runner.stream(PROMPT, params) for token in item.tokens]
     if proposer is not None:
@@ -82,6 +87,25 @@ def test_a_model_with_other_weights_is_nearly_always_wrong_and_changes_nothing(
     assert load.drafted_tokens > 20
 
 
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED, RULED])
+def test_a_model_that_is_nearly_right_has_the_answer_among_its_runners_up(
+    target: Decoder, params: SamplingParams
+) -> None:
+    """The same weights with some noise: it goes astray now and then, and what is right then often comes in next."""
+    config, other = tiny_config(), random_weights(tiny_config(), 1)
+    weights = {name: weight + 0.04 * other[name] for name, weight in random_weights(config).items()}
+    noisy = build_decoder(config, weights.items(), torch.float32)
+    plain, _ = run(engine(target), None, params)
+    loads = {}
+    for takes_trees in (False, True):
+        drafted, loads[takes_trees] = run(engine(target), engine(noisy), params, takes_trees=takes_trees)
+        assert drafted == plain
+    assert loads[True].drafted_tokens > loads[True].accepted_tokens > 10
+    if params is GREEDY:
+        chain, tree = (load.accepted_at[0] / load.drafts for load in loads.values())
+        assert tree > 1.2 * chain
+
+
 def test_control_stops_asking_a_model_that_is_wrong(target: Decoder) -> None:
     params = SamplingParams(max_tokens=400, temperature=0, ignore_eos=True)
     draft = engine(decoder(1))
@@ -108,7 +132,7 @@ def test_a_draft_model_without_room_drafts_nothing(target: Decoder) -> None:
 def test_a_long_prompt_is_read_over_several_steps() -> None:
     target, draft = FakeEngine(256), FakeEngine(256)
     proposer = ModelProposer(draft, target.spec)
-    runner = LocalRunner(target, FakeClock(), 1024, Speculator([proposer], 4, None))
+    runner = LocalRunner(target, FakeClock(), 1024, Speculator([proposer], 4, None, takes_trees=False))
     prompt = [n % 900 + 1 for n in range(2 * MAX_NEW_TOKENS + 50)]
     params = SamplingParams(max_tokens=20, ignore_eos=True, logprobs=0, seed=5)
     sizes = [len(item.tokens) for item in runner.stream(prompt, params)]

@@ -15,12 +15,12 @@ from penstock.core.errors import ConfigError
 from penstock.core.random_bits import choice_seed
 from penstock.decode_node.local import LocalRunner
 from penstock.engine.interface import ScheduledSeq, StepCosts
-from penstock.engine.race import race_key, winner
+from penstock.engine.race import arrival_times, race_key, winner
 from penstock.engine.sequence import Sequence
 from penstock.engine.speculation.build import Openers, build_speculation
 from penstock.engine.speculation.control import Speculator
 from penstock.engine.speculation.draft_head import HeadProposer
-from penstock.engine.speculation.head_step import TorchHeadStep, make_head_step
+from penstock.engine.speculation.head_step import HeadGuesses, TorchHeadStep, make_head_step
 from penstock.engine.speculation.interface import Draft, Proposer
 from penstock.engine.speculation.open_head import head_matrix, open_head, open_shipped_head
 from penstock.engine.torch_engine import TorchEngine, build_decoder
@@ -115,8 +115,8 @@ def test_drafts_are_the_chains_over_all_that_was_seen(layout: str) -> None:
         rows = watching.seen[:seen]
         cache = DraftCache(head, len(rows) + 8, rows[0][0])
         features, token_ids = torch.stack([row[1] for row in rows]), torch.tensor([row[2] for row in rows])
-        chain = draft_chain(head, cache, features, token_ids, len(draft.token_ids))
-        assert list(draft.token_ids) == chain.token_ids
+        chain = draft_chain(head, cache, features, token_ids, len(draft.trunk()))
+        assert list(draft.trunk().token_ids) == chain.token_ids
 
 
 class Perfect:
@@ -150,6 +150,52 @@ def test_a_head_that_knows_all_is_accepted_from_the_second_step_on(params: Sampl
     assert load.steps <= 2 + len(plain[0]) / 5 + 1
 
 
+class Second(Perfect):
+    """As `Perfect`, but holds another token likeliest: what the target says comes in second."""
+
+    def __call__(self, rows, pool):
+        guesses = super().__call__(rows, pool)
+        for logits in guesses.logits:
+            right = int(logits.argmax())
+            logits[right] = 50
+            logits[right - 1 if right else 1] = 50.4
+        guesses.best[:] = guesses.logits.argmax(axis=1)
+        return guesses
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED, RULED])
+def test_runners_up_are_drafted_and_accepted(params: SamplingParams) -> None:
+    plain, _ = run(engine(), None, params)
+    target = engine()
+    watching = Watching(head_for(target, "eagle"), target)
+    watching._step = second = Second(head_for(target, "eagle"))
+    second.answer = plain[0]
+    drafted, load = run(target, watching, params)
+    assert drafted == plain
+    assert all(draft.parents for _, draft in watching.drafts[1:])
+    if params.temperature == 0:  # sampled ones draft whichever of the two arrives first
+        assert load.accepted_at[1:] == (0, 0, 0)
+        assert load.accepted_at[0] >= 0.9 * load.drafts
+    assert load.accepted_tokens > 15
+    positions = [position for position, _, _ in watching.seen]
+    assert positions == list(range(positions[0], positions[0] + len(positions)))  # of paths, and nothing beside them
+
+
+def test_sampled_runners_up_come_in_next_in_the_sequences_own_race() -> None:
+    target = engine()
+    head = head_for(target, "ours")
+    proposer = HeadProposer(head, TorchHeadStep(head))
+    seq = a_sequence(SAMPLED, [1, 2, 3])
+    logits = np.random.default_rng(5).normal(size=(1, 100)).astype(np.float32) * 3
+    for place in range(5):
+        guesses = HeadGuesses(torch.zeros(1, 1), logits.copy(), logits.argmax(axis=1))
+        entries = proposer._ranked(seq, guesses, 0, place)
+        times = arrival_times(race_key(choice_seed(7, 2), 3 + place), TARGET.vocab_size, head.draft_ids.numpy())
+        order = np.argsort(-np.exp(logits[0] - logits.max()) / times)
+        assert entries == order[:3].tolist()
+        assert (guesses.logits == logits).all()
+
+
 def a_sequence(params: SamplingParams, output: list[int]) -> Sequence:
     return Sequence(("r0", 0), 2, PROMPT, params, b"", 0.0, 9.0, output_ids=output)  # type: ignore[arg-type]
 
@@ -163,7 +209,7 @@ def test_a_sampled_draft_is_the_winner_of_the_sequences_own_race() -> None:
     weights = np.zeros(TARGET.vocab_size, np.float32)
     weights[head.draft_ids.numpy()] = np.exp(logits - logits.max())
     wins = [winner(weights, race_key(choice_seed(7, 2), 3 + place)) for place in range(30)]
-    assert [int(head.draft_ids[proposer._race(seq, logits, place)]) for place in range(30)] == wins
+    assert [int(head.draft_ids[proposer._race(seq, logits, place).argmax()]) for place in range(30)] == wins
     assert len(set(wins)) > 3
 
 
@@ -181,13 +227,13 @@ def test_rows_behind_a_gap_begin_anew() -> None:
     assert proposer.propose([seq], [3])[0].token_ids == ()
     for token_id in (4, 5):
         step_of(proposer, seq, token_id)
-    assert len(proposer.propose([seq], [3])[0].token_ids) == 3
+    assert len(proposer.propose([seq], [3])[0].trunk()) == 3
     slot = proposer._states[seq].slot
     assert slot.rows == 2
     seq.output_ids.append(6)  # computed where nobody showed it
     assert proposer.propose([seq], [3])[0].token_ids == ()
     step_of(proposer, seq, 7)
-    assert len(proposer.propose([seq], [3])[0].token_ids) == 3
+    assert len(proposer.propose([seq], [3])[0].trunk()) == 3
     assert slot.rows == 1
 
 
@@ -199,7 +245,7 @@ def test_long_sequences_keep_their_newest_rows() -> None:
     for token_id in range(700):
         step_of(proposer, seq, token_id % 300)
         if token_id % 5 == 0 or token_id > 400:
-            assert len(proposer.propose([seq], [3])[0].token_ids) == 3
+            assert len(proposer.propose([seq], [3])[0].trunk()) == 3
     slot = proposer._states[seq].slot
     assert 100 <= slot.rows <= proposer._cache.capacity - 3
     assert slot.end == seq.num_tokens - 1

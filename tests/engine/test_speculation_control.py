@@ -11,6 +11,7 @@ from penstock.core.errors import ConfigError
 from penstock.core.ids import AttemptKey
 from penstock.engine.interface import EngineSpec, ScheduledSeq, StepCosts
 from penstock.engine.sequence import Sequence
+from penstock.engine.speculation.acceptance import Correction
 from penstock.engine.speculation.build import build_speculation
 from penstock.engine.speculation.control import PROBE_EVERY, Speculator
 from penstock.engine.speculation.interface import NOTHING, Draft
@@ -60,7 +61,7 @@ def run(speculator: Speculator, seqs: list[Sequence], hit_rate: float, steps: in
         for seq, draft in zip(seqs, drafts, strict=True):
             accepted = next((n for n in range(len(draft)) if rng.random() >= hit_rate), len(draft))
             if draft:
-                speculator.verified(seq, draft, accepted)
+                speculator.verified(seq, len(draft), tuple(range(accepted)))
     return drafted
 
 
@@ -100,7 +101,7 @@ def test_the_lucky_sequence_drafts_and_its_unlucky_neighbour_does_not() -> None:
         drafts = speculator.draft(seqs, [8, 8], 512)
         for seq, draft, is_lucky in zip(seqs, drafts, (True, False), strict=True):
             if draft:
-                speculator.verified(seq, draft, len(draft) if is_lucky else 0)
+                speculator.verified(seq, len(draft), tuple(range(len(draft) if is_lucky else 0)))
     lucky, unlucky = speculator.draft(seqs, [8, 8], 512)
     assert len(lucky) == 8
     assert len(unlucky) <= 1
@@ -110,7 +111,7 @@ def test_limits_and_room_hold() -> None:
     speculator, seqs = Speculator([Coin(0.99)], 5, None), sequences(3)
     assert list(map(len, speculator.draft(seqs, [9, 2, 0], 512))) == [5, 2, 0]
     assert sum(map(len, speculator.draft(seqs, [9, 9, 9], 4))) <= 4
-    assert speculator.draft(seqs, [9, 9, 9], 0) == [(), (), ()]
+    assert speculator.draft(seqs, [9, 9, 9], 0) == [NOTHING] * 3
     assert speculator.draft([], [], 9) == []
 
 
@@ -119,7 +120,7 @@ def test_counts_are_by_place() -> None:
     for accepted in (3, 1):
         drafts = speculator.draft(seqs, [3, 3], 512)
         for seq, draft in zip(seqs, drafts, strict=True):
-            speculator.verified(seq, draft, accepted)
+            speculator.verified(seq, len(draft), tuple(range(accepted)))
     counts = speculator.counts
     assert (counts.drafts, counts.drafted, counts.accepted, counts.positions) == (4, 12, 8, (4, 2, 2))
 
@@ -225,3 +226,98 @@ def test_build_knows_its_methods() -> None:
     assert isinstance(build_speculation("ngram", 8, spec), Speculator)
     with pytest.raises(ConfigError, match=r"speculation.method: 'eagel' is not one of"):
         build_speculation("eagel", 8, spec)
+
+
+# ---- trees ----
+
+
+class Trees(Coin):
+    """Proposes one tree for every sequence, with what it guesses of each token."""
+
+    def __init__(self, parents: tuple[int, ...], chances: tuple[float, ...]) -> None:
+        super().__init__()
+        self.tree, self.chances, self.num_kinds = parents, chances, len(chances)
+
+    def first_guess(self, kind: int) -> float:
+        return self.chances[kind]
+
+    def propose(self, seqs: Sequences[Sequence], limits: Sequences[int]) -> list[Draft]:
+        count = len(self.chances)
+        return [Draft(tuple(range(100, 100 + count)), tuple(range(count)), self.tree) for _ in limits]
+
+
+# Chances to be reached: 0.6, 0.3, 0.15 along the chain; beside them 0.3, 0.05 and, behind the first, 0.24.
+COMB = (-1, 0, 1, -1, -1, 0)
+CHANCES = (0.6, 0.5, 0.5, 0.3, 0.05, 0.4)
+
+
+def linear(each: float) -> StepCost:
+    """A step of n tokens takes 1 + (n - 1) * each."""
+    return StepCost(StepCosts(((1, 1.0), (101, 1.0 + 100 * each)), 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("each", "tokens", "parents"),
+    [
+        # One token: 1.6 / (1 + each) beats 1 by the margin; two: 1.9 / (1 + 2 · each) beats 1.6 / (1 + each) if
+        # each < 0.3 / 1.3; three: 2.2 / (1 + 3 · each) beats 1.9 / (1 + 2 · each) if each < 0.3 / 1.3 likewise.
+        (0.7, (), ()),
+        (0.5, (100,), ()),
+        (0.2, (100, 101, 103), (-1, 0, -1)),
+        # Four, with 0.24: 2.44 / (1 + 4 · each) beats 2.2 / (1 + 3 · each) if each < 0.24 / 1.48 = 0.162.
+        (0.165, (100, 101, 103), (-1, 0, -1)),
+        (0.16, (100, 101, 103, 105), (-1, 0, -1, 0)),
+        # Five, with 0.15: 2.59 / (1 + 5 · each) beats 2.44 / (1 + 4 · each) if each < 0.15 / 1.84 = 0.0815.
+        (0.08, (100, 101, 102, 103, 105), (-1, 0, 1, -1, 0)),
+        # Six, with 0.05: 2.64 / (1 + 6 · each) beats 2.59 / (1 + 5 · each) if each < 0.05 / 2.34 = 0.0213.
+        (0.01, (100, 101, 102, 103, 104, 105), COMB),
+    ],
+)
+def test_the_likeliest_tokens_of_a_tree_are_taken(
+    each: float, tokens: tuple[int, ...], parents: tuple[int, ...]
+) -> None:
+    speculator = Speculator([Trees(COMB, CHANCES)], 8, linear(each))
+    (draft,) = speculator.draft(sequences(1), [8], 512)
+    assert (draft.token_ids, draft.parents) == (tokens, parents)
+
+
+def test_a_tree_has_no_more_tokens_than_a_draft_may() -> None:
+    seqs = sequences(2)
+    some = Speculator([Trees(COMB, CHANCES)], 4, None).draft(seqs, [9, 2], 512)
+    assert [draft.token_ids for draft in some] == [(100, 101, 103, 105), (100, 101)]
+    assert sum(map(len, Speculator([Trees(COMB, CHANCES)], 4, None).draft(seqs, [9, 9], 5))) == 5
+    bush = Trees((-1,) * 30, (0.5,) * 30)
+    assert len(Speculator([bush], 40, None).draft(sequences(1), [40], 512)[0]) == 15  # with the last token 16 rows
+
+
+def test_an_engine_that_takes_chains_alone_gets_the_trunk() -> None:
+    (draft,) = Speculator([Trees(COMB, CHANCES)], 8, None, takes_trees=False).draft(sequences(1), [8], 512)
+    assert (draft.token_ids, draft.parents) == ((100, 101, 102), ())
+
+
+def test_an_accepted_leaf_is_counted_at_its_place() -> None:
+    speculator, (seq,) = Speculator([Trees(COMB, CHANCES)], 6, None), sequences(1)
+    for path in ((0, 5), (3,), ()):
+        assert len(speculator.draft([seq], [6], 512)[0]) == 6
+        speculator.verified(seq, 6, path)
+    counts = speculator.counts
+    assert (counts.drafts, counts.drafted, counts.accepted) == (3, 18, 3)
+    assert counts.positions == (2, 1, 0, 0, 0, 0)
+
+
+def test_what_was_looked_at_is_learned_and_nothing_else() -> None:
+    speculator, (seq,) = Speculator([Trees(COMB, CHANCES)], 6, None), sequences(1)
+    for _ in range(200):
+        speculator.draft([seq], [6], 512)
+        speculator.verified(seq, 6, (3,))  # always the first leaf: what stands behind token 0 is never reached
+    acceptance = speculator._acceptance[0]
+    fresh = Correction()
+    rates = [acceptance.chance(kind, fresh) for kind in range(6)]
+    assert rates[0] < 0.02 < 0.98 < rates[3]
+    assert rates[4] < 0.02
+    assert [rates[kind] for kind in (1, 2, 5)] == pytest.approx([CHANCES[kind] for kind in (1, 2, 5)])
+    assert acceptance.mean < 0.01  # of first children
+    corrections = speculator._corrections[seq][0]
+    assert corrections.first.shift < 0
+    (draft,) = Speculator.draft(speculator, [seq], [1], 512)
+    assert draft.token_ids == (103,)

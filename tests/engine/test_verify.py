@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from penstock.core.errors import InternalError
 from penstock.core.ids import AttemptKey
 from penstock.engine import verify
+from penstock.engine.draft_tree import ROOT, depths, path_of
 from penstock.engine.interface import ScheduledSeq
 from penstock.engine.sampler import SampledRow, sample
 from penstock.engine.sequence import Sequence
@@ -88,6 +91,58 @@ def test_a_draft_gives_the_tokens_of_plain_steps(many: list[tuple[SamplingParams
                 assert token.logprob.logprob == pytest.approx(step.logprob.logprob, abs=1e-5)
 
 
+def random_tree(rng: random.Random, count: int, right: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Tokens and parents: now and then a token is the one that is right there."""
+    draft: list[int] = []
+    parents: list[int] = []
+    for token in range(count):
+        parents.append(rng.randrange(ROOT, token))
+        depth = depths(parents)[-1]
+        beside = {draft[at] for at in range(token) if parents[at] == parents[-1]}
+        wanted = right[depth] if rng.random() < 0.6 else rng.randrange(VOCAB)
+        draft.append(wanted if wanted not in beside else min(set(range(VOCAB)) - beside))
+    return tuple(draft), tuple(parents)
+
+
+def tree_rows(seq: Sequence, draft: tuple[int, ...], parents: tuple[int, ...], seed: int) -> list[torch.Tensor]:
+    known = (*seq.prompt_ids, *seq.output_ids)
+    behind: list[tuple[int, ...]] = []
+    for token, parent in zip(draft, parents, strict=True):
+        behind.append((*(known if parent == ROOT else behind[parent]), token))
+    return [logits_of(ids, seed) for ids in (known, *behind)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(PARAMS, st.integers(0, 10)), min_size=1, max_size=4), st.integers(0, 999))
+def test_a_tree_gives_the_tokens_of_plain_steps(many: list[tuple[SamplingParams, int]], seed: int) -> None:
+    rng = random.Random(seed)
+    batch: list[ScheduledSeq] = []
+    logits: list[torch.Tensor] = []
+    expected: list[list[SampledToken]] = []
+    for number, (params, count) in enumerate(many):
+        seq = sequence(params, [4] * number)
+        steps = plain(seq, count + 1, seed)
+        ids = [token.token_id for token in steps]
+        draft, parents = random_tree(rng, count, ids)
+        batch.append(ScheduledSeq(seq, 1, draft, parents))
+        logits += tree_rows(seq, draft, parents, seed)
+        expected.append(steps[: len(path_of(draft, parents, ids)) + 1])
+    found = draw(likeliest(torch.stack(logits)), batch, EOS)
+    for tokens, steps in zip(found, expected, strict=True):
+        assert [token.token_id for token in tokens] == [token.token_id for token in steps]
+        assert [token.logprob is None for token in tokens] == [step.logprob is None for step in steps]
+
+
+def test_rows_of_branches_not_taken_are_not_looked_at() -> None:
+    seq = sequence(SamplingParams(max_tokens=9, temperature=0))
+    first, second, third = (token.token_id for token in plain(seq, 3, 0))
+    draft, parents = ((first + 1) % VOCAB, first, 7, second), (-1, -1, 0, 1)
+    rows = tree_rows(seq, draft, parents, 0)
+    rows[1][:] = rows[3][:] = torch.nan
+    (tokens,) = draw(likeliest(torch.stack(rows)), [ScheduledSeq(seq, 1, draft, parents)], EOS)
+    assert [token.token_id for token in tokens] == [first, second, third]
+
+
 def test_entries_that_do_not_sample_and_several_choices_stand_beside_drafts() -> None:
     chunk, many, one = (sequence(SamplingParams(max_tokens=9, seed=n, n=3 if n == 1 else 1)) for n in range(3))
     chunk.num_computed_tokens = 0
@@ -144,14 +199,12 @@ def test_tokens_of_drafted_streams_have_the_distribution_of_the_model() -> None:
 
 def test_the_chi_square_test_notices_a_bias(monkeypatch: pytest.MonkeyPatch) -> None:
     """A verifier that lets one refused draft in twenty pass."""
-    honest = verify._Draws.is_open
+    honest = verify._Draws.take
 
-    def is_open(draws: verify._Draws) -> bool:
-        draft, tokens = draws.entry.draft, draws.tokens
-        if tokens and len(tokens) <= len(draft) and draws.entry.seq.params.seed % 20 == 0:
-            tokens[-1] = SampledToken(draft[len(tokens) - 1])
-            return True
-        return bool(honest.fget(draws))  # type: ignore[attr-defined]
+    def take(draws: verify._Draws, token: SampledToken) -> None:
+        draft, place = draws.entry.draft, len(draws.tokens)
+        lets_pass = place < len(draft) and draws.entry.seq.params.seed % 20 == 0
+        honest(draws, SampledToken(draft[place]) if lets_pass else token)
 
-    monkeypatch.setattr(verify._Draws, "is_open", property(is_open))
+    monkeypatch.setattr(verify._Draws, "take", take)
     assert chi_square(second_tokens(DRAWS)) > CRITICAL

@@ -16,6 +16,7 @@ from penstock.kernels.kv_write.op import clear_blocks, kv_rows, store_kv
 from penstock.kernels.paged_attention import reference
 from penstock.kernels.paged_attention.op import paged_attention
 from penstock.kernels.paged_attention.plan import SHORT_QUERY, TILE, AttentionPlan, PoolShape, build_plan
+from penstock.kernels.paged_attention.tree import CAUSAL
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 NUM_LAYERS = 2
@@ -30,11 +31,13 @@ class Case:
     pool: torch.Tensor
     plan: AttentionPlan
     window: int | None
+    tree: np.ndarray | None = None
 
     def check(self) -> None:
         window = self.window
         actual = paged_attention(self.q, self.pool, 1, self.plan, scale=SCALE, window=window)
-        expected = reference.paged_attention(self.q, self.pool, 1, self.plan, SCALE, window)
+        tree = None if self.tree is None else torch.from_numpy(self.tree)
+        expected = reference.paged_attention(self.q, self.pool, 1, self.plan, SCALE, window, tree)
         assert actual.shape == self.q.shape
         tolerance = TOLERANCE[self.q.dtype]
         torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
@@ -50,6 +53,7 @@ def make_case(
     head_dim: int = 16,
     window: int | None = None,
     seed: int = 0,
+    branches: bool = False,
 ) -> Case:
     """`lengths`: for each sequence (tokens already in the pool, new tokens). Blocks are dealt out in random order.
 
@@ -73,9 +77,24 @@ def make_case(
     block_table = np.array([table + table[:1] * (width - len(table)) for table in tables])
     cu_seqlens_q = np.cumsum([0, *(new for _, new in lengths)])
     shape = PoolShape(NUM_LAYERS, block_size, group, dtype)
-    plan = build_plan(cu_seqlens_q, context_lens, block_table, shape, window)
+    tree = random_tree([new for _, new in lengths], order) if branches else None
+    plan = build_plan(cu_seqlens_q, context_lens, block_table, shape, window, tree)
     q = torch.randn(plan.num_tokens, num_kv_heads * group + 5, head_dim, generator=generator).to(dtype)
-    return Case(q[:, : num_kv_heads * group], pool, plan, window)
+    return Case(q[:, : num_kv_heads * group], pool, plan, window, tree)
+
+
+def random_tree(query_lens: list[int], order: random.Random) -> np.ndarray:
+    """Each new token but the first follows an earlier one; some sequences are chains, and long ones always."""
+    rows: list[int] = []
+    for length in query_lens:
+        if length > SHORT_QUERY or order.random() < 0.3:
+            rows += [CAUSAL] * length
+            continue
+        bits = [1]
+        for place in range(1, length):
+            bits.append(bits[order.randrange(place)] | 1 << place)
+        rows += bits
+    return np.array(rows, dtype=np.int64)
 
 
 BATCHES = {
@@ -111,6 +130,14 @@ def test_head_and_block_shapes_equal_reference(group: int, num_kv_heads: int, bl
     lengths = BATCHES["everything"]
     make_case(lengths, group=group, num_kv_heads=num_kv_heads, block_size=block_size).check()
     make_case(lengths, group=group, num_kv_heads=num_kv_heads, block_size=block_size, dtype=torch.bfloat16).check()
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 16, 33])
+@pytest.mark.parametrize("seed", range(4))
+def test_trees_equal_reference(window: int | None, seed: int) -> None:
+    lengths = [(8, 1), (0, 20), (31, 3), (12, 9), (90, 140), (4, 4), (64, 16), (0, 7), (33, 12), (40, 4), (41, 4)]
+    make_case(lengths, window=window, seed=seed, branches=True).check()
+    make_case(lengths[3:4], window=window, seed=seed, dtype=torch.bfloat16, branches=True).check()
 
 
 @settings(max_examples=60, deadline=None)
