@@ -25,6 +25,7 @@ from .step_cost import StepCost
 
 MARGIN = 1.02
 _SLOWNESS_RATE = 0.1
+LEAST_REACH = 0.02  # of a tree's tokens: looking at less likely ones costs more than they bring
 PROBE_EVERY = 64  # steps in which nothing is drafted though something could be
 
 
@@ -136,8 +137,13 @@ class Speculator:
         if not draft.parents:
             return _Offer(source, draft, self._reach(seq, source, draft))
         reach = self._reach(seq, source, draft)
-        likeliest = sorted(range(len(draft)), key=lambda place: -reach[place])  # stable: a parent before its children
-        places = sorted(likeliest[: min(bound, MAX_TREE_ROWS - 1)])
+        least = LEAST_REACH if self._cost is not None else 0.0
+        places = [place for place, chance in enumerate(reach) if chance >= least]
+        bound = min(bound, MAX_TREE_ROWS - 1)
+        if len(places) > bound:  # stable: a parent before its children
+            places = sorted(sorted(places, key=lambda place: -reach[place])[:bound])
+        if len(places) == len(draft):
+            return _Offer(source, draft, reach)
         return _Offer(source, draft.only(places), [reach[place] for place in places])
 
     def _reach(self, seq: Sequence, source: int, draft: Draft) -> list[float]:

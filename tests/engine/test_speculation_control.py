@@ -290,6 +290,16 @@ def test_a_tree_has_no_more_tokens_than_a_draft_may() -> None:
     assert len(Speculator([bush], 40, None).draft(sequences(1), [40], 512)[0]) == 15  # with the last token 16 rows
 
 
+def test_what_is_hardly_ever_reached_is_not_looked_at() -> None:
+    """However cheap it is; children go with their parents."""
+    unlikely = Trees((-1, -1, 1, 0), (0.6, 0.02, 0.9, 0.5))
+    (draft,) = Speculator([unlikely], 8, linear(0.0)).draft(sequences(1), [8], 512)
+    assert (draft.token_ids, draft.parents) == ((100, 101, 102, 103), (-1, -1, 1, 0))  # a guess is 0.05 at least
+    unlikely = Trees((-1, 0, 1, 2, 0), (0.3, 0.3, 0.2, 0.9, 0.5))
+    (draft,) = Speculator([unlikely], 8, linear(0.0)).draft(sequences(1), [8], 512)
+    assert (draft.token_ids, draft.parents) == ((100, 101, 104), (-1, 0, 0))
+
+
 def test_an_engine_that_takes_chains_alone_gets_the_trunk() -> None:
     (draft,) = Speculator([Trees(COMB, CHANCES)], 8, None, takes_trees=False).draft(sequences(1), [8], 512)
     assert (draft.token_ids, draft.parents) == ((100, 101, 102), ())
