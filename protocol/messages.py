@@ -60,6 +60,7 @@ from .parts import (
     SampledToken,
     Seconds,
     Sequence64,
+    StepTime,
     Text,
     TicketId,
     TokenLogprob,
@@ -127,6 +128,7 @@ __all__ = [
     "Sequence64",
     "StartDecode",
     "StartPrefill",
+    "StepTime",
     "Taken",
     "Text",
     "TicketId",
@@ -271,12 +273,14 @@ class Tokens(Part, frozen=True):
     phases: Phases | None = None  # with index of the attempt's first token
     drafted: Count = 0  # tokens that the step verified for this choice beside the one that it computes anyway
     accepted: Count = 0  # of them, those that are among `tokens`
+    wait_s: Seconds = 0.0  # from this choice's tokens before to the step that drew these
 
 
 class Output(Message, frozen=True):
     """All tokens of one engine step."""
 
     items: Annotated[list[Tokens], msgspec.Meta(max_length=4096)]
+    step: StepTime | None = None  # None: they come with a hand-off
 
 
 class PrefillEnded(Message, frozen=True):

@@ -354,7 +354,7 @@ class RouterCore:
                 self._life.counters.stale_messages += 1
                 orphans[attempt] = None
             else:
-                self._life.on_tokens(record, item)
+                self._life.on_tokens(record, item, output.step)
         for attempt in orphans:
             self._life.abort(key, attempt)
 

@@ -40,6 +40,7 @@ from ..protocol.messages import (
 )
 from ..protocol.messages import Role as RoleName
 from .role import Budget, Computed, Effect, Role, Tell
+from .usage import Usage
 from .within_step import Item, take_now
 
 log = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ class WorkerCore:
         self._handled = 0
         self._is_draining = False
         self._steps = 0
+        self._usage = Usage()
 
     # ---- inputs ----
 
@@ -146,6 +148,7 @@ class WorkerCore:
     def begin_step(self) -> tuple[list[tuple[Role, ScheduledSeq]], list[CoreEffect]]:
         """Schedule. The effects (offers, grants) must leave before the step computes, so that peers work meanwhile."""
         now = self._clock.now()
+        self._usage.begin(now)
         budget = Budget(self._max_tokens, self._max_seqs)
         batch = [(role, entry) for role in self.roles for entry in role.schedule(budget, now)]
         return batch, self._collect()
@@ -198,6 +201,7 @@ class WorkerCore:
     ) -> list[CoreEffect]:
         now = self._clock.now()
         self._steps += 1
+        self._usage.end([entry for _, entry in batch], results, now)
         for role in self.roles:
             computed: list[Computed] = []
             for (owner, entry), result in zip(batch, results, strict=True):
@@ -234,6 +238,9 @@ class WorkerCore:
             free_blocks=self.pool.num_free_blocks,
             cached_blocks=self.pool.num_cached_blocks,
             steps=self._steps,
+            busy_s=self._usage.busy_s,
+            prefill_tokens=self._usage.prefill_tokens,
+            decode_tokens=self._usage.decode_tokens,
         )
 
     def check_invariants(self) -> None:
