@@ -98,6 +98,7 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     turn_age_s: float = 0.0  # since its loop began its last turn, as of its last heartbeat
     num_attempts: int = 0  # that the router wants to live there
     expected_blocks: int = 0  # that these may hold: what is in use beyond it is held for nobody
+    block_size: int = 0  # tokens in one of its blocks
 
 
 class ClusterStatus(msgspec.Struct, frozen=True):

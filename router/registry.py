@@ -136,6 +136,7 @@ class WorkerRecord:
             turn_age_s=self.turn_age_s,
             num_attempts=len(self.attempts),
             expected_blocks=expected_blocks,
+            block_size=self.block_size,
         )
 
 

@@ -23,6 +23,8 @@ COMMANDS = [
     "models pull",
     "models path",
     "status",
+    "top",
+    "explain",
     "doctor",
     "train-draft",
     "router",
