@@ -174,9 +174,10 @@ class InProcessCluster:
         park_bytes: int = 0,
         settings: MeshSettings | None = None,
         speculate: Speculate = lambda engine: None,
+        clock: Clock | None = None,
     ) -> None:
         self._settings = settings or MeshSettings((transport,))
-        self._clock, ids = MonotonicClock(), SeededIds(0)
+        self._clock, ids = clock or MonotonicClock(), SeededIds(0)
         self.router = RouterCore(
             router or RouterConfig(worker_timeout_s=PATIENCE_S, unacknowledged_s=PATIENCE_S),
             self._clock,

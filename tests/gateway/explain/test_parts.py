@@ -67,7 +67,8 @@ def test_parts_add_up_to_the_microsecond_whatever_is_claimed() -> None:
         marks = Marks(values[0], values[0] + values[1], values[0] + values[1] + values[2])
         if rng.random() < 0.5:
             marks = Marks(marks.received_s, marks.submitted_s, marks.first_token_s, marks.first_token_s + values[3])
-        phases = Phases(*values[4:8], first_step_s=values[8], room_s=values[9])
+        queue_s, prefill_s, transfer_s, compute_s, first_step_s, room_s = values[4:10]
+        phases = Phases(queue_s, prefill_s, transfer_s, compute_s, first_step_s, room_s=room_s)
         routing = Routing(values[10], values[11], values[4], "d") if rng.random() < 0.7 else None
         parts = split_ttft(marks, phases, routing)
         end = marks.first_token_s if marks.written_s is None else marks.written_s

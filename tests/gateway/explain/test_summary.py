@@ -23,7 +23,7 @@ from penstock.router.interface import ClusterStatus, WorkerStatus
 BASE_MS = 1
 
 
-def facts(number: int, at_s: float, prefill: str | None = "prefill-0", **ms: float) -> RequestFacts:
+def facts(number: int, at_s: float, **ms: float) -> RequestFacts:
     """A request in which every part takes BASE_MS but for those named."""
     parts = tuple(round(1000 * ms.get(name, BASE_MS)) for name in TTFT_PARTS)
     work_s = (ms.get("prefill_compute", BASE_MS) + ms.get("first_step", BASE_MS)) / 1e3
@@ -40,7 +40,7 @@ def facts(number: int, at_s: float, prefill: str | None = "prefill-0", **ms: flo
         0,
         50,
         "decode-0",
-        prefill,
+        "prefill-0",
         transfer_s=0.01,
         transferred_bytes=1_000_000,
     )
