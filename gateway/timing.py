@@ -13,7 +13,7 @@ NO_PHASES = Phases()
 
 
 @dataclass(frozen=True, slots=True)
-class TokenGap:
+class SinceBefore:
     """Since the tokens before: of the request, and of this choice with where it went; None for the first."""
 
     gap_s: float | None
@@ -45,7 +45,7 @@ class RequestTiming:
     def mark_submitted(self) -> None:
         self.submitted_s = self.clock.now()
 
-    def mark_tokens(self, event: TokensEvent) -> TokenGap:
+    def mark_tokens(self, event: TokensEvent) -> SinceBefore:
         """Count the event's tokens, of which there are some."""
         now = self.clock.now()
         gap_s = None if self.first_token_s is None else now - self.last_token_s
@@ -54,7 +54,7 @@ class RequestTiming:
             self.phases, self.routing = event.phases or self.phases, event.routing
         self.last_token_s = now
         self.num_tokens += len(event.tokens)
-        return TokenGap(gap_s, self._split_gap(event, now))
+        return SinceBefore(gap_s, self._split_gap(event, now))
 
     def _split_gap(self, event: TokensEvent, now: float) -> Microseconds | None:
         before = self._last_of.get(event.choice)
