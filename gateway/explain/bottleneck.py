@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .report import Bottleneck, Latency, PartRow, Pipe, WorkerUse
 
-BUSY = 0.7  # utilisation from which on a pool counts as busy
+FULL = 0.9  # share of KV blocks in use from which on a decode worker counts as full
 IDLE = "idle"
 
 
@@ -52,6 +52,13 @@ TTFT_CAUSES = (
     ),
     Cause("unknown", ("other",), "nobody accounts for it", "workers of another version tell no phases"),
 )
+# The router keeps room on a decode worker for a request from its dispatch on: a long prefill queue leaves none.
+PREFILL_BEHIND = Cause(
+    "prefill-queue",
+    ("queue", "prefill_queue"),
+    "prompts wait for a prefill worker, and in the router for the room on decode workers that those before them hold",
+    "add prefill workers",
+)
 ITL_CAUSES = (
     Cause("decode-step", ("step",), "computing decode steps", "smaller batches: add decode workers"),
     Cause(
@@ -73,7 +80,7 @@ def name_bottleneck(ttft: Latency, workers: list[WorkerUse], pipe: Pipe, max_que
     """The cause with the largest share of the p90 TTFT."""
     if not ttft.count:
         return Bottleneck(IDLE, "No request has had its first token within the window: nothing holds anything up.", [])
-    cause = _largest(TTFT_CAUSES, ttft.parts)
+    cause = _behind(_largest(TTFT_CAUSES, ttft.parts), workers)
     at = _share(cause, ttft.parts)
     sentence = f"{_sentence(cause, at[1], 'TTFT')}; {cause.remedy}."
     evidence = [_shares_line(at, "TTFT"), *_pool_lines(workers)]
@@ -92,6 +99,16 @@ def name_stream_bottleneck(itl: Latency, workers: list[WorkerUse]) -> Bottleneck
     at = _share(cause, itl.parts)
     evidence = [_shares_line(at, "ITL"), *_pool_lines([worker for worker in workers if worker.role != "prefill"])]
     return Bottleneck(cause.name, f"{_sentence(cause, at[1], 'ITL')}; {cause.remedy}.", evidence)
+
+
+def _behind(cause: Cause, workers: list[WorkerUse]) -> Cause:
+    """A queue in the router is prefill's when prefill is the busier pool and decode has blocks to spare."""
+    prefill = [worker for worker in workers if worker.role == "prefill"]
+    decode = [worker for worker in workers if worker.role != "prefill"]
+    if cause.name != "router-queue" or not prefill or _most(decode, lambda worker: worker.kv_used) >= FULL:
+        return cause
+    is_busier = _most(prefill, lambda worker: worker.utilisation or 0) > _most(decode, lambda w: w.utilisation or 0)
+    return PREFILL_BEHIND if is_busier else cause
 
 
 def _largest(causes: tuple[Cause, ...], parts: list[PartRow]) -> Cause:
@@ -133,4 +150,4 @@ def _pool_line(role: str, pool: list[WorkerUse]) -> str:
 
 
 def _most(pool: list[WorkerUse], of: Callable[[WorkerUse], float]) -> float:
-    return max(of(worker) for worker in pool)
+    return max((of(worker) for worker in pool), default=0.0)

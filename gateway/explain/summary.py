@@ -17,7 +17,7 @@ from .window import RequestFacts, Window
 def explain(window: Window, now: float, span_s: float) -> Explanation:
     """What the last `span_s` seconds before `now` say."""
     requests, samples = window.requests(now - span_s), window.samples(now - span_s)
-    ttft = latency(TTFT_PARTS, [facts.ttft_us for facts in requests if sum(facts.ttft_us)])
+    ttft = latency(TTFT_PARTS, [facts.ttft_us for facts in with_tokens(requests)])
     itl = latency(ITL_PARTS, [gap.parts_us for gap in window.gaps(now - span_s)])
     workers, pipe = worker_uses(samples), pipe_of(requests)
     max_queued = max((sample.queued_requests for sample in samples), default=0)
@@ -34,8 +34,13 @@ def explain(window: Window, now: float, span_s: float) -> Explanation:
         pipe=pipe,
         bottleneck=name_bottleneck(ttft, workers, pipe, max_queued),
         stream_bottleneck=name_stream_bottleneck(itl, workers),
-        what_if=what_if([facts for facts in requests if sum(facts.ttft_us)], samples, workers),
+        what_if=what_if(with_tokens(window.requests(float("-inf"))), now - span_s, samples, workers),
     )
+
+
+def with_tokens(requests: Sequence[RequestFacts]) -> list[RequestFacts]:
+    """Those that have had a first token."""
+    return [facts for facts in requests if any(facts.ttft_us)]
 
 
 def latency(names: tuple[str, ...], measured: Sequence[Microseconds]) -> Latency:

@@ -17,23 +17,36 @@ MAX_ERROR = 0.3  # of the replayed p90 TTFT, beyond which no figure is given
 REPLAYED = ("queue", "retry", "prefill_queue", "prefill_wait", "prefill_compute", "first_step", "decode_wait")
 
 
-def what_if(requests: Sequence[RequestFacts], samples: Sequence[Sample], workers: Sequence[WorkerUse]) -> WhatIf:
-    """`requests` in order of arrival."""
+def what_if(
+    requests: Sequence[RequestFacts], since_s: float, samples: Sequence[Sample], workers: Sequence[WorkerUse]
+) -> WhatIf:
+    """`requests`: all that are remembered, in order of arrival. Those that ended before `since_s` are replayed too, for
+    the queues that they left behind, and not counted.
+    """
     now = size_of(workers, samples)
-    if len(requests) < MIN_REQUESTS:
-        return WhatIf(f"{len(requests)} requests in the window; {MIN_REQUESTS} are the least to replay", [])
+    counted = [place for place, facts in enumerate(requests) if facts.at_s + facts.e2e_s >= since_s]
+    if len(counted) < MIN_REQUESTS:
+        return WhatIf(f"{len(counted)} requests in the window; {MIN_REQUESTS} are the least to replay", [])
     jobs = [job_of(facts, samples) for facts in requests]
     if now.decode < 1 or (now.prefill < 1 and not all(job.is_local for job in jobs)):
         return WhatIf("a pool has no ready worker now", [])
-    base = replay(jobs, now)
-    measured = quantile([ttft_s(facts) for facts in requests], 0.9)
+    base = _replayed(jobs, now, counted)
+    measured = quantile([ttft_s(requests[place]) for place in counted], 0.9)
     error = quantile(base, 0.9) / measured - 1 if measured > 0 else 0.0
     if abs(error) > MAX_ERROR:
         why = f"the replay gives {quantile(base, 0.9) * 1e3:.0f} ms where {measured * 1e3:.0f} ms were measured (p90)"
         return WhatIf(f"{why}: what held these requests up is not in the model", [], error)
     line = step_line(samples)
-    changes = [_change(name, jobs, base, size, _tpot(line, workers, now, size)) for name, size in sizes_beside(now)]
+    changes = [
+        _change(name, base, _replayed(jobs, size, counted), _tpot(line, workers, now, size))
+        for name, size in sizes_beside(now)
+    ]
     return WhatIf("", changes, error)
+
+
+def _replayed(jobs: Sequence[Job], size: Size, counted: Sequence[int]) -> list[float]:
+    ttfts = replay(jobs, size)
+    return [ttfts[place] for place in counted]
 
 
 def sizes_beside(now: Size) -> list[tuple[str, Size]]:
@@ -75,8 +88,7 @@ def ttft_s(facts: RequestFacts) -> float:
     return sum(facts.ttft_us) / 1e6
 
 
-def _change(name: str, jobs: Sequence[Job], base: list[float], size: Size, tpot: float | None) -> Change:
-    changed = replay(jobs, size)
+def _change(name: str, base: list[float], changed: list[float], tpot: float | None) -> Change:
     ratios = [quantile(changed, q) / before - 1 if (before := quantile(base, q)) > 0 else 0.0 for q in (0.5, 0.9, 0.99)]
     p50, p90, p99 = ratios
     return Change(name, p50, p90, p99, tpot)

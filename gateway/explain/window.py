@@ -93,8 +93,9 @@ class Window:
         self._samples.append(Sample(at_s, status.queued_requests, status.active_requests, workers))
 
     def requests(self, since_s: float) -> list[RequestFacts]:
-        """Those received since, in the order in which they were."""
-        return sorted((facts for facts in self._requests if facts.at_s >= since_s), key=lambda facts: facts.at_s)
+        """Those that have ended since, in the order in which they were received."""
+        ended = (facts for facts in self._requests if facts.at_s + facts.e2e_s >= since_s)
+        return sorted(ended, key=lambda facts: facts.at_s)
 
     def gaps(self, since_s: float) -> list[Gap]:
         return [gap for gap in self._gaps if gap.at_s >= since_s]

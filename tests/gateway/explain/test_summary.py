@@ -73,11 +73,43 @@ def test_cause_that_dominates_is_named_with_its_evidence(cause: Any) -> None:
     for number in range(40):
         window.note_request(facts(number, float(number), **{cause.parts[0]: 200.0}))
     found = explained(window)
-    assert found.bottleneck.name == cause.name
+    assert found.bottleneck.name == cause.name, "no pool is busier than the other"
     assert "share of TTFT: 9" in found.bottleneck.evidence[0]
     assert "1 prefill worker: 80% busy, up to 7 waiting, KV use up to 10%" in found.bottleneck.evidence
     assert "up to 3 requests in the router's queue" in found.bottleneck.evidence
     assert "40 hand-offs, 100 MB/s while one is on its way" in found.bottleneck.evidence
+
+
+@pytest.mark.parametrize(
+    ("prefill_s", "decode_s", "free_blocks", "name"),
+    [
+        (45.0, 10.0, 500, "prefill-queue"),
+        (45.0, 10.0, 50, "router-queue"),  # decode is full
+        (10.0, 45.0, 500, "router-queue"),  # decode is busier
+    ],
+)
+def test_queue_in_the_router_is_prefills_when_decode_has_blocks_to_spare(
+    prefill_s: float, decode_s: float, free_blocks: int, name: str
+) -> None:
+    window = Window()
+    for at_s, share in ((0.0, 0.01), (50.0, 1.0)):
+        rows = [
+            msgspec.structs.replace(row, load=WorkerLoad(busy_s=busy_s * share), free_blocks=free_blocks)
+            for row, busy_s in zip(status().workers, (prefill_s, decode_s), strict=True)
+        ]
+        window.note_status(at_s, msgspec.structs.replace(status(queued=9), workers=rows))
+    for number in range(40):
+        window.note_request(facts(number, float(number), queue=200.0, prefill_queue=50.0))
+    found = explained(window).bottleneck
+    assert found.name == name
+    assert ("add prefill workers" in found.sentence) == (name == "prefill-queue")
+
+
+def test_queues_from_before_the_window_are_replayed_and_not_counted() -> None:
+    whole, cut = loaded_window(), loaded_window()
+    late = explain(cut, 60.0, 56.0)  # the first requests ended four seconds in and before
+    assert 20 < late.requests < explain(whole, 60.0, 60.0).requests
+    assert late.what_if.error == pytest.approx(0.0, abs=0.05)
 
 
 @pytest.mark.parametrize("cause", ITL_CAUSES, ids=lambda cause: cause.name)
