@@ -9,6 +9,7 @@ import msgspec
 from aiohttp import web
 
 from ..core.errors import BadRequest
+from .call import current_call
 from .context import GATEWAY
 from .errors import RouteNotFound
 from .explain.summary import explain, report_request
@@ -44,7 +45,7 @@ async def explain_cluster(request: web.Request) -> web.Response:
 async def explain_request(request: web.Request) -> web.Response:
     """One recent call, by the id of its answer or the label that its client gave it."""
     gateway, request_id = request.app[GATEWAY], request.match_info["request_id"]
-    found = gateway.window_of_late.find(request_id)
+    found = gateway.window_of_late.find(request_id, current_call().tenant)
     if not found:
         raise RouteNotFound("no recent request has this id; the gateway remembers the latest ones only", "request_id")
     now = gateway.clock.now()

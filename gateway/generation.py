@@ -208,6 +208,7 @@ class Generation:
                 event.attempts,
                 event.resumed,
                 event.error.code if event.error else "",
+                current_call().tenant,
             )
         )
 

@@ -37,6 +37,7 @@ class RequestFacts(NamedTuple):
     attempts: int = 1
     resumed: int = 0
     error: str = ""
+    tenant: str = ""  # who may ask for it by name
 
 
 class Gap(NamedTuple):
@@ -103,9 +104,11 @@ class Window:
     def samples(self, since_s: float) -> list[Sample]:
         return [sample for sample in self._samples if sample.at_s >= since_s]
 
-    def find(self, request_id: str) -> list[RequestFacts]:
-        """What is known of one call: by the id of its answer, one prompt of it (`…-0`), or the client's own label."""
-        return [facts for facts in self._requests if request_id in _names(facts)]
+    def find(self, request_id: str, tenant: str = "") -> list[RequestFacts]:
+        """What is known of one call of `tenant`: by the id of its answer, one prompt of it (`…-0`), or the client's own
+        label.
+        """
+        return [facts for facts in self._requests if facts.tenant == tenant and request_id in _names(facts)]
 
 
 def _names(facts: RequestFacts) -> Iterable[str]:

@@ -93,6 +93,21 @@ def test_explain_asks_for_a_key_as_status_does(serve: Any) -> None:
     asyncio.run(run())
 
 
+def test_a_request_is_shown_to_its_own_tenant_only(serve: Any) -> None:
+    async def run() -> None:
+        async with serve(config={"api_keys": ("one", "two")}) as served:
+            headers = {"Authorization": "Bearer one", "X-Request-Id": "mine"}
+            body = {"model": "toy", "prompt": "x", "max_tokens": 2}
+            async with served.http.post(served.url + "/v1/completions", json=body, headers=headers) as response:
+                assert response.status == 200
+            statuses = {
+                key: (await _get(served, "/explain/mine", Authorization=f"Bearer {key}"))[0] for key in ("one", "two")
+            }
+        assert statuses == {"one": 200, "two": 404}
+
+    asyncio.run(run())
+
+
 def test_metrics_add_the_parts_up(serve: Any) -> None:
     async def run() -> None:
         async with serve() as served:
