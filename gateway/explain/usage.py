@@ -45,6 +45,12 @@ def _use(history: list[tuple[float, WorkerSample]]) -> WorkerUse:
     )
 
 
+def batch_of(samples: Sequence[Sample]) -> float:
+    """Sequences in a decode step, on the mean over the looks that found any; at least 1."""
+    running = [worker.running for sample in samples for worker in sample.workers if worker.role != "prefill"]
+    return max(1.0, fmean(found)) if (found := [count for count in running if count]) else 1.0
+
+
 def step_line(samples: Sequence[Sample]) -> tuple[float, float] | None:
     """(a, b): a decode step of n sequences takes about a + b n seconds, by least squares over the samples of workers
     that decode. None where they do not tell.
@@ -54,10 +60,15 @@ def step_line(samples: Sequence[Sample]) -> tuple[float, float] | None:
         earlier = {(worker.worker_id, worker.epoch): worker for worker in before.workers}
         for worker in after.workers:
             old = earlier.get((worker.worker_id, worker.epoch))
-            if worker.role == "prefill" or old is None or worker.steps <= old.steps:
+            if (
+                worker.role == "prefill"
+                or old is None
+                or worker.steps <= old.steps
+                or not (worker.running + old.running)
+            ):
                 continue
             took_s = (worker.busy_s - old.busy_s) / (worker.steps - old.steps)
-            points.append(((worker.running + old.running) / 2, took_s))
+            points.append((max(1.0, (worker.running + old.running) / 2), took_s))
     if len(points) < MIN_POINTS:
         return None
     mean_n, mean_s = fmean(n for n, _ in points), fmean(s for _, s in points)

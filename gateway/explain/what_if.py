@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import fmean
 
 from .parts import TTFT_PARTS
 from .quantiles import quantile
 from .replay import Job, Size, replay
 from .report import Change, WhatIf, WorkerUse
-from .usage import step_line
+from .usage import batch_of, step_line
 from .window import RequestFacts, Sample
 
 MIN_REQUESTS = 20
@@ -38,7 +37,7 @@ def what_if(
         return WhatIf(f"{why}: what held these requests up is not in the model", [], error)
     line = step_line(samples)
     changes = [
-        _change(name, base, _replayed(jobs, size, counted), _tpot(line, workers, now, size))
+        _change(name, base, _replayed(jobs, size, counted), _tpot(line, batch_of(samples), now.decode / size.decode))
         for name, size in sizes_beside(now)
     ]
     return WhatIf("", changes, error)
@@ -94,12 +93,10 @@ def _change(name: str, base: list[float], changed: list[float], tpot: float | No
     return Change(name, p50, p90, p99, tpot)
 
 
-def _tpot(line: tuple[float, float] | None, workers: Sequence[WorkerUse], now: Size, changed: Size) -> float | None:
-    """The same sequences over another number of decode workers, by the fitted time of a step."""
-    running = [worker.running for worker in workers if worker.role != "prefill"]
-    if line is None or not running:
+def _tpot(line: tuple[float, float] | None, batch: float, ratio: float) -> float | None:
+    """The same sequences over another number of decode workers, by the fitted time of a step; one runs at least."""
+    if line is None:
         return None
     alone_s, each_s = line
-    before_s = alone_s + each_s * fmean(running)
-    after_s = alone_s + each_s * fmean(running) * now.decode / changed.decode
+    before_s, after_s = alone_s + each_s * batch, alone_s + each_s * max(1.0, batch * ratio)
     return after_s / before_s - 1 if before_s > 0 else None

@@ -15,7 +15,8 @@ from penstock.gateway.explain.parts import ITL_PARTS, TTFT_PARTS
 from penstock.gateway.explain.quantiles import quantile, shares_around
 from penstock.gateway.explain.report import Explanation, WorkerUse
 from penstock.gateway.explain.summary import explain, latency, report_request
-from penstock.gateway.explain.usage import step_line, worker_uses
+from penstock.gateway.explain.usage import batch_of, step_line, worker_uses
+from penstock.gateway.explain.what_if import _tpot
 from penstock.gateway.explain.window import RequestFacts, Sample, Window, WorkerSample
 from penstock.protocol.messages import WorkerLoad
 from penstock.router.interface import ClusterStatus, WorkerStatus
@@ -226,6 +227,19 @@ def test_step_line_finds_the_line_and_only_where_there_is_one() -> None:
     assert found == pytest.approx((0.005, 0.001), rel=1e-6)
     assert step_line(samples[:4]) is None
     assert step_line([s for s in samples if s.workers[0].running == samples[0].workers[0].running]) is None
+
+
+def test_more_decode_workers_shorten_steps_down_to_those_of_one_sequence() -> None:
+    rng, samples, busy_s, steps = random.Random(1), [], 0.0, 0
+    for second in range(40):
+        running = rng.choice((0, 8, 16))
+        samples += [sample(float(second), busy_s=busy_s, steps=steps, running=running)]
+        busy_s, steps = busy_s + 10 * (0.010 + 0.001 * running), steps + 10
+    assert batch_of(samples) == pytest.approx(fmean(s.workers[0].running for s in samples if s.workers[0].running))
+    assert batch_of([]) == 1.0
+    assert _tpot((0.010, 0.001), 10.0, 0.5) == pytest.approx(0.015 / 0.020 - 1)
+    assert _tpot((0.010, 0.001), 1.0, 0.5) == 0.0
+    assert _tpot(None, 5.0, 0.5) is None
 
 
 def loaded_window(prefill: int = 1) -> Window:
