@@ -109,6 +109,7 @@ def _add_routes(app: web.Application) -> None:
             web.get("/status", operations.status),
             web.get("/explain", explain_cluster),
             web.get("/explain/{request_id:.+}", explain_request),
+            web.post("/workers/{worker}/role", operations.set_role),
             web.post("/reset_prefix_cache", operations.reset_prefix_cache),
         ]
     )

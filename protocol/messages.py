@@ -126,6 +126,7 @@ __all__ = [
     "SampledToken",
     "Seconds",
     "Sequence64",
+    "SetRole",
     "StartDecode",
     "StartPrefill",
     "StepTime",
@@ -209,7 +210,13 @@ class ResetPrefixCache(Message, frozen=True):
     """Forget all retained prefix blocks."""
 
 
-ToWorker = Welcome | Peers | StartPrefill | StartDecode | Abort | Drain | ResetPrefixCache
+class SetRole(Message, frozen=True):
+    """From now on the worker is for this. What runs goes on, caches stay; the next heartbeat names the new role."""
+
+    role: Role
+
+
+ToWorker = Welcome | Peers | StartPrefill | StartDecode | Abort | Drain | ResetPrefixCache | SetRole
 
 
 class FromRouter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -255,6 +262,7 @@ class Heartbeat(Message, frozen=True):
     # peers, and the transport to each
     linked: Annotated[list[tuple[WorkerId, Epoch, Code]], msgspec.Meta(max_length=4096)]
     turn_age_s: Seconds = 0.0
+    role: Role | None = None  # None: that of the Hello
 
 
 class Tokens(Part, frozen=True):

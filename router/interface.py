@@ -123,6 +123,10 @@ class Router(Protocol):
 
     def reset_prefix_cache(self) -> None: ...
 
+    def set_role(self, worker_id: str, role: Role) -> None:
+        """Ask a worker to be for something else, running sequences and caches kept. Raises BadRequest."""
+        ...
+
     def drain(self) -> None:
         """Refuse new requests from now on; running ones finish."""
         ...

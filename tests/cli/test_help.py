@@ -25,6 +25,8 @@ COMMANDS = [
     "status",
     "top",
     "explain",
+    "role",
+    "restart",
     "doctor",
     "train-draft",
     "router",
