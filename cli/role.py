@@ -15,6 +15,7 @@ from .errors import CliError
 from .terminal import printable
 
 LOOK_S = 0.1
+PHASES_OF = {"prefill": ("prefill",), "decode": ("decode",), "both": ("prefill", "decode")}
 
 _ROLE_DETAILS = """\
 What runs on the worker goes on, and its caches stay. The worker takes the new role within moments; when its process
@@ -64,7 +65,7 @@ def run_role(args: argparse.Namespace) -> int:
 
     server = Server(args.url, args.api_key)
     server.post(f"/workers/{urllib.parse.quote(args.worker, safe='')}/role", {"role": args.role})
-    row = _wait(server, args.worker, lambda found: found["role"] == args.role, args.timeout, f"to be {args.role}")
+    row = _wait(server, args.worker, lambda found, _: found["role"] == args.role, args.timeout, f"to be {args.role}")
     print(f"{printable(args.worker)} is for {row['role']}: {row['running']} running, {row['waiting']} waiting")
     return 0
 
@@ -93,23 +94,31 @@ def _restart(server: Any, name: str, timeout_s: float) -> float:
         raise CliError(
             f"worker {name}: process {before['pid']}: {err.strerror}", "run this on its machine, as its user"
         ) from err
-    links = len(before.get("transports") or {})
 
-    def is_back(row: dict[str, Any]) -> bool:
-        has_links = len(row.get("transports") or {}) >= links
-        return bool(row["epoch"] != before["epoch"] and row["state"] == "ready" and has_links)
+    def is_back(row: dict[str, Any], rows: dict[str, dict[str, Any]]) -> bool:
+        is_new = row["epoch"] != before["epoch"] and row["state"] == "ready"
+        return is_new and partners_of(name, rows) <= set(row.get("transports") or {})
 
-    _wait(server, name, is_back, timeout_s, "to be ready again")
+    _wait(server, name, is_back, timeout_s, "to be ready and linked again")
     return time.monotonic() - began
 
 
-def _wait(
-    server: Any, name: str, is_done: Callable[[dict[str, Any]], bool], timeout_s: float, wanted: str
-) -> dict[str, Any]:
+def partners_of(name: str, rows: dict[str, dict[str, Any]]) -> set[str]:
+    """The ready workers that hand over to this one, or it to them."""
+    mine = PHASES_OF[rows[name]["role"]]
+    ready = {other: row for other, row in rows.items() if other != name and row["state"] == "ready"}
+    return {other for other, row in ready.items() if mine != PHASES_OF[row["role"]] or len(mine) > 1}
+
+
+IsDone = Callable[[dict[str, Any], dict[str, dict[str, Any]]], bool]  # of the worker's row, and all rows
+
+
+def _wait(server: Any, name: str, is_done: IsDone, timeout_s: float, wanted: str) -> dict[str, Any]:
     deadline = time.monotonic() + timeout_s
     while True:
-        row = _rows(server).get(name)
-        if row is not None and is_done(row):
+        rows = _rows(server)
+        row = rows.get(name)
+        if row is not None and is_done(row, rows):
             return row
         if time.monotonic() > deadline:
             state = row["state"] if row else "gone"

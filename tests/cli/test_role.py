@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from penstock.cli.main import main
+from penstock.cli.role import partners_of
 
 
 def status(**changes: Any) -> dict[str, Any]:
@@ -54,3 +55,11 @@ def test_restart_of_a_stranger_or_a_dead_process_is_one_error(canned: Any, capsy
         assert "worker 'nobody' is not there\nhint: there are decode-1" in capsys.readouterr().err
         assert main(["restart", "--url", server.url]) == 1
     assert "run this on its machine" in capsys.readouterr().err
+
+
+def test_partners_are_those_that_hand_over_one_way_or_the_other() -> None:
+    roles = {"p0": "prefill", "p1": "prefill", "d0": "decode", "d1": "decode", "b0": "both", "b1": "both"}
+    rows = {name: {"role": role, "state": "lost" if name == "p1" else "ready"} for name, role in roles.items()}
+    assert partners_of("d0", rows) == {"p0", "b0", "b1"}
+    assert partners_of("p0", rows) == {"d0", "d1", "b0", "b1"}
+    assert partners_of("b0", rows) == {"p0", "d0", "d1", "b1"}

@@ -56,6 +56,8 @@ def test_every_worker_changes_its_role_under_load_without_an_error(transport: st
             name, role = changes[len(done)]
             cluster.set_role(name, role)
             done.append(name)
+        if turns % 6 == 2:
+            cluster._beat()  # the router hears of it in the middle
 
     with InProcessCluster(engines, transport=transport, runtime_dir=tmp_path, max_batch_tokens=16) as cluster:
         first = requests()
