@@ -33,6 +33,11 @@ class Server:
         with self._open(path, None, timeout_s) as response:
             return _document(response.read(MAX_DOCUMENT_BYTES), self.url + path)
 
+    def post(self, path: str, body: object, timeout_s: float = 10.0) -> Any:
+        """The JSON document that answers `body`."""
+        with self._open(path, body, timeout_s) as response:
+            return _document(response.read(MAX_DOCUMENT_BYTES), self.url + path)
+
     @contextmanager
     def stream(self, path: str, body: object, timeout_s: float = 600.0) -> Iterator[Iterator[Any]]:
         """POST `body`; the events of the answer as they arrive. Leaving early closes the connection, which cancels."""

@@ -65,12 +65,8 @@ def run_worker(args: argparse.Namespace) -> int:
     setup_logging(worker.name, topology.log_level)
     for name, value in worker_threads(worker).items():  # read by the thread library when torch is imported
         os.environ.setdefault(name, value)
-    if worker.role == "prefill":
-        from ..prefill_node.main import main
-    elif worker.role == "decode":
-        from ..decode_node.main import main
-    else:
-        from ..deploy.colocated import main
+    from ..deploy.hosting import main
+
     return main(topology, worker.name)
 
 

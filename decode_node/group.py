@@ -42,6 +42,7 @@ class Group:
     source: WorkerKey | None = None
     state: GroupState = GroupState.LIVE
     phases: Phases | None = None
+    granted_at: float | None = None  # when the hand-off had room for all its blocks
     cancelled: set[int] = field(default_factory=set)
 
     def move(self, state: GroupState) -> None:

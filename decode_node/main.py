@@ -1,4 +1,4 @@
-"""`penstock decode`: a worker that hosts the decode role.
+"""The decode role of a worker, from the topology; `deploy/hosting.py` runs it.
 
     router ─StartDecode(ticket)→ receiving ─granted, filled, verified→ running ─a token a step→ finished
     router ─StartDecode────────→ waiting ──admitted, prefilled here──→ running
@@ -18,39 +18,31 @@ from ..engine.parking import Parking
 from ..engine.speculation.build import build_speculation
 from ..kvtransfer.destination import DestinationTable
 from ..kvtransfer.ownership import Ownership
-from ..worker.launch import launch
 from ..worker.role import Role
 from .draft_sources import draft_options, openers
 from .role import DecodeRole
 
 
-def make_roles(
+def make_role(
     me: WorkerKey, engine: Engine, pool: BlockPool, topology: Topology, ownership: Ownership | None = None
-) -> list[Role]:
+) -> Role:
     destination, key = DestinationTable(topology.transfer.lease_s), cluster_key(topology)
     parking = Parking(engine.memory, topology.decode.park_bytes, MonotonicClock())
     speculation = topology.speculation
-    return [
-        DecodeRole(
-            me,
+    return DecodeRole(
+        me,
+        engine.spec,
+        pool,
+        destination,
+        key,
+        max_running=topology.decode.max_num_seqs,
+        parking=parking,
+        ownership=ownership,
+        speculation=build_speculation(
+            speculation.method,
+            speculation.max_tokens,
             engine.spec,
-            pool,
-            destination,
-            key,
-            max_running=topology.decode.max_num_seqs,
-            parking=parking,
-            ownership=ownership,
-            speculation=build_speculation(
-                speculation.method,
-                speculation.max_tokens,
-                engine.spec,
-                openers(engine, draft_options(topology)),
-                MonotonicClock(),
-            ),
-        )
-    ]
-
-
-def main(topology: Topology, name: str) -> int:
-    """Serve as decode worker `name` until SIGTERM."""
-    return launch(topology, name, make_roles)
+            openers(engine, draft_options(topology)),
+            MonotonicClock(),
+        ),
+    )

@@ -63,10 +63,11 @@ from ..protocol.messages import (
 )
 from ..worker.admission import release
 from ..worker.role import Budget, Computed, Effect, Tell
+from ..worker.usage import prefill_phases
 from .drafting import Drafting
 from .finish import append
 from .group import Group, GroupState, build_group
-from .phases import local_phases, received_phases
+from .phases import StepClock, received_phases
 from .preemption import Preemption
 from .scheduler import DecodeScheduler
 
@@ -102,7 +103,7 @@ class DecodeRole:
             ownership.live = destination.live_generations
         self._preemption = Preemption(pool, parking)
         self._scheduler = DecodeScheduler(pool, max_running, self._preemption, Drafting(pool, speculation))
-        self._step_began = 0.0
+        self._steps = StepClock()
         self._groups: dict[AttemptKey, Group] = {}
         self._by_ticket: dict[Ticket, Group] = {}  # receiving, and cut short but not yet safe to free
         self._peers: set[WorkerKey] = set()
@@ -221,6 +222,8 @@ class DecodeRole:
                 message = f"prefill offers {item.offer.num_tokens} tokens, this attempt has {item.lead.num_tokens}"
                 self._take(self._destination.cancel(ticket, "protocol_error", message, now), now)
             else:
+                if granting.stop == item.offer.num_blocks:
+                    self._by_ticket[ticket].granted_at = now
                 self._take(self._destination.grant(ticket, granting, now), now)
 
     def layers_computed(self, entries: list[ScheduledSeq], num_layers: int, now: float) -> None:
@@ -243,8 +246,8 @@ class DecodeRole:
         self._preemption.note_handoff(lead.num_tokens, done.phases, now)
         self._scheduler.join(lead)
         block_bytes = self._pool.block_size * self._spec.bytes_per_token
-        group.phases = received_phases(lead, done, block_bytes, now, len(effect.given))
-        self._first_tokens(group, done.first_tokens)
+        group.phases = received_phases(lead, done, block_bytes, now, group.granted_at, len(effect.given))
+        self._first_tokens(group, done.first_tokens, now)
 
     def _take_over(self, group: Group, effect: Received) -> str:
         """Blocks that prefill has given stand in for those granted, which are its own before it reads the Ack.
@@ -276,29 +279,31 @@ class DecodeRole:
     # ---- steps ----
 
     def schedule(self, budget: Budget, now: float) -> list[ScheduledSeq]:
-        self._step_began = now
+        self._steps.begin(now)
         self._expire(now)
         self._grant_offers(now)
         return self._scheduler.schedule(budget, now)
 
     def commit(self, computed: list[Computed], now: float) -> None:
         entries = [entry for entry, _ in computed]
-        self._preemption.note_step(entries, now - self._step_began, now)
-        self._scheduler.drafting.note_step(entries, now - self._step_began)
+        self._steps.end(computed, now)
+        self._preemption.note_step(entries, self._steps.step_s, now)
+        self._scheduler.drafting.note_step(entries, self._steps.step_s)
         for entry, tokens in computed:
             group = self._groups.get(entry.seq.key)
             if group is None or not self._scheduler.is_running(entry.seq):
                 continue
             if tokens and not entry.seq.sample_choices:
-                self._accept(group, entry.seq, tokens, entry)
+                self._accept(group, entry.seq, tokens, now, entry)
                 continue
             self._scheduler.advance(entry)
             if tokens:
-                group.phases = local_phases(entry.seq, now)
-                self._first_tokens(group, tokens)
+                group.phases = prefill_phases(entry.seq, self._steps.step_s, now)
+                self._first_tokens(group, tokens, now)
         self._flush()
+        self._steps.forget()
 
-    def _first_tokens(self, group: Group, tokens: tuple[SampledToken, ...]) -> None:
+    def _first_tokens(self, group: Group, tokens: tuple[SampledToken, ...], now: float) -> None:
         """The prompt is in the cache:
 
         the lead goes on as its own choice, the others fork off it through the prefix cache.
@@ -310,12 +315,17 @@ class DecodeRole:
             if choice in group.cancelled:
                 self._drop(group, choice)
             else:
-                self._accept(group, seqs[choice], (token,))
+                self._accept(group, seqs[choice], (token,), now)
         self._scheduler.add_forks([s for s in group.seqs.values() if s is not lead])
         self._flush()
 
     def _accept(
-        self, group: Group, seq: Sequence, tokens: tuple[SampledToken, ...], entry: ScheduledSeq | None = None
+        self,
+        group: Group,
+        seq: Sequence,
+        tokens: tuple[SampledToken, ...],
+        now: float,
+        entry: ScheduledSeq | None = None,
     ) -> None:
         """Append what `seq` has drawn, report it, and end the choice with its last token.
 
@@ -327,8 +337,9 @@ class DecodeRole:
         if entry is not None:
             drafted, accepted = len(entry.draft), min(len(tokens) - 1, len(taken))
             self._scheduler.advance(entry, accepted)
+        wait_s = self._steps.wait_s(seq, now)
         self._items.append(
-            Tokens(*seq.key, seq.choice, index, taken, reason, stop_token, group.phases, drafted, accepted)
+            Tokens(*seq.key, seq.choice, index, taken, reason, stop_token, group.phases, drafted, accepted, wait_s)
         )
         group.phases = None
         if reason is not None:
@@ -376,7 +387,7 @@ class DecodeRole:
 
     def _flush(self) -> None:
         if self._items:
-            self._effects.append(Tell(Output(self._items)))
+            self._effects.append(Tell(Output(self._items, self._steps.told())))
             self._items = []
 
     # ---- views ----

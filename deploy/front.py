@@ -102,6 +102,7 @@ def router_config(topology: Topology) -> RouterConfig:
         max_attempts=router.max_attempts,
         unavailable_s=router.unavailable_s,
         expected_workers=len(topology.workers()),
+        fixed_roles="the workers share one pool (transfer.one_pool)" if topology.transfer.one_pool else "",
     )
 
 

@@ -35,6 +35,9 @@ class Sequence:
     num_parked_tokens: int = 0  # leading tokens whose KV waits in host memory (`engine.parking`)
     sample_choices: tuple[int, ...] = ()  # choices to sample at the end of the prompt; empty means this one only
     first_scheduled: float | None = None
+    compute_s: float = 0.0  # within steps that computed a chunk of its prompt
+    work_s: float = 0.0  # its share of those steps by tokens
+    told_at: float | None = None  # when its last tokens were drawn
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -69,6 +69,7 @@ async def _stream_choices(writer: SseWriter, generation: Generation, shape: Shap
             if opening is not None:
                 await writer.send(_encode(opening))
         await writer.send(_encode(shape.chunk(delta)))
+        generation.mark_written(delta.index)
 
     def _encode(document: dict[str, object]) -> bytes:
         if options.has_usage:

@@ -21,6 +21,7 @@ from .config import GatewayConfig
 from .context import GATEWAY, Gateway
 from .cors import add_cors_headers, cors_middleware
 from .errors import SERVER_NAME, error_middleware
+from .explainer import explain_cluster, explain_request, sampling
 from .limits import Admission
 from .metrics import GatewayMetrics
 from .prompts import PromptReader
@@ -64,6 +65,7 @@ def create_app(
     if config.cors_origins:
         app.on_response_prepare.append(add_cors_headers(config.cors_origins))
     app.on_cleanup.append(_close)
+    app.cleanup_ctx.append(sampling)
     _add_routes(app)
     return app
 
@@ -105,6 +107,9 @@ def _add_routes(app: web.Application) -> None:
             web.get("/version", operations.version),
             web.get("/metrics", operations.metrics),
             web.get("/status", operations.status),
+            web.get("/explain", explain_cluster),
+            web.get("/explain/{request_id:.+}", explain_request),
+            web.post("/workers/{worker}/role", operations.set_role),
             web.post("/reset_prefix_cache", operations.reset_prefix_cache),
         ]
     )

@@ -15,6 +15,7 @@ from ..core.errors import ServeError, Unavailable
 from ..core.ids import IdSource
 from ..router.interface import Router
 from .config import GatewayConfig
+from .explain.window import Window
 from .limits import Admission
 from .metrics import GatewayMetrics
 from .prompts import PromptReader
@@ -76,6 +77,7 @@ class Gateway:
     wall_clock: Callable[[], float]  # seconds since 1970, for the `created` fields only
     started_at: int
     running: RunningGenerations = field(default_factory=RunningGenerations)
+    window_of_late: Window = field(default_factory=Window)
     _window: int = 0
     _window_until_s: float = float("-inf")
 

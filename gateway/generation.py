@@ -18,6 +18,7 @@ from ..router.interface import EndEvent, GenerateRequest, GenerateStream, Tokens
 from .call import current_call
 from .choice import Choice, ChoiceDelta
 from .context import Gateway
+from .explain.window import RequestFacts
 from .requests import GenerationJob
 from .timing import RequestTiming
 
@@ -104,10 +105,14 @@ class Generation:
             sum(timing.accepted for timing in self._timings),
         )
 
+    def mark_written(self, choice: int) -> None:
+        """A piece of this choice is with the client's connection."""
+        self._timings[choice // self.job.params.n].mark_written()
+
     def report(self) -> dict[str, object]:
         """The vendor part of the answer: the phases, for each prompt when there are several."""
         reports = [timing.report() for timing in self._timings]
-        return dict(reports[0]) if len(reports) == 1 else {"prompts": reports}
+        return reports[0] if len(reports) == 1 else {"prompts": reports}
 
     def _submit(self) -> None:
         job, timeout_s = self.job, self._gateway.config.timeout_s
@@ -148,8 +153,10 @@ class Generation:
             raise InternalError(f"tokens for choice {event.choice} of {n}")
         if event.tokens:
             current_call().is_spent = True
-            gap_s = self._timings[prompt].mark_tokens(len(event.tokens), event.phases)
-            self._gateway.metrics.tokens(len(event.tokens), gap_s)
+            gap = self._timings[prompt].mark_tokens(event)
+            self._gateway.metrics.tokens(len(event.tokens), gap.gap_s)
+            if gap.parts_us is not None:
+                self._gateway.window_of_late.note_gap(self._timings[prompt].last_token_s, gap.parts_us)
         self._timings[prompt].drafted += event.drafted
         self._timings[prompt].accepted += event.accepted
         choice = self.choices[prompt * n + event.choice]
@@ -171,11 +178,39 @@ class Generation:
         timing = self._timings[prompt]
         timing.mark_end(event.attempts, event.resumed, event.route_s)
         self._gateway.metrics.ended(timing)
+        self._remember(prompt, timing, event)
         if self._is_complete(prompt):
             return
         if self._abort_error is not None:
             raise self._abort_error
         raise event.error or Cancelled("the request was cancelled before it was complete")
+
+    def _remember(self, prompt: int, timing: RequestTiming, event: EndEvent) -> None:
+        """For GET /explain: what this request was like."""
+        routing, phases = timing.routing, timing.phases
+        self._gateway.window_of_late.note_request(
+            RequestFacts(
+                f"{self.answer_id}-{prompt}",
+                current_call().request_id,
+                timing.received_s,
+                timing.ttft_us(),
+                tuple(timing.itl_us),
+                timing.e2e_s,
+                timing.residence_s,
+                phases.work_s or phases.prefill_s,
+                len(self.job.prompts[prompt]),
+                phases.cached_tokens,
+                timing.num_tokens,
+                routing.decode if routing else "",
+                routing.prefill if routing else None,
+                phases.transfer_s,
+                phases.transferred_bytes,
+                event.attempts,
+                event.resumed,
+                event.error.code if event.error else "",
+                current_call().tenant,
+            )
+        )
 
     def _is_complete(self, prompt: int) -> bool:
         n = self.job.params.n

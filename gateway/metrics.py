@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from ..protocol.messages import WorkerLoad
 from ..router.interface import ClusterStatus, Router, WorkerStatus
+from .explain.parts import ITL_PARTS, TTFT_PARTS
 from .timing import RequestTiming
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -47,6 +48,9 @@ _WORKER_GAUGES = {
 }
 _WORKER_COUNTERS = {
     "penstock_worker_steps": ("Engine steps", "steps"),
+    "penstock_worker_busy_seconds": ("Time within engine steps", "busy_s"),
+    "penstock_worker_prefill_tokens": ("Prompt tokens computed", "prefill_tokens"),
+    "penstock_worker_decode_tokens": ("Tokens drawn behind a first one", "decode_tokens"),
     "penstock_worker_preemptions": ("Sequences preempted for lack of KV blocks", "preemptions"),
     "penstock_worker_parked_sequences": ("Preempted sequences copied to host memory", "parked"),
     "penstock_worker_unparked_sequences": ("Preempted sequences copied back from host memory", "unparked"),
@@ -108,6 +112,15 @@ class GatewayMetrics:
             registry=r,
         )
         self._phases = {name: phase.labels(name) for name in _PHASES}
+        self._ttft_parts = Counter(
+            "penstock_ttft_part_seconds",
+            "Time to the first piece of an answer, by the parts of `penstock explain`",
+            ("part",),
+            registry=r,
+        )
+        self._itl_parts = Counter(
+            "penstock_itl_part_seconds", "Time between the tokens of a choice, by part", ("part",), registry=r
+        )
         r.register(ClusterCollector(router))
 
     def answered(self, route: str, status: int) -> None:
@@ -136,9 +149,13 @@ class GatewayMetrics:
         self._cached_tokens.inc(timing.phases.cached_tokens)
         if timing.tpot_s is not None:
             self._tpot.observe(timing.tpot_s)
-        report = timing.report()
+        coarse = timing.coarse_ms()
         for name, histogram in self._phases.items():
-            histogram.observe(report[f"{name}_ms"] / 1e3)
+            histogram.observe(coarse[f"{name}_ms"] / 1e3)
+        for name, part in zip(TTFT_PARTS, timing.ttft_us(), strict=True):
+            self._ttft_parts.labels(name).inc(part / 1e6)
+        for name, part in zip(ITL_PARTS, timing.itl_us, strict=True):
+            self._itl_parts.labels(name).inc(part / 1e6)
 
     def failed(self, code: str) -> None:
         self._failures.labels(code).inc()
@@ -211,6 +228,6 @@ def _accepted_at(workers: list[WorkerStatus]) -> Metric:
     return family
 
 
-def _load_value(load: WorkerLoad, field: str) -> int:
-    value: int = getattr(load, field)
+def _load_value(load: WorkerLoad, field: str) -> float:
+    value: float = getattr(load, field)
     return value

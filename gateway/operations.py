@@ -7,8 +7,10 @@ from aiohttp import web
 
 from .. import __version__
 from ..core.errors import ModelNotFound
-from .bodies import shorten
+from ..protocol.messages import Role
+from .bodies import decode, shorten
 from .context import GATEWAY, Gateway
+from .limits import read_body
 from .metrics import CONTENT_TYPE
 
 
@@ -57,6 +59,18 @@ async def status(request: web.Request) -> web.Response:
 async def reset_prefix_cache(request: web.Request) -> web.Response:
     """Forget all retained prefixes, so that a benchmark starts cold."""
     request.app[GATEWAY].router.reset_prefix_cache()
+    return _json({"status": "ok"})
+
+
+class RoleBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    role: Role
+
+
+async def set_role(request: web.Request) -> web.Response:
+    """Give a worker another role; /status shows it once the worker has it."""
+    gateway = request.app[GATEWAY]
+    body = decode(await read_body(request, gateway.config.limits), RoleBody)
+    gateway.router.set_role(request.match_info["worker"], body.role)
     return _json({"status": "ok"})
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from ..core.ids import WorkerKey
-from ..protocol.messages import Peer
+from ..protocol.messages import Peer, Role
 from .effects import LinkEffect, LinkEvent
 
 OnEvent = Callable[[LinkEvent], None]
@@ -30,6 +30,10 @@ class Mesh(Protocol):
 
     def set_peers(self, peers: list[Peer]) -> None:
         """The workers now known. Decode opens the links to prefill; links to workers no longer listed end."""
+        ...
+
+    def set_role(self, role: Role) -> None:
+        """This worker is for something else now. Its links stay; the next `set_peers` adds those that it lacks."""
         ...
 
     def perform(self, effect: LinkEffect) -> None: ...

@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -121,15 +121,17 @@ class SocketMesh(Mesh):
         return list(self._me.transports)
 
     def set_peers(self, peers: list[Peer]) -> None:
-        """Dial the new ones that are ours to dial; end what belongs to workers listed before and gone now."""
+        """Dial the new ones that are ours to dial; end what belongs to workers listed before and gone now. A link to
+        one that is not ours to dial any more, by its role or our own, stays until it breaks.
+        """
         listed = {WorkerKey(peer.worker_id, peer.epoch): peer for peer in peers}
         with self._lock:
             gone = self._listed - listed.keys()
             self._listed = set(listed)
-            stopped = [self._dialing.pop(key) for key in sorted(gone & self._dialing.keys())]
+            mine = {key: peer for key, peer in listed.items() if dials(self._me.role, self._me.key.worker_id, peer)}
+            stopped = [self._dialing.pop(key) for key in sorted(self._dialing.keys() - mine.keys())]
             links = [self._links[key] for key in sorted(gone & self._links.keys())]
-            mine = (item for item in listed.items() if dials(self._me.role, self._me.key.worker_id, item[1]))
-            new = {key: (peer, threading.Event()) for key, peer in mine if key not in self._dialing}
+            new = {key: (peer, threading.Event()) for key, peer in mine.items() if key not in self._dialing}
             self._dialing.update({key: stop for key, (_, stop) in new.items()})
         for event in stopped:
             event.set()
@@ -137,6 +139,10 @@ class SocketMesh(Mesh):
             link.stop("no longer listed by the router")
         for key, (peer, stop) in new.items():
             self._spawn(f"kv-dial-{key}", partial(self._dial, key, peer, stop))
+
+    def set_role(self, role: Role) -> None:
+        with self._lock:
+            self._me = replace(self._me, role=role)
 
     def perform(self, effect: LinkEffect) -> None:
         link = self._links.get(effect.peer)

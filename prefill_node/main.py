@@ -1,4 +1,4 @@
-"""`penstock prefill`: a worker that hosts the prefill role.
+"""The prefill role of a worker, from the topology; `deploy/hosting.py` runs it.
 
     router ─StartPrefill→ waiting ─admit→ computing ─chunk by chunk→ handing ─Ack→ ended          (role.py)
                                              └──Offer, Push…, Done→ decode worker                 (kvtransfer)
@@ -14,19 +14,13 @@ from ..engine.block_pool import BlockPool
 from ..engine.interface import Engine
 from ..kvtransfer.ownership import Ownership
 from ..kvtransfer.source import PushSizes, SourceTable
-from ..worker.launch import launch
 from ..worker.role import Role
 from .role import PrefillRole
 
 
-def make_roles(
+def make_role(
     me: WorkerKey, engine: Engine, pool: BlockPool, topology: Topology, ownership: Ownership | None = None
-) -> list[Role]:
+) -> Role:
     spec, lease_s = engine.spec, topology.transfer.lease_s
     source = SourceTable(lease_s, lease_s, PushSizes.of(spec.fingerprint.num_layers, spec.layer_bytes))
-    return [PrefillRole(me, spec, pool, source, cluster_key(topology), ownership=ownership)]
-
-
-def main(topology: Topology, name: str) -> int:
-    """Serve as prefill worker `name` until SIGTERM."""
-    return launch(topology, name, make_roles)
+    return PrefillRole(me, spec, pool, source, cluster_key(topology), ownership=ownership)

@@ -33,7 +33,6 @@ from ..protocol.messages import (
     Ack,
     Cancel,
     Grant,
-    Phases,
     PrefillEnded,
     Renew,
     SampledToken,
@@ -44,6 +43,7 @@ from ..protocol.messages import (
 )
 from ..worker.admission import cache_key, next_chunk, publish_computed, refuse, release, try_admit
 from ..worker.role import Budget, Computed, Effect, Tell
+from ..worker.usage import note_chunks, prefill_phases
 
 
 @dataclass(slots=True, eq=False)
@@ -96,6 +96,7 @@ class PrefillRole:
         self._failed_handoffs = 0
         self._queried_tokens = 0
         self._hit_tokens = 0
+        self._step_began = 0.0
 
     # ---- commands ----
 
@@ -228,6 +229,7 @@ class PrefillRole:
 
     def schedule(self, budget: Budget, now: float) -> list[ScheduledSeq]:
         """A step of resumptions, if there are any, else one of other prompts: these would only make it longer."""
+        self._step_began = now
         self._expire(now)
         return self._schedule(budget, now, is_resumption=True) or self._schedule(budget, now, is_resumption=False)
 
@@ -284,6 +286,7 @@ class PrefillRole:
                 self._take(self._source.layers_computed(task.ticket, table, num_layers, now))
 
     def commit(self, computed: list[Computed], now: float) -> None:
+        note_chunks(computed, now - self._step_began)
         for entry, tokens in computed:
             task = self._tasks.get(entry.seq.key)
             if task is not None and task.seq is entry.seq:
@@ -299,11 +302,8 @@ class PrefillRole:
                 self._take(self._source.blocks_ready(task.ticket, seq.block_table[:num_full], now))
             return
         self._computing.remove(task)
-        self._take(self._source.seal(task.ticket, seq.block_table, tokens, self._phases(seq, now), now))
-
-    def _phases(self, seq: Sequence, now: float) -> Phases:
-        started = seq.first_scheduled if seq.first_scheduled is not None else now
-        return Phases(queue_s=started - seq.arrival, prefill_s=now - started, cached_tokens=seq.num_cached_tokens)
+        phases = prefill_phases(seq, now - self._step_began, now)
+        self._take(self._source.seal(task.ticket, seq.block_table, tokens, phases, now))
 
     def fail_entry(self, entry: ScheduledSeq, error: ServeError, now: float) -> None:
         task = self._tasks.get(entry.seq.key)

@@ -60,6 +60,7 @@ from .parts import (
     SampledToken,
     Seconds,
     Sequence64,
+    StepTime,
     Text,
     TicketId,
     TokenLogprob,
@@ -125,8 +126,10 @@ __all__ = [
     "SampledToken",
     "Seconds",
     "Sequence64",
+    "SetRole",
     "StartDecode",
     "StartPrefill",
+    "StepTime",
     "Taken",
     "Text",
     "TicketId",
@@ -207,7 +210,13 @@ class ResetPrefixCache(Message, frozen=True):
     """Forget all retained prefix blocks."""
 
 
-ToWorker = Welcome | Peers | StartPrefill | StartDecode | Abort | Drain | ResetPrefixCache
+class SetRole(Message, frozen=True):
+    """From now on the worker is for this. What runs goes on, caches stay; the next heartbeat names the new role."""
+
+    role: Role
+
+
+ToWorker = Welcome | Peers | StartPrefill | StartDecode | Abort | Drain | ResetPrefixCache | SetRole
 
 
 class FromRouter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -253,6 +262,7 @@ class Heartbeat(Message, frozen=True):
     # peers, and the transport to each
     linked: Annotated[list[tuple[WorkerId, Epoch, Code]], msgspec.Meta(max_length=4096)]
     turn_age_s: Seconds = 0.0
+    role: Role | None = None  # None: that of the Hello
 
 
 class Tokens(Part, frozen=True):
@@ -271,12 +281,14 @@ class Tokens(Part, frozen=True):
     phases: Phases | None = None  # with index of the attempt's first token
     drafted: Count = 0  # tokens that the step verified for this choice beside the one that it computes anyway
     accepted: Count = 0  # of them, those that are among `tokens`
+    wait_s: Seconds = 0.0  # from this choice's tokens before to the step that drew these
 
 
 class Output(Message, frozen=True):
     """All tokens of one engine step."""
 
     items: Annotated[list[Tokens], msgspec.Meta(max_length=4096)]
+    step: StepTime | None = None  # None: they come with a hand-off
 
 
 class PrefillEnded(Message, frozen=True):

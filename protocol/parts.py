@@ -10,7 +10,7 @@ import numpy as np
 from ..core.errors import ProtocolError
 from .sampling import MAX_CHOICES, MAX_LOGPROBS, TokenId
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_PROMPT_BYTES = 4 * (1 << 20)
 MAX_BLOCKS = 1 << 20
 MAX_REQUESTS = 1024  # attempts that a worker takes at a time, unless its Hello says otherwise
@@ -115,14 +115,27 @@ class ChoiceState(Part, frozen=True):
 
 
 class Phases(Part, frozen=True):
-    """Where the time to the first token went, in seconds. They add up to the worker's share of TTFT."""
+    """Where the time to the first token went, in seconds. queue_s, prefill_s and transfer_s add up to the worker's
+    share of TTFT; the others say what was in them.
+    """
 
     queue_s: Seconds = 0.0  # in prefill's queue
     prefill_s: Seconds = 0.0  # first chunk scheduled to last chunk computed
     transfer_s: Seconds = 0.0  # last chunk computed to all blocks verified on decode
+    compute_s: Seconds = 0.0  # of prefill_s: within steps that computed a chunk of it
+    first_step_s: Seconds = 0.0  # of compute_s: the step that drew the first token
+    work_s: Seconds = 0.0  # its share of those steps by tokens: about what it would have taken alone
+    room_s: Seconds = 0.0  # of transfer_s: decode had no room yet for all that was computed
     cached_tokens: Count = 0  # prompt tokens whose KV came from a prefix cache
     transferred_blocks: Count = 0
     transferred_bytes: Sequence64 = 0
+
+
+class StepTime(Part, frozen=True):
+    """The step that drew the tokens of an Output, in seconds."""
+
+    step_s: Seconds = 0.0
+    prompts_s: Seconds = 0.0  # of step_s: what prompt chunks in it took, by what such steps take without any
 
 
 class WorkerLoad(Part, frozen=True):
@@ -142,6 +155,9 @@ class WorkerLoad(Part, frozen=True):
     parked_bytes: Sequence64 = 0  # in host memory now
     corrupt_parked_blocks: Sequence64 = 0  # came back other than they went out, and were computed again
     steps: Sequence64 = 0
+    busy_s: Seconds = 0.0  # within steps, since the worker's start
+    prefill_tokens: Sequence64 = 0  # prompt tokens computed
+    decode_tokens: Sequence64 = 0  # tokens drawn behind a first one
     prefix_hit_tokens: Sequence64 = 0
     prefix_query_tokens: Sequence64 = 0
     transferred_bytes: Sequence64 = 0

@@ -32,6 +32,7 @@ class RouterConfig:
     max_imbalance_tokens: int = 8192  # prefix-affinity gives way when its pick carries this much more than the idlest
     max_prefix_blocks: int = 65536  # of the prefix index
     expected_workers: int = 0
+    fixed_roles: str = ""  # why no worker may be given another role; empty: it may
 
     def __post_init__(self) -> None:
         if self.policy not in get_args(PolicyName):

@@ -36,6 +36,8 @@ from ..protocol.messages import (
     Peers,
     PrefillEnded,
     ResetPrefixCache,
+    Role,
+    SetRole,
     Welcome,
 )
 from .config import RouterConfig, RouterCounters
@@ -118,6 +120,19 @@ class RouterCore:
         self._life.placer.index.clear()
         for worker in self._registry.live():
             self._command(worker, ResetPrefixCache())
+        return self._flush()
+
+    def set_role(self, worker_id: str, role: Role) -> list[Effect]:
+        """Ask a worker to be for something else; it is once its heartbeat says so. Raises BadRequest."""
+        worker = self._registry.current(worker_id)
+        if worker is None or not worker.is_live:
+            names = ", ".join(other.key.worker_id for other in self._registry.live())
+            raise BadRequest(f"worker {worker_id[:64]!r} is not there; there are: {names or 'none'}", "worker")
+        if self.config.fixed_roles:
+            raise BadRequest(f"roles are fixed here: {self.config.fixed_roles}", "role")
+        if role == "prefill" and not any(other.can_decode for other in self._registry.live() if other is not worker):
+            raise BadRequest(f"{worker_id} is the only worker that decodes; give another one that role first", "role")
+        self._command(worker, SetRole(role))
         return self._flush()
 
     # ---- workers
@@ -237,11 +252,15 @@ class RouterCore:
         if not worker.is_live and not self._take_back(worker):
             self._life.counters.stale_messages += 1
             return
-        was_ready, was_stalled, links = worker.is_ready, worker.is_stalled, worker.linked
+        was_ready, was_stalled, links, role = worker.is_ready, worker.is_stalled, worker.linked, worker.hello.role
         worker.note_heartbeat(beat, self._clock.now())
         if worker.is_ready != was_ready or worker.linked != links:
             self._life.has_news = True
             self._readiness.note_change()
+        if worker.hello.role != role:
+            log.info("worker %s is for %s now, it was for %s", key, worker.hello.role, role)
+            self._readiness.note_change()
+            self._introduce_all()
         if worker.is_stalled != was_stalled:
             self._on_stall_change(worker)
         if not worker.is_stalled:
@@ -354,7 +373,7 @@ class RouterCore:
                 self._life.counters.stale_messages += 1
                 orphans[attempt] = None
             else:
-                self._life.on_tokens(record, item)
+                self._life.on_tokens(record, item, output.step)
         for attempt in orphans:
             self._life.abort(key, attempt)
 
@@ -412,7 +431,7 @@ class RouterCore:
         if queued >= self.config.max_queued_requests:
             raise Overloaded(f"{queued} requests wait for a worker, the bound is {self.config.max_queued_requests}")
 
-    def _command(self, worker: WorkerRecord, body: Welcome | Peers | ResetPrefixCache) -> None:
+    def _command(self, worker: WorkerRecord, body: Welcome | Peers | ResetPrefixCache | SetRole) -> None:
         self._life.effects.append(worker.command(self.epoch, body))
 
     def _flush(self) -> list[Effect]:

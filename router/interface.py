@@ -8,7 +8,7 @@ from typing import Protocol
 import msgspec
 
 from ..core.errors import ServeError
-from ..protocol.messages import FinishReason, Phases, Role, SampledToken, WorkerLoad
+from ..protocol.messages import FinishReason, Phases, Role, SampledToken, StepTime, WorkerLoad
 from ..protocol.sampling import SamplingParams
 
 
@@ -20,6 +20,16 @@ class GenerateRequest(msgspec.Struct, frozen=True):
     params: SamplingParams
     timeout_s: float
     cache_salt: str = ""
+
+
+class Routing(msgspec.Struct, frozen=True):
+    """What the router took for the attempt that gave the first token, and where it ran. Seconds."""
+
+    queue_s: float  # submission to the first dispatch
+    retry_s: float  # from there to the dispatch of this attempt
+    attempt_s: float  # from there to its first tokens
+    decode: str
+    prefill: str | None = None  # None: prefilled on the decode worker
 
 
 class TokensEvent(msgspec.Struct, frozen=True):
@@ -36,6 +46,9 @@ class TokensEvent(msgspec.Struct, frozen=True):
     phases: Phases | None = None
     drafted: int = 0  # tokens that were verified for it beside those computed anyway
     accepted: int = 0  # of them, those among `tokens`
+    routing: Routing | None = None  # with `phases`
+    wait_s: float = 0.0  # from the choice's tokens before to the step that drew these, on the worker
+    step: StepTime | None = None  # that step; None for tokens that came with a hand-off
 
 
 class EndEvent(msgspec.Struct, frozen=True):
@@ -85,6 +98,7 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     turn_age_s: float = 0.0  # since its loop began its last turn, as of its last heartbeat
     num_attempts: int = 0  # that the router wants to live there
     expected_blocks: int = 0  # that these may hold: what is in use beyond it is held for nobody
+    block_size: int = 0  # tokens in one of its blocks
 
 
 class ClusterStatus(msgspec.Struct, frozen=True):
@@ -108,6 +122,10 @@ class Router(Protocol):
     def status(self) -> ClusterStatus: ...
 
     def reset_prefix_cache(self) -> None: ...
+
+    def set_role(self, worker_id: str, role: Role) -> None:
+        """Ask a worker to be for something else, running sequences and caches kept. Raises BadRequest."""
+        ...
 
     def drain(self) -> None:
         """Refuse new requests from now on; running ones finish."""

@@ -10,7 +10,7 @@ from ..core.clock import Clock
 from ..core.errors import DeadlineExceeded, NodeLost, ProtocolError, ServeError, Unavailable
 from ..core.ids import AttemptKey, IdSource, WorkerKey, new_ticket
 from ..core.tickets import TicketFacts, prove
-from ..protocol.messages import NO_PROOF, Abort, FromRouter, StartDecode, StartPrefill, Tokens, pack_ids
+from ..protocol.messages import NO_PROOF, Abort, FromRouter, StartDecode, StartPrefill, StepTime, Tokens, pack_ids
 from .config import RouterConfig, RouterCounters
 from .effects import Deliver, Effect, End, Send
 from .interface import EndEvent, TokensEvent
@@ -145,8 +145,8 @@ class Lifecycle:
 
     # ---- tokens
 
-    def on_tokens(self, record: RequestRecord, item: Tokens) -> None:
-        """A Tokens message from the decode worker of the current attempt."""
+    def on_tokens(self, record: RequestRecord, item: Tokens, step: StepTime | None = None) -> None:
+        """A Tokens message from the decode worker of the current attempt, and the step that drew them."""
         choice = record.choice(item.choice)
         if choice is None:
             n = record.request.params.n
@@ -163,9 +163,9 @@ class Lifecycle:
             self.counters.duplicate_tokens += 1
         else:
             self.counters.duplicate_tokens += skip > 0
-            self._accept(record, choice, item, skip)
+            self._accept(record, choice, item, skip, step)
 
-    def _accept(self, record: RequestRecord, choice: Choice, item: Tokens, skip: int) -> None:
+    def _accept(self, record: RequestRecord, choice: Choice, item: Tokens, skip: int, step: StepTime | None) -> None:
         attempt = record.attempt
         assert attempt is not None
         if record.state is State.DISPATCHED:
@@ -186,6 +186,9 @@ class Lifecycle:
             phases,
             item.drafted,
             item.accepted,
+            record.routing(self._clock.now()) if phases is not None else None,
+            item.wait_s,
+            step,
         )
         choice.output_ids.extend(token.token_id for token in tokens)
         choice.is_finished = item.finish_reason is not None

@@ -11,6 +11,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
 
+import msgspec
+
 from ..core.errors import NodeLost, ServeError
 from ..core.ids import AttemptKey, WorkerKey
 from ..protocol.messages import FromRouter, Heartbeat, Hello, Peer, ToWorker, WorkerLoad, WorkerState
@@ -102,6 +104,8 @@ class WorkerRecord:
             return
         self.received, self.state, self.load = beat.received, beat.state, beat.load
         self.turn_age_s = beat.turn_age_s
+        if beat.role not in (None, self.hello.role):
+            self.hello = msgspec.structs.replace(self.hello, role=beat.role)
         self.linked = {WorkerKey(worker_id, epoch): transport for worker_id, epoch, transport in beat.linked}
 
     def note_abort(self, attempt: AttemptKey, choice: int | None, now: float, repeat_s: float) -> bool:
@@ -136,6 +140,7 @@ class WorkerRecord:
             turn_age_s=self.turn_age_s,
             num_attempts=len(self.attempts),
             expected_blocks=expected_blocks,
+            block_size=self.block_size,
         )
 
 

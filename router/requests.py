@@ -20,7 +20,7 @@ from ..core.ids import AttemptKey, Ticket, WorkerKey
 from ..core.prefix_hash import BlockHash
 from ..protocol.messages import MAX_PROMPT_BYTES, ChoiceState, Tokens, pack_ids, unpack_ids
 from ..protocol.sampling import check
-from .interface import GenerateRequest
+from .interface import GenerateRequest, Routing
 
 MAX_TIMEOUT_S = 1e9
 
@@ -111,6 +111,7 @@ class RequestRecord:
     unavailable_at: float = 0.0
     not_before: float = 0.0
     route_s: float = 0.0
+    queue_s: float = 0.0  # submission to the first dispatch
     has_phases: bool = False  # the caller has had them
 
     def __post_init__(self) -> None:
@@ -168,6 +169,14 @@ class RequestRecord:
         self.attempt_number = attempt.key.attempt
         self.num_attempts += 1
         self.route_s = now - self.submitted_at
+        self.queue_s = self.route_s if self.num_attempts == 1 else self.queue_s
+
+    def routing(self, now: float) -> Routing:
+        """Of the current attempt, whose first tokens have come."""
+        assert self.attempt is not None
+        prefill = self.attempt.prefill.worker_id if self.attempt.prefill else None
+        retry_s, attempt_s = self.route_s - self.queue_s, now - self.attempt.sent_at
+        return Routing(self.queue_s, retry_s, attempt_s, self.attempt.decode.worker_id, prefill)
 
     def to_running(self) -> None:
         """The first tokens of an attempt are about to be taken; behind earlier ones, that is a resumption."""

@@ -19,7 +19,7 @@ from ..core.clock import Clock, MonotonicClock
 from ..core.errors import InternalError, Overloaded, ProtocolError, ServeError, Unavailable
 from ..core.ids import IdSource, SecureIds, WorkerKey
 from ..protocol import codec
-from ..protocol.messages import Hello
+from ..protocol.messages import Hello, Role
 from ..protocol.sockets import RouterSocket, SocketCounters
 from .config import RouterConfig, RouterCounters
 from .core import RouterCore
@@ -161,6 +161,10 @@ class RouterService:
 
     def reset_prefix_cache(self) -> None:
         self._perform(self._core.reset_prefix_cache())
+
+    def set_role(self, worker_id: str, role: Role) -> None:
+        """Ask a worker to be for something else; raises BadRequest for one that is not there or must stay."""
+        self._perform(self._core.set_role(worker_id, role))
 
     def drain(self) -> None:
         """Refuse new requests from now on; running ones finish."""

@@ -34,7 +34,7 @@ from ..router.config import RouterConfig
 from ..router.core import RouterCore
 from ..router.effects import Deliver, Effect, End, Send
 from ..router.interface import GenerateRequest, TokensEvent
-from ..worker.core import CoreEffect, SetPeers, WorkerCore
+from ..worker.core import ROLES_OF, BecomeRole, CoreEffect, SetPeers, WorkerCore
 from ..worker.process import hello_of
 from ..worker.role import Role as RoleCode
 from ..worker.role import Tell
@@ -87,19 +87,21 @@ class _Worker:
         self.key = key
         pool = BlockPool(engine.spec.num_blocks, engine.spec.block_size)
         self.decode: DecodeRole | None = None
-        roles: list[RoleCode] = []
-        if role != "prefill":
+
+        def host(name: Role) -> RoleCode:
+            if name == "prefill":
+                pushes = PushSizes.of(engine.spec.fingerprint.num_layers, engine.spec.layer_bytes)
+                source = SourceTable(PATIENCE_S, PATIENCE_S, pushes)
+                return PrefillRole(key, engine.spec, pool, source, CLUSTER_KEY)
             parking = Parking(engine.memory, park_bytes, clock)
             destination = DestinationTable(PATIENCE_S)
             self.decode = DecodeRole(
                 key, engine.spec, pool, destination, CLUSTER_KEY, parking=parking, speculation=speculate(engine)
             )
-            roles.append(self.decode)
-        if role != "decode":
-            pushes = PushSizes.of(engine.spec.fingerprint.num_layers, engine.spec.layer_bytes)
-            source = SourceTable(PATIENCE_S, PATIENCE_S, pushes)
-            roles.append(PrefillRole(key, engine.spec, pool, source, CLUSTER_KEY))
-        self.core = WorkerCore(key, role, engine, pool, roles, clock, **sizes)
+            return self.decode
+
+        roles = [host(name) for name in ROLES_OF[role]]
+        self.core = WorkerCore(key, role, engine, pool, roles, clock, **sizes, make_role=host)
         self.inbox: queue.SimpleQueue[FromRouter | LinkEvent] = queue.SimpleQueue()
         self.mesh: Mesh | None = None
         self.received = 0
@@ -113,6 +115,8 @@ class _Worker:
                     tell(FromWorker(*self.key, message))
                 case SetPeers(peers=peers):
                     self.mesh.set_peers(list(peers))
+                case BecomeRole(role=role):
+                    self.mesh.set_role(role)
                 case _:
                     self.mesh.perform(effect)
 
@@ -174,9 +178,10 @@ class InProcessCluster:
         park_bytes: int = 0,
         settings: MeshSettings | None = None,
         speculate: Speculate = lambda engine: None,
+        clock: Clock | None = None,
     ) -> None:
         self._settings = settings or MeshSettings((transport,))
-        self._clock, ids = MonotonicClock(), SeededIds(0)
+        self._clock, ids = clock or MonotonicClock(), SeededIds(0)
         self.router = RouterCore(
             router or RouterConfig(worker_timeout_s=PATIENCE_S, unacknowledged_s=PATIENCE_S),
             self._clock,
@@ -260,6 +265,10 @@ class InProcessCluster:
 
     def mend_links(self) -> None:
         self._network.reconnect()
+
+    def set_role(self, name: str, role: Role) -> None:
+        """By the router, as an operator asks."""
+        self._perform(self.router.set_role(name, role))
 
     def cut_off(self, name: str) -> None:
         """The connection between the router and this worker is lost: nothing arrives either way until `join_again`."""
@@ -356,9 +365,8 @@ class InProcessCluster:
             snapshot = worker.core.snapshot()
             linked = [(peer.worker_id, peer.epoch, transport) for peer, transport in worker.mesh.linked()]
             active = [(key.request_id, key.attempt) for key in snapshot.active]
-            self._tell(
-                FromWorker(*worker.key, Heartbeat(snapshot.handled, snapshot.state, snapshot.load, active, linked))
-            )
+            beat = Heartbeat(snapshot.handled, snapshot.state, snapshot.load, active, linked, role=snapshot.role)
+            self._tell(FromWorker(*worker.key, beat))
 
     def _tell(self, frame: FromWorker) -> None:
         if frame.worker_id in self._cut_off or (self._loses is not None and self._loses(frame)):

@@ -23,7 +23,7 @@ from ..kvtransfer.source import PushSizes, SourceTable
 from ..kvtransfer.transports.inproc import InprocMesh
 from ..prefill_node.role import PrefillRole
 from ..protocol.messages import MAX_REQUESTS, FromRouter, FromWorker, Goodbye, Heartbeat, Role, ToRouter
-from ..worker.core import CoreEffect, SetPeers, WorkerCore
+from ..worker.core import BecomeRole, CoreEffect, SetPeers, WorkerCore
 from ..worker.heartbeat import HeartbeatBuilder
 from ..worker.process import hello_of
 from ..worker.role import Role as RoleCode
@@ -334,6 +334,8 @@ class SimWorker:
                     self._say(message)
                 case SetPeers(peers=peers):
                     self.mesh.set_peers(list(peers))
+                case BecomeRole(role=role):
+                    self.mesh.set_role(role)
                 case _:
                     self.mesh.perform(effect)
 

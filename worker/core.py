@@ -21,7 +21,7 @@ from ..core.errors import InternalError, ServeError
 from ..core.ids import AttemptKey, WorkerKey
 from ..engine.block_pool import BlockPool
 from ..engine.interface import Engine, ScheduledSeq
-from ..kvtransfer.effects import LinkEvent
+from ..kvtransfer.effects import LinkEvent, PeerLost, PeerUp
 from ..protocol.messages import (
     AttemptFailed,
     Drain,
@@ -31,6 +31,7 @@ from ..protocol.messages import (
     PrefillEnded,
     ResetPrefixCache,
     SampledToken,
+    SetRole,
     StartDecode,
     StartPrefill,
     ToWorker,
@@ -40,7 +41,14 @@ from ..protocol.messages import (
 )
 from ..protocol.messages import Role as RoleName
 from .role import Budget, Computed, Effect, Role, Tell
+from .usage import Usage
 from .within_step import Item, take_now
+
+ROLES_OF: dict[RoleName, tuple[RoleName, ...]] = {
+    "prefill": ("prefill",),
+    "decode": ("decode",),
+    "both": ("decode", "prefill"),
+}
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +62,7 @@ class Snapshot:
     state: WorkerState
     load: WorkerLoad
     active: tuple[AttemptKey, ...]
+    role: RoleName | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +72,15 @@ class SetPeers:
     peers: tuple[Peer, ...]
 
 
-CoreEffect = Effect | SetPeers
+@dataclass(frozen=True, slots=True)
+class BecomeRole:
+    """Effect: tell the mesh what this worker is for now."""
+
+    role: RoleName
+
+
+CoreEffect = Effect | SetPeers | BecomeRole
+MakeRole = Callable[[RoleName], Role | None]  # prefill or decode, begun where the worker has to host it
 
 
 class WorkerCore:
@@ -80,7 +97,9 @@ class WorkerCore:
         *,
         max_batch_tokens: int = 512,
         max_batch_seqs: int = 64,
+        make_role: MakeRole = lambda name: None,
     ) -> None:
+        self._make_role = make_role
         self.key, self.role_name, self.engine, self.pool, self.roles = key, role_name, engine, pool, roles
         self._clock = clock
         self._max_tokens, self._max_seqs = max_batch_tokens, max_batch_seqs
@@ -88,6 +107,8 @@ class WorkerCore:
         self._handled = 0
         self._is_draining = False
         self._steps = 0
+        self._usage = Usage()
+        self._linked: dict[WorkerKey, str] = {}
 
     # ---- inputs ----
 
@@ -112,10 +133,12 @@ class WorkerCore:
                 self.drain()
             case ResetPrefixCache():
                 self.pool.reset_prefix_cache()
-            case StartPrefill() if self.role_name == "decode":
+            case SetRole(role=role_name):
+                return self._become(role_name, now)
+            case StartPrefill() if not self._hosts("prefill"):
                 reason = f"worker {self.key} has no prefill role"
                 return [Tell(PrefillEnded(message.request_id, message.attempt, False, "node_lost", reason))]
-            case StartDecode() if self.role_name == "prefill":
+            case StartDecode() if not self._hosts("decode"):
                 reason = f"worker {self.key} has no decode role"
                 return [Tell(AttemptFailed(message.request_id, message.attempt, "node_lost", reason, True))]
             case _:
@@ -123,11 +146,34 @@ class WorkerCore:
                     role.on_command(message, now)
         return []
 
+    def _become(self, name: RoleName, now: float) -> list[CoreEffect]:
+        """Host what `name` needs beside what is hosted: a role that is not wanted any more goes on with what it has."""
+        for needed in ROLES_OF[name]:
+            role = None if self._hosts(needed) else self._make_role(needed)
+            if role is not None:
+                for peer, transport in self._linked.items():
+                    role.on_link(PeerUp(peer, transport), now)
+                self.roles.append(role)
+        if not all(self._hosts(needed) for needed in ROLES_OF[name]):
+            log.warning("worker %s cannot become %s: it has no way to host that", self.key, name)
+            return []
+        log.info("worker %s is for %s now, it was for %s", self.key, name, self.role_name)
+        self.role_name = name
+        return [BecomeRole(name)]
+
+    def _hosts(self, name: RoleName) -> bool:
+        return any(role.hands_off is (name == "prefill") for role in self.roles)
+
     def drain(self) -> None:
         """Say so in every heartbeat from now on: the router sends nothing new."""
         self._is_draining = True
 
     def on_link(self, event: LinkEvent) -> list[CoreEffect]:
+        match event:
+            case PeerUp(peer=peer, transport=transport):
+                self._linked[peer] = transport
+            case PeerLost(peer=peer):
+                self._linked.pop(peer, None)
         for role in self.roles:
             role.on_link(event, self._clock.now())
         return self._collect()
@@ -146,6 +192,7 @@ class WorkerCore:
     def begin_step(self) -> tuple[list[tuple[Role, ScheduledSeq]], list[CoreEffect]]:
         """Schedule. The effects (offers, grants) must leave before the step computes, so that peers work meanwhile."""
         now = self._clock.now()
+        self._usage.begin(now)
         budget = Budget(self._max_tokens, self._max_seqs)
         batch = [(role, entry) for role in self.roles for entry in role.schedule(budget, now)]
         return batch, self._collect()
@@ -198,6 +245,7 @@ class WorkerCore:
     ) -> list[CoreEffect]:
         now = self._clock.now()
         self._steps += 1
+        self._usage.end([entry for _, entry in batch], results, now)
         for role in self.roles:
             computed: list[Computed] = []
             for (owner, entry), result in zip(batch, results, strict=True):
@@ -223,7 +271,12 @@ class WorkerCore:
     def snapshot(self) -> Snapshot:
         active = dict.fromkeys(key for role in self.roles for key in role.active())
         return Snapshot(
-            self._router_epoch, self._handled, "draining" if self._is_draining else "ready", self._load(), tuple(active)
+            self._router_epoch,
+            self._handled,
+            "draining" if self._is_draining else "ready",
+            self._load(),
+            tuple(active),
+            self.role_name,
         )
 
     def _load(self) -> WorkerLoad:
@@ -234,6 +287,9 @@ class WorkerCore:
             free_blocks=self.pool.num_free_blocks,
             cached_blocks=self.pool.num_cached_blocks,
             steps=self._steps,
+            busy_s=self._usage.busy_s,
+            prefill_tokens=self._usage.prefill_tokens,
+            decode_tokens=self._usage.decode_tokens,
         )
 
     def check_invariants(self) -> None:

@@ -44,6 +44,7 @@ class HeartbeatBuilder:
             active=[(k.request_id, k.attempt) for k in dict.fromkeys((*active, *(p[1] for p in self._pending)))],
             linked=[(peer.worker_id, peer.epoch, transport) for peer, transport in linked],
             turn_age_s=self._turns.age_s(),
+            role=snapshot.role if snapshot else None,
         )
 
     def _state(self, snapshot: Snapshot | None) -> WorkerState:

@@ -23,8 +23,9 @@ from ..kvtransfer.mesh import TRANSPORTS, MeshSettings, SocketMesh
 from ..kvtransfer.ownership import Ownership
 from ..kvtransfer.socket_link import LinkTimes
 from ..kvtransfer.transports.tls import TlsFiles
+from ..protocol.messages import Role as RoleName
 from .background import in_background
-from .core import WorkerCore
+from .core import ROLES_OF, WorkerCore
 from .membership import Membership
 from .process import Incarnation, run_worker
 from .role import Role
@@ -35,11 +36,12 @@ log = logging.getLogger(__name__)
 LOAD_S = 60.0
 CORES_FILE = "cores"  # in the runtime folder; see engine.core_share
 
-MakeRoles = Callable[[WorkerKey, Engine, BlockPool, Topology, Ownership | None], list[Role]]
+# Which role: prefill or decode.
+MakeRole = Callable[[RoleName, WorkerKey, Engine, BlockPool, Topology, Ownership | None], Role]
 
 
-def launch(topology: Topology, name: str, make_roles: MakeRoles) -> int:
-    """Run worker `name` of `topology` until SIGTERM; the exit status."""
+def launch(topology: Topology, name: str, make_role: MakeRole) -> int:
+    """Run worker `name` of `topology` until SIGTERM; the exit status. It begins with the roles of its own there."""
     spec = topology.worker(name)
     key = WorkerKey(name, new_epoch(SecureIds()))
     who = Incarnation(
@@ -52,7 +54,7 @@ def launch(topology: Topology, name: str, make_roles: MakeRoles) -> int:
     membership = Membership(topology, spec, os.environ) if topology.transfer.one_pool else None
     engine = in_background(partial(load_engine, topology, spec, membership))
     turns = TurnWatch(MonotonicClock(), topology.liveness.max_step_s)
-    make_core = partial(_make_core, topology, spec, key, make_roles, membership)
+    make_core = partial(_make_core, topology, spec, key, make_role, membership)
     make_mesh = partial(_make_mesh, topology, spec, key, turns, membership)
     try:
         return run_worker(who, engine, make_core, make_mesh, turns)
@@ -95,7 +97,7 @@ def _make_core(
     topology: Topology,
     spec: WorkerSpec,
     key: WorkerKey,
-    make_roles: MakeRoles,
+    make_role: MakeRole,
     membership: Membership | None,
     engine: Engine,
     clock: Clock,
@@ -106,15 +108,20 @@ def _make_core(
         ownership = membership.ownership(pool, keep_prefix=topology.transfer.keep_prefix)
     else:
         pool = BlockPool(engine.spec.num_blocks, engine.spec.block_size)
+
+    def host(name: RoleName) -> Role:
+        return make_role(name, key, engine, pool, topology, ownership)
+
     return WorkerCore(
         key,
         spec.role,
         engine,
         pool,
-        make_roles(key, engine, pool, topology, ownership),
+        [host(name) for name in ROLES_OF[spec.role]],
         clock,
         max_batch_tokens=spec.config.max_num_batched_tokens or engine.spec.saturation_tokens,
         max_batch_seqs=spec.config.max_num_seqs,
+        make_role=host,
     )
 
 

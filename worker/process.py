@@ -27,7 +27,7 @@ from ..kvtransfer.link import Mesh
 from ..protocol import codec
 from ..protocol.messages import FromRouter, FromWorker, Goodbye, Hello, Role, ToRouter
 from ..protocol.sockets import WorkerSocket
-from .core import CoreEffect, SetPeers, Snapshot, WorkerCore
+from .core import BecomeRole, CoreEffect, SetPeers, Snapshot, WorkerCore
 from .fault_signal import obey_fault_signals
 from .heartbeat import HeartbeatBuilder
 from .role import Role as RoleCode
@@ -219,6 +219,8 @@ class WorkerLoop:
                     self._router.tell(message)
                 case SetPeers(peers=peers):
                     self._mesh.set_peers(list(peers))
+                case BecomeRole(role=role):
+                    self._mesh.set_role(role)
                 case _:
                     self._mesh.perform(effect)
 

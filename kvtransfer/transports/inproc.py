@@ -197,6 +197,9 @@ class InprocMesh(Mesh):
             self._drop(key, "no longer listed by the router")
         self.dial()
 
+    def set_role(self, role: Role) -> None:
+        self.role = role
+
     def perform(self, effect: LinkEffect) -> None:
         link = self._links.get(effect.peer)
         if link is None:

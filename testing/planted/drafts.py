@@ -25,10 +25,10 @@ def keep_rejected(original: Any) -> Any:
 def emit_drafted(original: Any) -> Any:
     """Drafted tokens reach the client before they are verified."""
 
-    def accept(self: DecodeRole, group: Any, seq: Any, tokens: Any, entry: Any = None) -> None:
+    def accept(self: DecodeRole, group: Any, seq: Any, tokens: Any, now: float, entry: Any = None) -> None:
         if entry is not None and len(entry.draft) >= len(tokens):
             tokens = (*tokens[:-1], SampledToken(entry.draft[len(tokens) - 1]))
-        original(self, group, seq, tokens, entry)
+        original(self, group, seq, tokens, now, entry)
 
     return accept
 

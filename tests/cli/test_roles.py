@@ -13,8 +13,8 @@ from penstock.cli.errors import CliError
 from penstock.cli.main import main
 from penstock.cli.roles import find_worker, role_topology
 from penstock.core.config import PrefillConfig, Topology
+from penstock.deploy import hosting
 from penstock.deploy.runtime_dir import shared_folder
-from penstock.prefill_node import main as prefill_main
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_prefill_command_sets_threads_before_it_runs_the_worker(
         seen.append((name, os.environ["OMP_NUM_THREADS"]))
         return 0
 
-    monkeypatch.setattr(prefill_main, "main", run_worker)
+    monkeypatch.setattr(hosting, "main", run_worker)
     monkeypatch.setattr("penstock.core.logging.setup_logging", lambda *_: None)
     monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"})
     assert main(["prefill", "--topology", str(topology_file)]) == 0

@@ -24,7 +24,7 @@ from penstock.gateway.app import create_app
 from penstock.gateway.config import GatewayConfig, Limits
 from penstock.gateway.context import GATEWAY, Gateway
 from penstock.gateway.server import ServeOptions, listening
-from penstock.protocol.messages import Phases, SampledToken, TokenLogprob, WorkerLoad
+from penstock.protocol.messages import Phases, Role, SampledToken, TokenLogprob, WorkerLoad
 from penstock.protocol.sampling import SamplingParams
 from penstock.router.interface import ClusterStatus, EndEvent, Event, GenerateRequest, TokensEvent, WorkerStatus
 
@@ -138,6 +138,7 @@ class FakeRouter:
     entered: asyncio.Event = field(default_factory=asyncio.Event)
     is_draining: bool = False
     num_resets: int = 0
+    roles: list[tuple[str, Role]] = field(default_factory=list)
 
     def script(self, request: GenerateRequest, choice: int) -> list[int]:
         once = list(self.reply if isinstance(self.reply, bytes) else self.reply.encode())
@@ -173,6 +174,11 @@ class FakeRouter:
 
     def reset_prefix_cache(self) -> None:
         self.num_resets += 1
+
+    def set_role(self, worker_id: str, role: Role) -> None:
+        if worker_id != "decode-0":
+            raise BadRequest(f"worker {worker_id!r} is not there", "worker")
+        self.roles.append((worker_id, role))
 
     def drain(self) -> None:
         self.is_draining = True

@@ -218,3 +218,28 @@ def test_cors_lets_named_origins_in_only(serve: Any) -> None:
 def test_config_that_cannot_work_is_refused(config: GatewayConfig) -> None:
     with pytest.raises(ConfigError):
         create_app(config, None, None, MonotonicClock(), SeededIds(1))  # type: ignore[arg-type]
+
+
+def test_role_of_a_worker_reaches_the_router_and_bad_ones_do_not(serve: Any) -> None:
+    async def run() -> None:
+        async with serve() as served:
+            assert (await served.post("/workers/decode-0/role", {"role": "both"}))[0] == 200
+            for worker, body in (
+                ("nobody", {"role": "both"}),
+                ("decode-0", {"role": "boss"}),
+                ("decode-0", {}),
+                ("decode-0", {"role": "both", "more": 1}),
+            ):
+                assert (await served.post(f"/workers/{worker}/role", body))[0] == 400
+            assert served.router.roles == [("decode-0", "both")]
+
+    asyncio.run(run())
+
+
+def test_role_asks_for_a_key(serve: Any) -> None:
+    async def run() -> None:
+        async with serve(config={"api_keys": ("secret",)}) as served:
+            assert (await served.post("/workers/decode-0/role", {"role": "both"}))[0] == 401
+            assert served.router.roles == []
+
+    asyncio.run(run())

@@ -131,7 +131,9 @@ def test_command_for_a_role_that_is_not_here_is_answered() -> None:
     [ended] = Bench("decode").command(prefill)
     assert isinstance(ended, PrefillEnded)
     assert not ended.ok
-    [failed] = Bench("prefill").command(start("r"))
+    bench = Bench("prefill")
+    bench.core.roles.clear()
+    [failed] = bench.command(start("r"))
     assert isinstance(failed, AttemptFailed)
     assert failed.retriable
 
