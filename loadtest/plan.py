@@ -66,6 +66,7 @@ class Workload:
     conversations: tuple[Conversation, ...]
     num_clipped: int = 0
     num_left_out: int = 0
+    num_repeated: int = 0  # since more were asked for than the file has
     is_exact_length: bool = True  # answers are to have exactly the planned length: the end token is ignored
 
     @property

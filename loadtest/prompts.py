@@ -15,7 +15,7 @@ from .plan import Conversation, Part, Turn, clip_parts, part_tokens
 
 
 class PromptRow(msgspec.Struct, frozen=True):
-    """One line of a JSONL file: `prompt`, `question`, or `turns` (user messages), or `messages`; all else is optional."""
+    """One line of a JSONL file: `prompt`, `question`, or `turns` (user messages) or `messages`; the rest may lack."""
 
     prompt: str | None = None
     question: str | None = None

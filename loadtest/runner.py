@@ -1,7 +1,7 @@
 """Sends a plan and collects records.
 
-Open loop: 1. every conversation has its time before the run begins; 2. its first request is made ready ahead of it; 3. at
-its time it is sent, whatever the server does; one that is late is sent all the same, and its latency counts from its time.
+Open loop: 1. every conversation has its time before the run begins; 2. its first request is made ready ahead; 3. at
+its time it is sent, whatever the server does; one that is late is sent too, and its latency counts from its time.
 Closed loop: so many conversations are under way at once; the next begins when one ends.
 In both, a conversation's next turn is intended `think_s` after the answer before it.
 """
@@ -21,6 +21,7 @@ from .rendering import Renderer
 from .sending import PATHS, Dialogue, RequestForm
 
 HEARTBEAT_S = 0.005
+EARLY_S = 1e-7  # so much before its time is on time: sums of times round
 MAX_AHEAD_TOKENS = 4_000_000  # prompts up to this many tokens are all made before the run; about 30 MB of JSON
 
 Sleep = Callable[[float], Awaitable[None]]
@@ -87,8 +88,7 @@ class Runner:
         async with asyncio.TaskGroup() as tasks:
             for number, (conversation, at_s) in enumerate(zip(conversations, times, strict=True)):
                 dialogue, body = ready[number] if ready else self._first(conversation)
-                while (wait_s := at_s - self._now()) > 0:
-                    await self._sleep(wait_s)
+                await self._wait_until(at_s)
                 tasks.create_task(self._converse(number, conversation, dialogue, body, at_s))
 
     async def _closed(
@@ -113,8 +113,7 @@ class Runner:
         for place, turn in enumerate(conversation.turns):
             if place:
                 body = dialogue.body(turn)
-                while (wait_s := at_s - self._now()) > 0:
-                    await self._sleep(wait_s)
+                await self._wait_until(at_s)
             asked = Asked(number, at_s, turn.num_prompt_tokens, turn.num_output_tokens, place, conversation.category)
             record, text = await self._client.send(Call(asked, PATHS[self._form.endpoint], body), self._start_s)
             self._recorded.records.append(record)
@@ -132,6 +131,10 @@ class Runner:
     def _first(self, conversation: Conversation) -> tuple[Dialogue, bytes]:
         dialogue = Dialogue(conversation, self._form, self._renderer)
         return dialogue, dialogue.body(conversation.turns[0])
+
+    async def _wait_until(self, at_s: float) -> None:
+        while (wait_s := at_s - self._now()) > EARLY_S:
+            await self._sleep(wait_s)
 
     async def _heartbeat(self) -> None:
         """How late this loop wakes: an answer that has come is read as late as that."""

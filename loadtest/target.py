@@ -62,7 +62,7 @@ async def find_target(client: Client, model: str | None) -> Target:
 
 
 async def agree_on_form(client: Client, form: RequestForm) -> RequestForm:
-    """The form that the server takes: usage in every chunk where it can be had. Raises ConfigError when nothing works."""
+    """The form that the server takes, with usage in every chunk if it can. Raises ConfigError when nothing works."""
     record = await _ask(client, form, Renderer(), 16)
     if record.failure is not None and record.failure.kind is ErrorKind.BAD_REQUEST and form.has_chunk_usage:
         return await agree_on_form(client, replace(form, has_chunk_usage=False))
@@ -91,3 +91,14 @@ async def _ask(client: Client, form: RequestForm, renderer: Renderer, count: int
     body = Dialogue(Conversation((turn,)), form, renderer).body(turn)
     record, _ = await client.send(Call(Asked(0, 0.0, count, 2), PATHS[form.endpoint], body), 0.0)
     return record
+
+
+async def reset_cache(client: Client) -> None:
+    """Forget retained prefixes, where the server offers it. Raises ConfigError where it does not."""
+    try:
+        async with asyncio.timeout(30), client.http.post(client.url + "/reset_prefix_cache") as response:
+            status = response.status
+    except (aiohttp.ClientError, OSError, TimeoutError) as err:
+        raise ConfigError(f"no answer from {client.url}/reset_prefix_cache: {err}") from err
+    if status != 200:
+        raise ConfigError(f"--reset-cache: {client.url} answered {status} to POST /reset_prefix_cache; leave it out")

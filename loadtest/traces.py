@@ -59,7 +59,8 @@ class MooncakeRow(msgspec.Struct, frozen=True):
 
 def mooncake(path: Path, seed: int, scale: Scale, is_spreading: bool = True) -> list[Conversation]:
     """Mooncake's traces. A block id becomes the same random tokens wherever it stands, so prefixes are shared as
-    recorded; with a length scale the blocks shrink too. Equal times are spread up to the next: the log is written in batches.
+    recorded; with a length scale the blocks shrink too. Equal times are spread up to the next:
+    the log is written in batches.
     """
     rows = list(json_rows(path, MooncakeRow))
     times = [row.timestamp / 1e3 for row in rows]
