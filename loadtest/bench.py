@@ -57,6 +57,7 @@ class Run:
     arrivals: ArrivalChoice
     records: list[Record]
     summary: Summary
+    rate: float = 0.0  # that a search asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +149,7 @@ class Bench:
                 arrivals = server.choice.arrivals.with_rate(rate, workload)
                 number = len(outcome.runs) + 1
                 run = await self.run(server, workload, arrivals, number, f"probe {number}, {rate:.3g} requests/s")
-                outcome.runs.append(run)
+                outcome.runs.append(replace(run, rate=rate))
                 search.add(probe_of(rate, run.summary))
             probes = search.probes
             outcome.found.append(Found(share, search.best, search.is_client_bound))
