@@ -9,12 +9,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-Shape = Literal["poisson", "gamma", "constant", "linear-ramp", "exponential-ramp", "burst"]
-SHAPES: tuple[Shape, ...] = ("poisson", "gamma", "constant", "linear-ramp", "exponential-ramp", "burst")
+from .names import Shape
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,29 +10,13 @@ from typing import Literal
 
 from ..core.errors import ConfigError
 from . import prompts, traces, workloads
-from .arrivals import Arrivals, Shape, replay
+from .arrivals import Arrivals, replay
 from .lengths import Lengths
+from .names import TEXTS, Kind, Shape
 from .plan import Conversation, Window, Workload
 from .runner import Schedule
 
-Kind = Literal[
-    "random",
-    "prefix",
-    "chat",
-    "jsonl",
-    "spec-bench",
-    "sharegpt",
-    "documents",
-    "azure",
-    "burstgpt",
-    "mooncake",
-    "lengths",
-]
-SYNTHETIC: tuple[Kind, ...] = ("random", "prefix", "chat")
-TEXTS: tuple[Kind, ...] = ("jsonl", "spec-bench", "sharegpt", "documents")
-TRACES: tuple[Kind, ...] = ("azure", "burstgpt", "mooncake", "lengths")
-KINDS: tuple[Kind, ...] = (*SYNTHETIC, *TEXTS, *TRACES)
-
+ArrivalShape = Shape | Literal["trace", "closed"]
 DEFAULT_COUNT = 100
 TEMPLATE_RESERVE_TOKENS = 64  # kept free in the window for a chat template
 
@@ -99,7 +83,7 @@ class WorkloadChoice:
 
     def _from_file(self, window: Window, seed: int) -> list[Conversation]:
         if self.path is None:
-            raise ConfigError(f"--dataset: the workload {self.kind} is read from a file; give its path")
+            raise ConfigError(f"--file: the workload {self.kind} is read from a file; give its path")
         asked = prompts.Asked(self.sizes.output.high, self.has_turns)
         scale = traces.Scale(self.scale)
         match self.kind:
@@ -135,7 +119,7 @@ class WorkloadChoice:
 class ArrivalChoice:
     """How requests arrive: by `shape` at `rate`, as the trace says (`trace`), or so many at once (`concurrency`)."""
 
-    shape: Shape | Literal["trace", "closed"] = "poisson"
+    shape: ArrivalShape = "poisson"
     rate: float = 1.0
     burstiness: float = 1.0
     end_rate: float = 0.0

@@ -53,7 +53,8 @@ class Script:
 
 def steady(ttft_s: float, tpot_s: float, num_tokens: int, tokens_each: int = 1, **rest: Any) -> Script:
     """`num_tokens` in chunks of `tokens_each`, `tpot_s` a token."""
-    left, pieces = num_tokens, []
+    left = num_tokens
+    pieces: list[Piece] = []
     while left > 0:
         count = min(tokens_each, left)
         pieces.append(Piece(tpot_s * count if pieces else ttft_s, count))
