@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import csv
 import gzip
-import io
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 import msgspec
 
 from ..core.errors import ConfigError
 
 T = TypeVar("T")
-MAX_FILE_BYTES = 4 << 30
 
 
-def open_text(path: Path) -> io.TextIOBase:
+def open_text(path: Path) -> TextIO:
     """The file's text; raises ConfigError when there is no such file."""
     try:
-        raw = path.open("rb")
+        with path.open("rb") as head:
+            is_zipped = head.read(2) == b"\x1f\x8b"
+        if is_zipped:
+            return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+        return path.open(encoding="utf-8-sig", newline="")
     except OSError as err:
         raise ConfigError(f"{path}: {err.strerror}; give the path of a data file") from err
-    is_zipped = raw.peek(2)[:2] == b"\x1f\x8b"
-    stream = gzip.GzipFile(fileobj=raw) if is_zipped else raw
-    return io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")  # type: ignore[type-var, unused-ignore]
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:

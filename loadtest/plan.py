@@ -129,7 +129,7 @@ class Window:
             if fitted is not None:
                 kept.append(fitted)
                 num_clipped += fitted is not conversation
-        return Workload(name, tuple(kept), num_clipped, len(conversations) - len(kept), is_exact_length)
+        return Workload(name, tuple(kept), num_clipped, len(conversations) - len(kept), 0, is_exact_length)
 
     def _fit_one(self, conversation: Conversation) -> Conversation | None:
         limit = None if self.max_tokens is None else self.max_tokens - self.reserve
