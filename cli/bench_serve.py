@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import math
 import os
@@ -18,7 +17,6 @@ from ..loadtest.names import TEXTS, TIMED
 from .arguments import Commands, add_command
 from .bench_options import add_bench_serve_options
 from .errors import FAILURE, USAGE, CliError
-from .http_client import Server
 from .terminal import printable, table
 
 if TYPE_CHECKING:
@@ -44,6 +42,8 @@ def register(parts: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    import asyncio
+
     from ..core.clock import MonotonicClock
     from ..loadtest.bench import Bench, perform
     from ..loadtest.client import Client
@@ -118,6 +118,7 @@ class Progress:
 def task_of(args: argparse.Namespace) -> Task:
     from ..loadtest.bench import ProbeSize, Task
     from ..loadtest.search import Limits
+    from .http_client import Server
 
     urls = tuple(Server(url, None).url for url in (args.url, *args.against))
     if args.search and not args.goodput:

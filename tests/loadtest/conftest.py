@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from penstock.testing.virtual_loop import VirtualLoop, run_virtual
 
 @dataclass(frozen=True)
 class Tested:
-    """What the load test says, and what the servers know. `started_s`: the loop's time when each run began."""
+    """What the load test says, and what the servers know."""
 
     outcome: Outcome
     servers: list[MockServer]
@@ -54,15 +55,10 @@ def load_test(tmp_path: Path) -> Callable[..., Tested]:
                 path = str(tmp_path / url.removeprefix("http://"))
                 return Client(url, loop, timeout_s=timeout_s, connector=aiohttp.UnixConnector(path, limit=0))
 
-            async with asyncio.TaskGroup():
-                contexts = [server.at(str(tmp_path / f"server-{n}")) for n, server in enumerate(servers)]
-                for context in contexts:
-                    await context.__aenter__()
-                try:
-                    outcome = await perform(task or Task(urls), choice, Bench(loop, sleep), client)
-                finally:
-                    for context in contexts:
-                        await context.__aexit__(None, None, None)
+            async with AsyncExitStack() as stack:
+                for number, server in enumerate(servers):
+                    await stack.enter_async_context(server.at(str(tmp_path / f"server-{number}")))
+                outcome = await perform(task or Task(urls), choice, Bench(loop, sleep), client)
             return Tested(outcome, servers)
 
         return run_virtual(main())
