@@ -28,7 +28,7 @@ class Call:
 
 
 class Client:
-    """One server. Use as an async context manager; `connector` is for sockets other than TCP."""
+    """One server. Use as an async context manager. With `unix_path` it is reached by a Unix socket."""
 
     def __init__(
         self,
@@ -36,12 +36,12 @@ class Client:
         clock: Clock,
         api_key: str | None = None,
         timeout_s: float = 600.0,
-        connector: aiohttp.BaseConnector | None = None,
+        unix_path: str | None = None,
     ) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self.num_running = 0
         self.peak_running = 0
-        self._clock, self._timeout_s, self._connector = clock, timeout_s, connector
+        self._clock, self._timeout_s, self._unix_path = clock, timeout_s, unix_path
         self._headers = {"Content-Type": "application/json"}
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
@@ -49,9 +49,9 @@ class Client:
 
     async def __aenter__(self) -> Client:
         # No limit on connections: one would hold requests back in the client and call it the server's latency.
-        connector = self._connector or aiohttp.TCPConnector(limit=0)
+        path = self._unix_path
         self._http = aiohttp.ClientSession(
-            connector=connector,
+            connector=aiohttp.TCPConnector(limit=0) if path is None else aiohttp.UnixConnector(path, limit=0),
             headers=self._headers,
             timeout=aiohttp.ClientTimeout(total=None),
             read_bufsize=READ_BUFFER_BYTES,

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pytest
 
 from penstock.loadtest.bench import Bench, Choice, Outcome, Task, perform
@@ -53,7 +52,7 @@ def load_test(tmp_path: Path) -> Callable[..., Tested]:
 
             def client(url: str) -> Client:
                 path = str(tmp_path / url.removeprefix("http://"))
-                return Client(url, loop, timeout_s=timeout_s, connector=aiohttp.UnixConnector(path, limit=0))
+                return Client(url, loop, timeout_s=timeout_s, unix_path=path)
 
             async with AsyncExitStack() as stack:
                 for number, server in enumerate(servers):

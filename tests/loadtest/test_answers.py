@@ -110,7 +110,7 @@ def test_one_token_has_no_tpot() -> None:
     "delta", [{"reasoning_content": "hm"}, {"reasoning": "hm"}, {"tool_calls": [{"index": 0}]}, {"content": "x"}]
 )
 def test_reasoning_and_tool_calls_are_output(delta: dict[str, object]) -> None:
-    record, _ = read(chat(**delta), chat(finish="stop"))
+    record, _ = read({"choices": [{"index": 0, "delta": delta}]}, chat(finish="stop"))
     assert record.ttft_s == 1.0
 
 

@@ -110,7 +110,7 @@ def test_csv_has_a_row_for_each_request(outcome: Outcome) -> None:
 def test_tables_show_errors_first_and_no_p99_of_few_values(outcome: Outcome) -> None:
     found = tables(outcome)
     assert found[0].rows[1] == ("refused", "4", "scripted 429")
-    facts = dict(row[:2] for row in found[1].rows)
+    facts = {row[0]: row[1] for row in found[1].rows}
     assert facts["requests sent / completed"] == "40 / 36"
     assert facts["requests that kept them, of those sent"].startswith("90.0% (95 %: ")
     latencies = {row[0]: row for row in found[2].rows}
