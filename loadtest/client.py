@@ -14,6 +14,7 @@ from .answers import MAX_DETAIL, AnswerReader, kind_of_status
 from .record import Asked, ErrorKind, Failure, Record
 from .sse import EventReader, EventTooLarge
 
+KEEP_ALIVE_S = 4.0  # below the 5 s of common servers: a connection that the server closes just now is an error
 READ_BUFFER_BYTES = 1 << 20  # the library's 64 KiB throttles long bodies
 MAX_REFUSAL_BYTES = 1 << 16
 
@@ -49,9 +50,14 @@ class Client:
 
     async def __aenter__(self) -> Client:
         # No limit on connections: one would hold requests back in the client and call it the server's latency.
-        path = self._unix_path
+        path, keep_s = self._unix_path, KEEP_ALIVE_S
+        connections = (
+            aiohttp.TCPConnector(limit=0, keepalive_timeout=keep_s)
+            if path is None
+            else aiohttp.UnixConnector(path, limit=0, keepalive_timeout=keep_s)
+        )
         self._http = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0) if path is None else aiohttp.UnixConnector(path, limit=0),
+            connector=connections,
             headers=self._headers,
             timeout=aiohttp.ClientTimeout(total=None),
             read_bufsize=READ_BUFFER_BYTES,

@@ -137,3 +137,50 @@ def test_vllms_option_names_are_understood(capsys: pytest.CaptureFixture[str]) -
         assert main(["bench", "serve", "--url", url, *words, "--max-concurrency", "2", "--max-lag-ms", "60000"]) == 0
     assert {len(one.body["prompt"]) for one in server.served} == {16}
     assert "closed loop, 2 at once" in capsys.readouterr().out
+
+
+EASY = ["--goodput", "ttft:60000", "--max-lag-ms", "60000", "--output-tokens", "3", "--warmup", "0", "--quiet"]
+
+
+def test_search_says_the_highest_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--search", "--request-rate", "20", "--max-rate", "40", "--probe-s", "1", "--probe-requests", "10"]
+    with listening(MockServer(lambda *_: steady(0.001, 0.001, 3))) as url:
+        code = main(["bench", "serve", "--url", url, *EASY, *words, "--json", str(tmp_path / "found.json")])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    assert "highest rate with TTFT ≤ 60000 ms" in captured.out
+    assert "≥ 99%" in captured.out
+    document = json.loads((tmp_path / "found.json").read_text())
+    assert [(one["attainment"], one["request_rate"]) for one in document["searches"]] == [(0.99, 40.0), (0.9, 40.0)]
+    assert len(document["runs"]) == 3  # 20, 40 and its confirmation; the second share needs no probe of its own
+
+
+def test_comparison_runs_the_first_server_twice_a_round(capsys: pytest.CaptureFixture[str]) -> None:
+    one, other = (MockServer(lambda *_: steady(0.001, 0.001, 3)) for _ in range(2))
+    words = ["--rounds", "2", "--num-requests", "10", "--request-rate", "100"]
+    with listening(one) as url, listening(other) as against:
+        code = main(["bench", "serve", "--url", url, "--against", against, *EASY, *words])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    assert f"against {url}, median of rounds" in captured.out
+    assert len(one.served) - 1 == 2 * (len(other.served) - 1) == 40
+
+
+def test_trace_of_a_file_is_replayed_faster(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "trace.csv"
+    rows = "".join(f"2023-11-16 18:15:{second:02}.0,{100 + second},3\n" for second in range(10))
+    trace.write_text(f"TIMESTAMP,ContextTokens,GeneratedTokens\n{rows}")
+    server = MockServer(lambda *_: steady(0.001, 0.001, 3))
+    words = ["--workload", "azure", "--file", str(trace), "--trace-speed", "20", "--length-scale", "0.5"]
+    with listening(server) as url:
+        assert main(["bench", "serve", "--url", url, *EASY, *words]) == 0
+    assert [len(one.body["prompt"]) for one in server.served[1:]] == [round((100 + n) / 2) for n in range(10)]
+    assert "the trace's own times, 20 times as fast" in capsys.readouterr().out
+
+
+def test_file_that_is_not_what_it_should_be_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.csv").write_text("a,b\n1,2\n")
+    words = ["--workload", "azure", "--file", str(tmp_path / "x.csv")]
+    with listening(MockServer(lambda *_: steady(0.001, 0.001, 3))) as url:
+        assert main(["bench", "serve", "--url", url, *EASY, *words]) == 2
+    assert "no column 'TIMESTAMP'" in capsys.readouterr().err
