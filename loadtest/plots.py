@@ -13,16 +13,18 @@ COLOURS = ("#1f6fb4", "#d1602b", "#2f8f57", "#8a56a8", "#b0a030", "#c2416b", "#4
 MAX_POINTS = 1500
 
 Point = tuple[float, float]
+_HALO = 'stroke="#fff" stroke-width="3" paint-order="stroke"'  # text stays readable over lines
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Points in the order of x. `is_dots` draws them unconnected."""
+    """Points in the order of x. `is_dots` draws them unconnected, `has_dots` on the line."""
 
     name: str
     points: Sequence[Point]
     is_dots: bool = False
     is_step: bool = False
+    has_dots: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +64,10 @@ def plot(title: str, lines: Sequence[Line], axes: Axes) -> str:
     parts = [_grid(frame)]
     for number, line in enumerate(lines):
         colour = COLOURS[number % len(COLOURS)]
-        parts.append(_dots(frame, line, colour) if line.is_dots else _path(frame, line, colour))
+        parts.append("" if line.is_dots else _path(frame, line, colour))
+        parts.append(_dots(frame, line, colour) if line.is_dots or line.has_dots else "")
         parts.append(_legend(number, line.name, colour))
-    for name, at in axes.marks:
-        parts.append(_mark(frame, name, at))
+    parts += [_mark(frame, name, at, number) for number, (name, at) in enumerate(axes.marks)]
     return _svg(title, "".join(parts))
 
 
@@ -148,6 +150,8 @@ def _grid(frame: _Frame) -> str:
 
 
 def _log_ticks(frame: _Frame) -> list[float]:
+    if frame.x_high < 10 * frame.x_low:
+        return ticks(frame.x_low, frame.x_high, 7)
     powers = range(math.floor(math.log10(frame.x_low)), math.ceil(math.log10(frame.x_high)) + 1)
     found = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
     inside = [value for value in found if frame.x_low <= value <= frame.x_high]
@@ -169,18 +173,19 @@ def _dots(frame: _Frame, line: Line, colour: str) -> str:
     )
 
 
-def _mark(frame: _Frame, name: str, at: float) -> str:
-    x = frame.x(at)
+def _mark(frame: _Frame, name: str, at: float, number: int) -> str:
+    x, y = frame.x(at), TOP + 10 + 14 * number
+    side, anchor = (-3, "end") if x > WIDTH - 120 else (3, "start")
     return (
         f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}" stroke="#b00" stroke-dasharray="4 3"/>'
-        f'<text x="{x + 3:.1f}" y="{TOP + 10}" fill="#b00">{escape(name)}</text>'
+        f'<text x="{x + side:.1f}" y="{y}" text-anchor="{anchor}" fill="#b00" {_HALO}>{escape(name)}</text>'
     )
 
 
 def _legend(number: int, name: str, colour: str) -> str:
     y = HEIGHT - BOTTOM - 12 - 16 * number
     x = WIDTH - RIGHT - 8
-    return f'<text x="{x}" y="{y}" text-anchor="end" fill="{colour}">{escape(name)}</text>'
+    return f'<text x="{x}" y="{y}" text-anchor="end" fill="{colour}" {_HALO}>{escape(name)}</text>'
 
 
 def _svg(title: str, inside: str, height: int = HEIGHT) -> str:

@@ -71,10 +71,9 @@ def _across(outcome: Outcome) -> str:
         points = sorted(
             (run.summary.offered_rate, 100 * run.summary.goodput.attainment) for run in runs if run.summary.goodput
         )
-        lines += [Line(target, points), Line("", points, is_dots=True)]
-        latency.append(
-            Line(target, sorted((r.summary.offered_rate, 1e3 * r.summary.latencies.ttft.median) for r in runs))
-        )
+        lines.append(Line(target, points, has_dots=True))
+        medians = sorted((run.summary.offered_rate, 1e3 * run.summary.latencies.ttft.median) for run in runs)
+        latency.append(Line(target, medians, has_dots=True))
     marks = tuple((f"≥ {one.share:.0%}", one.rate) for one in outcome.found if one.rate)
     attainment = plot(
         "Attainment by rate", lines, Axes("requests per s", "% that kept all targets", y_max=102, marks=marks)
