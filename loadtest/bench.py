@@ -115,7 +115,13 @@ class Bench:
         self._clock, self._sleep, self._watch = clock, sleep, watch
 
     async def run(
-        self, server: Server, workload: Workload, arrivals: ArrivalChoice, salt: int = 0, label: str = ""
+        self,
+        server: Server,
+        workload: Workload,
+        arrivals: ArrivalChoice,
+        salt: int = 0,
+        label: str = "",
+        is_decided: Callable[[Recorded], bool] | None = None,
     ) -> Run:
         """One run behind its warm-up."""
         choice = server.choice
@@ -126,7 +132,7 @@ class Bench:
             await reset_cache(server.client)
         await self._warm_up(server, form, workload, salt)
         workload, schedule = arrivals.schedule(workload, choice.seed)
-        recorded = await self._runner(server, form, salt, label).run(workload, schedule)
+        recorded = await self._runner(server, form, salt, label, is_decided).run(workload, schedule)
         summary = summarize(
             recorded.records,
             choice.targets,
@@ -148,7 +154,9 @@ class Bench:
                 workload = server.workload(probe.count(rate))
                 arrivals = server.choice.arrivals.with_rate(rate, workload)
                 number = len(outcome.runs) + 1
-                run = await self.run(server, workload, arrivals, number, f"probe {number}, {rate:.3g} requests/s")
+                label = f"probe {number}, {rate:.3g} requests/s"
+                is_decided = missed_for_sure(server.choice.targets, min(shares))
+                run = await self.run(server, workload, arrivals, number, label, is_decided)
                 outcome.runs.append(replace(run, rate=rate))
                 search.add(probe_of(rate, run.summary))
             probes = search.probes
@@ -173,11 +181,18 @@ class Bench:
                 if (found := compare(figure.name, other, Rounds(*values), figure.is_less_better)) is not None:
                     outcome.compared.append(found)
 
-    def _runner(self, server: Server, form: RequestForm, salt: int, label: str) -> Runner:
+    def _runner(
+        self,
+        server: Server,
+        form: RequestForm,
+        salt: int,
+        label: str,
+        is_decided: Callable[[Recorded], bool] | None = None,
+    ) -> Runner:
         watch = self._watch
         hear = None if watch is None else lambda recorded, now_s: watch(label, recorded, now_s)
         renderer = replace(server.choice.renderer, salt=server.choice.renderer.salt + salt)
-        return Runner(server.client, form, renderer, self._clock, self._sleep, hear)
+        return Runner(server.client, form, renderer, self._clock, self._sleep, hear, is_decided)
 
     async def _warm_up(self, server: Server, form: RequestForm, workload: Workload, salt: int) -> None:
         """The same mix of lengths with other words, left out of all figures."""
@@ -197,6 +212,22 @@ class ProbeSize:
 
     def count(self, rate: float) -> int:
         return max(self.least, min(self.most, round(rate * self.seconds)))
+
+
+def missed_for_sure(targets: Targets, share: float) -> Callable[[Recorded], bool]:
+    """True once so many requests have missed the targets that the share cannot be reached by what is left.
+
+    A probe far above the capacity would else keep the server busy for as long as its queue has grown.
+    """
+    missed = seen = 0
+
+    def is_decided(recorded: Recorded) -> bool:
+        nonlocal missed, seen
+        missed += sum(not targets.is_met(record) for record in recorded.records[seen:])
+        seen = len(recorded.records)
+        return missed > (1 - share) * recorded.num_planned
+
+    return is_decided
 
 
 def probe_of(rate: float, summary: Summary) -> Probe:

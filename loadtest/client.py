@@ -42,6 +42,8 @@ class Client:
         self.url = url.rstrip("/").removesuffix("/v1")
         self.num_running = 0
         self.peak_running = 0
+        self._running: set[asyncio.Timeout] = set()
+        self._is_giving_up = False
         self._clock, self._timeout_s, self._unix_path = clock, timeout_s, unix_path
         self._headers = {"Content-Type": "application/json"}
         if api_key:
@@ -83,10 +85,14 @@ class Client:
         self.num_running += 1
         self.peak_running = max(self.peak_running, self.num_running)
         try:
-            async with asyncio.timeout(self._timeout_s):
-                await self._stream(call, record, reader, start_s, on_tokens)
+            async with asyncio.timeout(self._timeout_s) as timeout:
+                self._running.add(timeout)
+                try:
+                    await self._stream(call, record, reader, start_s, on_tokens)
+                finally:
+                    self._running.discard(timeout)
         except TimeoutError:
-            record.failure = record.failure or Failure(ErrorKind.TIMEOUT, f"no end after {self._timeout_s:g} s")
+            record.failure = record.failure or self._why_ended()
         except (aiohttp.ClientError, OSError, EventTooLarge) as err:
             kind = ErrorKind.CONNECTION if not record.has_begun else ErrorKind.BROKEN_STREAM
             record.failure = record.failure or Failure(kind, f"{type(err).__name__}: {err}"[:MAX_DETAIL])
@@ -94,6 +100,21 @@ class Client:
             self.num_running -= 1
             record.end_s = self._clock.now() - start_s
         return record, reader.text
+
+    def begin(self) -> None:
+        """A new run: nothing is given up any more."""
+        self._is_giving_up = False
+
+    def give_up(self) -> None:
+        """End all requests under way; their records say so."""
+        self._is_giving_up = True
+        for timeout in list(self._running):
+            timeout.reschedule(asyncio.get_running_loop().time())
+
+    def _why_ended(self) -> Failure:
+        if self._is_giving_up:
+            return Failure(ErrorKind.GIVEN_UP, "the probe's verdict was known")
+        return Failure(ErrorKind.TIMEOUT, f"no end after {self._timeout_s:g} s")
 
     async def _stream(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from .record import Record
 from .statistics import Distribution, distribution, percentile, wilson
@@ -280,6 +281,11 @@ def phases(records: Sequence[Record]) -> dict[str, Distribution]:
         found["network"] = distribution([(r.service_ttft_s or 0.0) - r.phases["ttft_ms"] / 1e3 for r in reports])
         found["client"] = distribution([record.lag_s for record in reports])
     return found
+
+
+def ttft_parts(found: dict[str, Distribution]) -> list[str]:
+    """Names of the phases that make up the client's TTFT: what the server's report has before its own `ttft_ms`."""
+    return ["client", "network", *takewhile(lambda name: name != "ttft", found)] if found else []
 
 
 def _per(amount: float, of: float) -> float:

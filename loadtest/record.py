@@ -17,6 +17,7 @@ class ErrorKind(StrEnum):
     CONNECTION = "connection"  # before the answer began
     BROKEN_STREAM = "broken_stream"  # after it: cut off, an error event, or not what a stream looks like
     EMPTY = "empty"  # a whole stream without a token
+    GIVEN_UP = "given_up"  # by the client: the verdict of a search's probe was known before its end
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from html import escape
 
 from .bench import Outcome, Run
-from .metrics import tokens_by_second
+from .metrics import tokens_by_second, ttft_parts
 from .plots import Axes, Line, bars, cumulative, plot, thinned
 from .steady import concurrency
 from .tables import Table, run_tables, tables, warnings
 
-TTFT_PARTS = ("client", "network", "gateway", "route", "queue", "prefill", "transfer", "other")
 MAX_DETAILED_RUNS = 12
 
 STYLE = """
@@ -126,7 +125,7 @@ def _phases(run: Run) -> Sequence[str]:
     phases = run.summary.phases
     if not phases:
         return []
-    parts = [name for name in TTFT_PARTS if name in phases]
+    parts = ttft_parts(phases)
     rows = [
         ("mean", [(name, phases[name].mean * 1e3) for name in parts]),
         ("p50", [(name, phases[name].median * 1e3) for name in parts]),

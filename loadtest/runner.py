@@ -47,7 +47,9 @@ class Recorded:
 
 
 class Runner:
-    """One run against one server. `watch` hears of every record as it ends."""
+    """One run against one server. `watch` hears of every record as it ends; when `is_decided` says so of what there is,
+    the rest is given up.
+    """
 
     def __init__(
         self,
@@ -57,9 +59,11 @@ class Runner:
         clock: Clock,
         sleep: Sleep = asyncio.sleep,
         watch: Callable[[Recorded, float], None] | None = None,
+        is_decided: Callable[[Recorded], bool] | None = None,
     ) -> None:
         self._client, self._form, self._renderer = client, form, renderer
-        self._clock, self._sleep, self._watch = clock, sleep, watch
+        self._clock, self._sleep, self._watch, self._is_decided = clock, sleep, watch, is_decided
+        self._is_over = False
         self._recorded = Recorded()
         self._start_s = 0.0
 
@@ -67,6 +71,7 @@ class Runner:
         """Until every request has ended."""
         self._recorded = recorded = Recorded(num_planned=workload.num_requests)
         ready = self._all_ready(workload)
+        self._client.begin()
         self._start_s = self._clock.now()
         cpu_s = time.process_time()
         heartbeat = asyncio.create_task(self._heartbeat())
@@ -89,6 +94,8 @@ class Runner:
             for number, (conversation, at_s) in enumerate(zip(conversations, times, strict=True)):
                 dialogue, body = ready[number] if ready else self._first(conversation)
                 await self._wait_until(at_s)
+                if self._is_over:
+                    return
                 tasks.create_task(self._converse(number, conversation, dialogue, body, at_s))
 
     async def _closed(
@@ -98,7 +105,7 @@ class Runner:
 
         async def one_after_the_other() -> None:
             for number, conversation in waiting:
-                if schedule.until_s is not None and self._now() >= schedule.until_s:
+                if self._is_over or (schedule.until_s is not None and self._now() >= schedule.until_s):
                     return
                 dialogue, body = ready[number] if ready else self._first(conversation)
                 await self._converse(number, conversation, dialogue, body, self._now())
@@ -119,10 +126,16 @@ class Runner:
             self._recorded.records.append(record)
             if self._watch is not None:
                 self._watch(self._recorded, self._now())
-            if record.failure is not None:
+            self._decide()
+            if record.failure is not None or self._is_over:
                 return  # there is nothing to go on behind
             dialogue.answered(text)
             at_s = record.end_s + conversation.think_s
+
+    def _decide(self) -> None:
+        if not self._is_over and self._is_decided is not None and self._is_decided(self._recorded):
+            self._is_over = True
+            self._client.give_up()
 
     def _all_ready(self, workload: Workload) -> list[tuple[Dialogue, bytes]]:
         total = sum(one.num_tokens for one in workload.conversations)

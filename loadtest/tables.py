@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .bench import Outcome, Run
-from .metrics import Goodput, Latencies, Summary, Targets
+from .metrics import Goodput, Latencies, Summary, Targets, ttft_parts
 from .statistics import MIN_FOR_P99, Distribution
 
 FEW = "n < 1000"
@@ -165,10 +165,11 @@ def _errors(run: Run) -> Table:
 
 
 def _phases(summary: Summary) -> Table:
-    total = summary.phases["ttft"].mean + summary.phases["network"].mean + summary.phases["client"].mean
+    parts = ttft_parts(summary.phases)
+    total = sum(summary.phases[name].mean for name in parts)
     rows: Rows = [("ms", "mean", "p50", "p90", "p95", "p99", "max", "share of TTFT")]
     for name, one in summary.phases.items():
-        share = f"{one.mean / total:.1%}" if total > 0 and name not in ("decode", "e2e") else "-"
+        share = f"{one.mean / total:.1%}" if total > 0 and name in parts else "-"
         rows.append((name, *distribution_cells(one)[:-1], share))
     return Table("phases of the server's TTFT, and what lies between it and the client", rows)
 

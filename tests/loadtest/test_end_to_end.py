@@ -292,6 +292,31 @@ def test_search_finds_the_servers_capacity(load_test: LoadTest) -> None:
     assert all(run.summary.goodput is not None and run.summary.goodput.attainment < 0.9 for run in above)
 
 
+def test_hopeless_probe_is_given_up_as_soon_as_it_is_lost(load_test: LoadTest) -> None:
+    """One request a second can be served; at 32 a second 960 would take a quarter of an hour."""
+    task = Task(("http://server-0",), (0.9, 0.5), Limits(32.0, max_probes=1), ProbeSize(30.0, 100, 2000))
+    tested = load_test(
+        lambda *_: steady(0.0, 0.0, 1), choice(targets=Targets(ttft_s=3.5)), task, slots=1, service_s=1.0
+    )
+    summary = tested.outcome.runs[0].summary
+    assert summary.goodput is not None
+    assert summary.goodput.good == 3
+    assert summary.goodput.sent == 960
+    assert summary.errors == {"given_up": summary.sent - summary.throughput.completed}
+    assert summary.throughput.completed == 3 + 481  # more than half of those planned have missed: lost for 0.5 too
+    assert summary.throughput.duration_s < 500
+
+
+def test_client_goes_on_after_a_probe_was_given_up(load_test: LoadTest) -> None:
+    task = Task(("http://server-0",), (0.9,), Limits(8.0, precision=1.5), ProbeSize(30.0, 60, 600))
+    tested = load_test(
+        lambda *_: steady(0.0, 0.0, 1), choice(targets=Targets(ttft_s=3.0)), task, slots=1, service_s=1.0
+    )
+    assert "given_up" in tested.outcome.runs[0].summary.errors
+    assert tested.outcome.runs[-1].summary.errors == {}
+    assert 0.3 < tested.outcome.found[0].rate < 1.0
+
+
 def test_runs_of_a_search_share_no_prompt(load_test: LoadTest) -> None:
     task = Task(("http://server-0",), (0.9,), Limits(1.0, highest=4.0), ProbeSize(5.0, 10, 20))
     tested = load_test(lambda *_: steady(0.1, 0.01, 3), choice(), task)
