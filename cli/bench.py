@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from ..models.store import DEFAULT_MODEL
+from . import bench_serve
 from .arguments import Commands, Parser, add_command, add_model_options, numbers, whole_number
 from .errors import CliError
 from .model_files import local_model, use_threads
@@ -67,10 +68,11 @@ def register(commands: Commands) -> None:
     engine.add_argument("--seed", type=whole_number(0, 1 << 62), default=0, help="of the random prompts (default: 0)")
     engine.add_argument("--json", action="store_true", help="print a JSON object")
     add_model_options(engine)
+    bench_serve.register(parts)
 
 
 def _needs_a_part(args: argparse.Namespace) -> int:
-    raise CliError("bench: say what to measure", "`penstock bench engine` or `penstock bench transfer`")
+    raise CliError("bench: say what to measure", "`penstock bench --help` lists what there is")
 
 
 def run_engine(args: argparse.Namespace) -> int:
