@@ -91,7 +91,10 @@ def _add_head_options(parser: Parser) -> None:
         "--inner", type=whole_number(32, 1 << 20), default=768, metavar="N", help="width of its MLP (default: 768)"
     )
     parser.add_argument(
-        "--start", type=Path, metavar="HEAD", help="a trained head to go on from, with its sizes and vocabulary"
+        "--start",
+        type=Path,
+        metavar="HEAD",
+        help="a trained head to go on from, with its sizes and vocabulary (default: a new one)",
     )
     parser.add_argument(
         "--steps", type=whole_number(1, 8), default=4, metavar="N", help="guesses unrolled in training (default: 4)"
