@@ -171,6 +171,8 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     found: dict[str, dict[str, Figures]] = defaultdict(lambda: {name: Figures() for name in methods})
     differing = 0
     prompts_by_category = load_prompts(args.data, args.prompts)
+    wanted = args.categories.split(",") if args.categories else list(prompts_by_category)
+    prompts_by_category = {category: prompts_by_category[category] for category in wanted}
     for number, (category, prompts) in enumerate(groups(prompts_by_category, args.batch, tokenizer)):
         answers = {}
         for name in methods[number % len(methods) :] + methods[: number % len(methods)]:
@@ -192,6 +194,7 @@ def main() -> int:
     parser.add_argument("--methods", default="ngram,suffix,auto")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--prompts", type=int, default=12, help="of each category")
+    parser.add_argument("--categories", help="only these, separated by commas (default: all)")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--max-draft", type=int, default=8)
     parser.add_argument("--temperature", type=float, default=0.0)
