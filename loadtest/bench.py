@@ -95,7 +95,8 @@ class Server:
     async def meet(cls, client: Client, choice: Choice) -> Server:
         """Raises ConfigError when it does not answer."""
         target = await find_target(client, choice.form.model or None)
-        form = await agree_on_form(client, replace(choice.form, model=target.model))
+        asked = replace(choice.form, model=target.model, is_exact_length=choice.workload.wants_exact_length)
+        form = await agree_on_form(client, asked)
         renderer = choice.renderer
         if not form.is_ids:
             renderer = await calibrate(client, form, renderer)

@@ -58,14 +58,17 @@ class WorkloadChoice:
             rows = prompts.shuffled(rows, seed)
         rows = self._counted(rows)
         name = self.kind if self.path is None else f"{self.kind} ({self.path.name})"
-        is_exact = self.kind not in TEXTS if self.is_exact_length is None else self.is_exact_length
-        workload = window.fit(rows, name, is_exact)
+        workload = window.fit(rows, name, self.wants_exact_length)
         if not workload.conversations:
             raise ConfigError(
                 f"{name}: none of {len(rows)} rows fits a window of {max_model_len} tokens; "
                 "lower the lengths or --length-scale"
             )
         return replace(workload, num_repeated=max(0, len(rows) - found))
+
+    @property
+    def wants_exact_length(self) -> bool:
+        return self.kind not in TEXTS if self.is_exact_length is None else self.is_exact_length
 
     def _rows(self, window: Window, seed: int) -> list[Conversation]:
         sizes, count = self.sizes, self.count or DEFAULT_COUNT

@@ -45,6 +45,7 @@ def script(number: int, body: Body) -> Script:
 
 
 WORDS = ["--num-requests", "30", "--request-rate", "60", "--output-tokens", "4-8", "--warmup", "2"]
+WORDS += ["--input-tokens", "10-3000"]  # each prompt has a length of its own, by which its two records are matched
 
 
 def test_run_writes_its_files_and_agrees_with_the_servers_record(
@@ -70,8 +71,10 @@ def test_run_writes_its_files_and_agrees_with_the_servers_record(
         rows = [row for row in csv.DictReader(stream) if not row["error"]]
     known = [one for one in server.served[3:] if one.written]
     assert len(rows) == len(known) == 29
-    by_time = sorted(rows, key=lambda row: float(row["sent_s"]))
-    for row, one in zip(by_time, sorted(known, key=lambda one: one.received_s), strict=True):
+    by_length = {len(one.body["prompt"]): one for one in known}
+    assert len(by_length) == 29
+    for row in rows:
+        one = by_length[int(row["planned_prompt_tokens"])]
         # The client has seen each moment at or after the server's, and nothing is shorter than its script.
         assert float(row["ttft_ms"]) >= 1e3 * (one.written[0][0] - one.received_s) - 0.01
         assert float(row["ttft_ms"]) >= 20.0

@@ -260,6 +260,13 @@ def test_bodies_say_what_a_load_test_needs(load_test: LoadTest) -> None:
     assert body["top_p"] == 0.5
 
 
+def test_server_is_never_told_to_ignore_the_end_where_that_is_not_wanted(load_test: LoadTest) -> None:
+    free = WorkloadChoice(count=5, is_exact_length=False)
+    tested = load_test(lambda *_: steady(0.1, 0.01, 3), choice(workload=free, warmup=1))
+    assert len(tested.server.served) == 7
+    assert not any("ignore_eos" in one.body for one in tested.server.served)
+
+
 def test_same_seed_sends_the_same_requests_at_the_same_times(load_test: LoadTest) -> None:
     script = lambda *_: steady(0.1, 0.01, 3)  # noqa: E731
     one, same, other = (load_test(script, choice(seed=seed)) for seed in (1, 1, 2))
