@@ -13,7 +13,9 @@ from penstock.engine.block_pool import BlockPool
 from penstock.engine.interface import ScheduledSeq
 from penstock.kvtransfer.destination import DestinationTable
 from penstock.kvtransfer.effects import AcceptBlocks, MessageArrived, PeerUp, Revoked
+from penstock.kvtransfer.source import PushSizes, SourceTable
 from penstock.kvtransfer.transports.inproc import InprocMesh, InprocNetwork
+from penstock.prefill_node.role import PrefillRole
 from penstock.protocol.messages import (
     MAX_REQUESTS,
     Abort,
@@ -25,6 +27,7 @@ from penstock.protocol.messages import (
     Output,
     PrefillEnded,
     Role,
+    SetRole,
     StartDecode,
     StartPrefill,
     ToRouter,
@@ -34,7 +37,7 @@ from penstock.protocol.messages import (
 from penstock.protocol.sampling import SamplingParams
 from penstock.testing.clock import FakeClock
 from penstock.testing.fake_engine import FakeEngine, expected_tokens
-from penstock.worker.core import CoreEffect, WorkerCore
+from penstock.worker.core import BecomeRole, CoreEffect, WorkerCore
 from penstock.worker.process import hello_of
 from penstock.worker.role import Tell
 from penstock.worker.within_step import Item
@@ -165,3 +168,37 @@ def test_worker_is_not_idle_while_a_write_may_still_come() -> None:
     assert not bench.core.is_idle
     bench.core.on_link(Revoked(source, ticket))
     assert bench.core.is_idle
+
+
+def test_role_is_hosted_before_it_is_told_and_running_work_ends() -> None:
+    bench = Bench()
+    peer = WorkerKey("d", "1" * 16)
+    bench.core.on_link(PeerUp(peer, "inproc"))
+    made: list[PrefillRole] = []
+
+    def host(name: Role) -> PrefillRole:
+        assert name == "prefill"
+        engine, pool = bench.core.engine, bench.core.pool
+        source = SourceTable(5.0, 5.0, PushSizes.of(2, 8))
+        made.append(PrefillRole(bench.core.key, engine.spec, pool, source, b"k" * 32))
+        return made[-1]
+
+    bench.core._make_role = host
+    bench.command(start("r"))
+    assert bench.core.snapshot().role == "decode"
+    effects = bench.core.on_frame(FromRouter("a" * 16, 9, SetRole("prefill")))
+    assert effects == [BecomeRole("prefill")]
+    assert bench.core.snapshot().role == "prefill"
+    assert len(bench.core.roles) == 2
+    assert tokens_of(bench.run(), "r") == expected_tokens(PROMPT, PARAMS)[0], "what runs goes on"
+    assert made[0]._peers == {peer: "inproc"}, "it knows the links that were there before it"
+    for role in ("both", "decode", "prefill"):
+        bench.core.on_frame(FromRouter("a" * 16, 10, SetRole(role)))  # type: ignore[arg-type]
+        assert bench.core.snapshot().role == role
+    assert len(made) == 1, "a role that is hosted is not made again"
+
+
+def test_role_that_cannot_be_hosted_is_not_taken() -> None:
+    bench = Bench()
+    assert bench.core.on_frame(FromRouter("a" * 16, 1, SetRole("both"))) == []
+    assert bench.core.snapshot().role == "decode"
