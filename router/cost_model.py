@@ -2,7 +2,7 @@
 
     prefill    n tokens to compute behind c cached ones, beside b running streams: a + b·n + c·n·(c + n/2) + d·n·b
     transfer   bytes of KV from one worker to another: a + b·bytes, times how this pair compares with the others
-    token      time per output token with b streams that hold t tokens, and p seconds of prefill beside each token
+    token      time per output token with b streams that hold t tokens, and p seconds with prompts to compute beside each token
 
 Each worker has a factor: how much longer prefill takes there than the line says. All of it is pure and deterministic:
 the same observations in the same order give the same predictions. Before the first observation the priors speak; they
@@ -17,6 +17,7 @@ from collections.abc import Hashable
 from typing import Generic, TypeVar
 
 from ..core.ids import WorkerKey
+from .answer_lengths import AnswerLengths
 from .regression import Regression
 
 K = TypeVar("K", bound=Hashable)
@@ -63,6 +64,7 @@ class CostModel:
         self._speeds: Factors[WorkerKey] = Factors()
         self._pairs: Factors[tuple[WorkerKey, WorkerKey]] = Factors()
         self.expected_output_tokens = OUTPUT_PRIOR
+        self.lengths = AnswerLengths()
 
     # ---- predictions
 
@@ -106,12 +108,14 @@ class CostModel:
         self._pairs.learn((source, target), self._transfer.predict(causes), seconds)
         self._transfer.observe(causes, seconds / factor)
 
-    def saw_tokens(self, num_streams: float, num_held: float, prefill_s: float, tpot_s: float) -> None:
-        """An answer ended: means over its life, and the prefill seconds on its worker for each of its tokens."""
-        self._token.observe((1.0, num_streams, num_held, prefill_s), tpot_s)
+    def saw_tokens(self, num_streams: float, num_held: float, busy_s: float, tpot_s: float) -> None:
+        """An answer ended: means over its life, and the seconds with prompts on its worker for each of its tokens."""
+        self._token.observe((1.0, num_streams, num_held, busy_s), tpot_s)
 
     def saw_answer(self, num_output_tokens: int) -> None:
+        num_output_tokens = max(1, num_output_tokens)
         self.expected_output_tokens += OUTPUT_WEIGHT * (num_output_tokens - self.expected_output_tokens)
+        self.lengths.add(num_output_tokens)
 
     def figures(self) -> dict[str, tuple[float, ...]]:
         """The fitted coefficients, for people and reports."""

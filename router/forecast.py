@@ -26,7 +26,7 @@ class Forecast:
 def forecast(model: CostModel, options: Options, decode: WorkerRecord, prefill: WorkerRecord | None) -> Forecast:
     """For any choice, whoever made it."""
     worker = prefill or decode
-    held = options.held(worker)
+    held = options.here(worker)
     output = min(float(options.record.request.params.max_tokens), model.expected_output_tokens)
     context = decode.used_blocks * decode.block_size + options.num_tokens + output / 2
     missing = (options.num_tokens - options.held(decode)) * decode.hello.bytes_per_token

@@ -19,7 +19,7 @@ class Learner:
         """The attempt's first tokens came. Call before they are added to the request's."""
         decode = self._registry.find(attempt.decode)
         if decode is not None:
-            attempt.pace = Pace(now, decode.num_running, decode.used_blocks, decode.prefilled_s)
+            attempt.pace = Pace(now, decode.num_running, decode.used_blocks, decode.prompts.busy_s(now))
         if phases is None:
             return
         self._prefill(record, attempt, phases)
@@ -31,7 +31,6 @@ class Learner:
         num_new = record.prefill_tokens() - phases.cached_tokens
         if worker is None or num_new < 1 or phases.prefill_s <= 0:
             return
-        worker.prefilled_s += phases.prefill_s
         self._model.saw_prefill(worker.key, num_new, phases.cached_tokens, worker.num_running, phases.prefill_s)
 
     def answered(self, record: RequestRecord, attempt: Attempt, now: float) -> None:
@@ -47,5 +46,5 @@ class Learner:
     def _learn_pace(self, decode: WorkerRecord, pace: Pace, num_tokens: float, now: float) -> None:
         streams = (pace.num_running + decode.num_running) / 2
         held = (pace.used_blocks + decode.used_blocks) / 2 * decode.block_size
-        prefill_s = max(0.0, decode.prefilled_s - pace.prefilled_s)
-        self._model.saw_tokens(streams, held, prefill_s / num_tokens, (now - pace.since) / num_tokens)
+        busy_s = decode.prompts.busy_s(now) - pace.busy_s
+        self._model.saw_tokens(streams, held, busy_s / num_tokens, (now - pace.since) / num_tokens)

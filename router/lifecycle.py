@@ -196,6 +196,8 @@ class Lifecycle:
             self._prompt_computed(attempt)
             self.learner.first_token(record, attempt, item.phases, self._clock.now())
             self._count_running(attempt, attempt.streams)
+            if attempt.prefill is not None:
+                self.placer.note_arrival(record, attempt.decode)
         elif attempt.pace is not None:
             attempt.pace.num_tokens += len(item.tokens) - skip
             self.arm(record)

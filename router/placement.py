@@ -9,13 +9,13 @@ from functools import partial
 from ..core.ids import WorkerKey
 from ..core.prefix_hash import BlockHash, hash_key
 from ..protocol.messages import pack_ids
-from .auto import Auto
+from .auto import Auto, Targets
 from .config import RouterConfig
 from .cost_model import CostModel
 from .forecast import Forecast, forecast
 from .options import Chooser, Options
 from .prefix_index import PrefixIndex
-from .prefix_ladder import covered_tokens, extend_rung_hashes
+from .prefix_ladder import covered_tokens, extend_rung_hashes, rung_sizes
 from .registry import Registry, WorkerRecord
 from .requests import Choice, RequestRecord
 from .two_step import TwoStep
@@ -74,9 +74,25 @@ class Placer:
 
     def note_dispatch(self, record: RequestRecord, placement: Placement) -> None:
         """From now on the workers of this placement hold the prompt's blocks, as a guess."""
-        for worker in (placement.decode, placement.prefill):
-            if worker is not None and record.hashes:
-                self.index.insert(record.hashes, worker.key)
+        if not record.hashes:
+            return
+        # Prompts are computed in turn, so what is sent to the same worker later finds these blocks. What decode is to
+        # receive is there only after the hand-off.
+        self._insert(record.hashes, placement.decode, is_here=placement.prefill is None)
+        if placement.prefill is not None:
+            self._insert(record.hashes, placement.prefill)
+
+    def note_arrival(self, record: RequestRecord, decode: WorkerKey) -> None:
+        """The prompt's blocks have come to the worker that decodes."""
+        worker = self._registry.find(decode)
+        if record.hashes and worker is not None:
+            self._insert(record.hashes, worker)
+
+    def _insert(self, hashes: list[BlockHash], worker: WorkerRecord, *, is_here: bool = True) -> None:
+        size = worker.block_size
+        capacity = max(0, worker.hello.total_blocks - worker.used_blocks) * size
+        sizes = rung_sizes(len(hashes), size)
+        self.index.insert(hashes, worker.key, is_here=is_here, sizes=sizes, capacity=capacity)
 
     def note_answer(self, record: RequestRecord, choice: Choice, num_output_tokens: int, decode: WorkerKey) -> None:
         """From now on `decode` holds the blocks of the prompt and of so much of this answer, as a guess: the next turn
@@ -90,7 +106,9 @@ class Placer:
         )
         ids = record.prompt_bytes + pack_ids(choice.output_ids[: max(0, num_tokens)])
         extend_rung_hashes(hashes, self._hash_key(record), ids, size)
-        self.index.insert(hashes, decode)
+        worker = self._registry.find(decode)
+        if worker is not None:
+            self._insert(hashes, worker)
 
     def has_pair(self) -> bool:
         """Some ready decode worker is linked to some ready prefill worker."""
@@ -136,7 +154,7 @@ class Placer:
 
     def _options(self, record: RequestRecord, roomy: list[WorkerRecord], now: float) -> Options:
         size = roomy[0].block_size
-        matched = self.index.match(self._hashes(record, size)) if self._chooser.reads_prefixes else {}
+        matches = self.index.matches(self._hashes(record, size) if self._chooser.reads_prefixes else [])
         needed = record.prefill_tokens()
         must_stay = self._config.disaggregate == "never" or record.needs_local_prefill
         if self._config.disaggregate == "auto" and record.fruitless >= LOCAL_AFTER_FAILURES:
@@ -148,7 +166,8 @@ class Placer:
             decodes=_without(roomy, record.avoid),
             prefills=[] if must_stay else self._free_prefills(record, needed),
             prefills_of=partial(self._prefills_of, record),
-            held_tokens={key: covered_tokens(depth, size) for key, depth in matched.items()},
+            held_tokens={key: covered_tokens(depth, size) for key, depth in matches.expected.items()},
+            here_tokens={key: covered_tokens(depth, size) for key, depth in matches.here.items()},
             may_stay=must_stay or self._config.disaggregate != "always",
             must_stay=must_stay,
         )
@@ -186,4 +205,6 @@ def _without(workers: list[WorkerRecord], avoid: tuple[WorkerKey, ...]) -> list[
 
 
 def _make_chooser(config: RouterConfig, model: CostModel, seed: str) -> Chooser:
-    return Auto(model) if config.policy == "auto" else TwoStep(config, seed)
+    if config.policy == "auto":
+        return Auto(model, Targets(config.target_ttft_s, config.target_tpot_s))
+    return TwoStep(config, seed)

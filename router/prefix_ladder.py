@@ -55,3 +55,17 @@ def extend_rung_hashes(hashes: list[BlockHash], key: bytes, ids: bytes, block_si
         parent = blake2b(parent + ids[start:stop], key=key, digest_size=32).digest()
         hashes.append(parent)
         start = stop
+
+
+def rung_sizes(num_rungs: int, block_size: int) -> list[int]:
+    """Tokens of each of at least so many rungs."""
+    sizes = _sizes(block_size)
+    while len(sizes) < num_rungs:
+        sizes.append(covered_tokens(len(sizes) + 1, block_size) - covered_tokens(len(sizes), block_size))
+    return sizes
+
+
+@lru_cache(maxsize=64)
+def _sizes(block_size: int) -> list[int]:
+    """A list that grows in place as longer prompts come."""
+    return []

@@ -12,14 +12,16 @@ class PromptQueue:
         self._seconds: dict[AttemptKey, float] = {}
         self._total_s = 0.0
         self._head_since = 0.0
+        self._busy_since = 0.0
+        self._busy_s = 0.0
 
     def __len__(self) -> int:
         return len(self._seconds)
 
     def add(self, key: AttemptKey, seconds: float, now: float) -> None:
         if not self._seconds:
-            self._head_since, self._total_s = now, 0.0
-        self.remove(key, now)
+            self._head_since = self._busy_since = now
+            self._total_s = 0.0
         self._seconds[key] = seconds
         self._total_s += seconds
 
@@ -29,6 +31,12 @@ class PromptQueue:
         if seconds is not None:
             self._total_s -= seconds
             self._head_since = now
+            if not self._seconds:
+                self._busy_s += now - self._busy_since
+
+    def busy_s(self, now: float) -> float:
+        """For how long there has been something to compute, since the start."""
+        return self._busy_s + (now - self._busy_since if self._seconds else 0.0)
 
     def wait_s(self, now: float) -> float:
         """Until a prompt that comes now would begin. What overruns its prediction is expected to end at once."""

@@ -65,7 +65,6 @@ class WorkerRecord:
         0  # open choices of the attempts it decodes, those that still wait for their first token included
     )
     num_running: int = 0  # of them, those that have had it
-    prefilled_s: float = 0.0  # time it has spent on prompts
     _aborts: dict[tuple[AttemptKey, int | None], float] = field(default_factory=dict)
 
     @property

@@ -67,7 +67,7 @@ class Pace:
     since: float
     num_running: int
     used_blocks: int
-    prefilled_s: float
+    busy_s: float  # with prompts, since its start
     num_tokens: int = 0
 
 

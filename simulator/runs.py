@@ -25,11 +25,11 @@ def simulate(
     longest = max(request.num_prompt_tokens + max(2048, request.num_output_tokens) for request in trace)
     if longest > costs.kv_tokens:
         raise ConfigError(f"trace: its longest request needs {longest} tokens, a worker holds {costs.kv_tokens}")
-    cluster = TraceCluster(shape, costs, router_config(policy), seed, _reference(policy, costs))
+    cluster = TraceCluster(shape, costs, router_config(policy, targets), seed, _reference(policy, costs))
     return summarize(policy, str(shape), cluster.run(trace), targets)
 
 
-def router_config(policy: str) -> RouterConfig:
+def router_config(policy: str, targets: Targets) -> RouterConfig:
     """The product's own settings, with times that end nothing and bounds that refuse nothing."""
     if policy not in POLICIES:
         raise ConfigError(f"policy {policy!r}: choose from {', '.join(POLICIES)}")
@@ -38,6 +38,8 @@ def router_config(policy: str) -> RouterConfig:
     return RouterConfig(
         policy=name,
         disaggregate=disaggregate,
+        target_ttft_s=targets.ttft_s,
+        target_tpot_s=targets.tpot_s,
         max_queued_requests=1 << 20,
         max_active_requests=1 << 20,
         worker_timeout_s=10.0,
