@@ -28,7 +28,7 @@ PRESSURE_WEIGHT = 0.05
 
 
 class Targets(NamedTuple):
-    """What an answer should keep to. One that misses its time per token is counted as a whole time to first token lost."""
+    """What an answer should keep to. One that misses its time per token counts as a whole time to first token lost."""
 
     ttft_s: float
     tpot_s: float
@@ -99,9 +99,9 @@ class Auto:
         return _Ranked(worker, cost, wait_s + prefill_s)
 
     def _harm(self, pause_s: float, worker: WorkerRecord, before_s: float = 0.0) -> float:
-        """What a pause is to a stream of this worker that pauses for `before_s` anyway. One that is long beside the whole
-        answer is worse than many short ones, so it counts by its square as well; and it may put the answer, if that is
-        short, out of its target.
+        """What a pause is to a stream of this worker that pauses for `before_s` anyway. One that is long beside the
+        whole answer is worse than many short ones, so it counts by its square as well; and it may put a
+        short answer out of its target.
         """
         model = self._model
         token_s = model.token_s(worker.num_streams, worker.used_blocks * worker.block_size)

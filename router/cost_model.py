@@ -2,7 +2,7 @@
 
     prefill    n tokens to compute behind c cached ones, beside b running streams: a + b·n + c·n·(c + n/2) + d·n·b
     transfer   bytes of KV from one worker to another: a + b·bytes, times how this pair compares with the others
-    token      time per output token with b streams that hold t tokens, and p seconds with prompts to compute beside each token
+    token      time per output token with b streams that hold t tokens and p seconds with prompts beside each token
 
 Each worker has a factor: how much longer prefill takes there than the line says. All of it is pure and deterministic:
 the same observations in the same order give the same predictions. Before the first observation the priors speak; they

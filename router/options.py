@@ -24,8 +24,8 @@ class Options:
 
     decodes: at least one worker that has room. prefills: free prefill workers, linked to some of them or not.
     prefills_of: those linked to a decode worker; they may be none. may_stay: whether decode may prefill for itself;
-    when not, each of `decodes` has a prefill worker. must_stay: it has to. held_tokens: leading tokens of the prompt that a worker probably
-    holds when a hand-off ends that begins now; here_tokens: those that it holds already.
+    when not, each of `decodes` has a prefill worker. must_stay: it has to. held_tokens: leading tokens of the prompt
+    that a worker probably holds when a hand-off ends that begins now; here_tokens: those that it holds already.
     """
 
     record: RequestRecord

@@ -38,8 +38,8 @@ class _Holding:
 
 
 class PrefixIndex:
-    """Block hash → workers, at most `max_blocks` hashes and MAX_HOLDERS times as many holders in all, and for each worker
-    what its cache has room for; least recently used out first.
+    """Block hash → workers, at most `max_blocks` hashes and MAX_HOLDERS times as many holders in all, and for each
+    worker what its cache has room for; least recently used out first.
     """
 
     def __init__(self, max_blocks: int) -> None:

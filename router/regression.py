@@ -14,6 +14,8 @@ EDGE = 3.0  # usual errors beyond which an observation is cut
 START_ERROR = 1.0  # relative; so wide that the first observations are taken as they are
 ERROR_DECAY = 0.05
 LEAST_ERROR = 0.02
+ONE_SIDED = 0.5  # of the usual error: a mean error beyond it says that the line itself is off
+HASTE = 1.3  # by which the spread grows with each observation then
 
 
 class Regression:
@@ -32,6 +34,7 @@ class Regression:
         self._keep = 1.0 - 1.0 / memory
         self._floor_s = floor_s
         self._error = START_ERROR
+        self._drift = 0.0
         self._bound = [(trust * max(value, 1e-12)) ** 2 for value in prior]
         size = len(self._bound)
         self._spread = [[self._bound[i] if i == j else 0.0 for j in range(size)] for i in range(size)]
@@ -56,6 +59,7 @@ class Regression:
         edge = EDGE * self._error
         self._error += ERROR_DECAY * (min(abs(error), 2 * edge) - self._error)
         self._error = max(self._error, LEAST_ERROR)
+        self._drift += ERROR_DECAY * (max(-edge, min(edge, error)) - self._drift)
         self._move([x * scale for x in causes], max(-edge, min(edge, error)))
         self.num_observed += 1
         return True
@@ -73,11 +77,15 @@ class Regression:
         self._forget()
 
     def _forget(self) -> None:
-        """Old observations fade; a coefficient that nothing speaks of does not become wider than at the start."""
+        """Old observations fade, and faster while all errors lie on one side. Each coefficient is widened by itself, at
+        most to what it was at the start: one that nothing speaks of keeps no other from being learned anew.
+        """
         spread, size = self._spread, len(self._bound)
+        is_off = abs(self._drift) > ONE_SIDED * self._error and self._error > 2 * LEAST_ERROR
+        growth = HASTE if is_off else 1.0 / self._keep
         for i in range(size):
             spread[i][i] = max(spread[i][i], 1e-6 * self._bound[i])
-        if all(spread[i][i] / self._keep <= self._bound[i] for i in range(size)):
-            for row in spread:
-                for j in range(size):
-                    row[j] /= self._keep
+        wider = [math.sqrt(min(growth, max(1.0, self._bound[i] / spread[i][i]))) for i in range(size)]
+        for i in range(size):
+            for j in range(size):
+                spread[i][j] *= wider[i] * wider[j]

@@ -167,7 +167,7 @@ class TraceCluster:
         sources = [(key.worker_id, key.epoch, "tcp") for key, role in self._roles.items() if role == "prefill"]
         for key, worker in self.workers.items():
             linked = sources if self._roles[key] != "prefill" else []
-            active = [tuple(attempt) for attempt in worker.attempts]
+            active = [(attempt.request_id, attempt.attempt) for attempt in worker.attempts]
             self._say(key, Heartbeat(worker.received, "ready", worker.load(), active, linked))
 
     def _say(self, key: WorkerKey, body: ToRouter) -> None:

@@ -16,9 +16,9 @@ from .trace import BLOCK_TOKENS
 class SglangThresholds:
     """SGLang's gateway, cache-aware policy, with its default thresholds.
 
-    While loads are balanced, the worker with the longest match where it covers more than 30 % of the prompt, else the one
-    that has been sent the fewest tokens of prompts. When loads differ by more than 64 requests and by more than half, the
-    least loaded. Decode workers by the fewest requests.
+    While loads are balanced, the worker with the longest match where it covers more than 30 % of the prompt, else the
+    one that has been sent the fewest tokens of prompts. When loads differ by more than 64 requests and by more
+    than half, the least loaded. Decode workers by the fewest requests.
     """
 
     reads_prefixes = True
@@ -74,8 +74,8 @@ class MooncakeShortestTtft:
     """Mooncake's algorithm 1: the prefill worker with the shortest estimated TTFT = queue + prefill, by times known
     before; decode by the shortest step.
 
-    Its copying of prefixes from one prefill worker to another is left out, since no message of ours asks for it, and so is
-    its refusal of requests.
+    Its copying of prefixes from one prefill worker to another is left out, since no message of ours asks for it, and so
+    is its refusal of requests.
     """
 
     reads_prefixes = True

@@ -1,4 +1,4 @@
-"""What a run amounts to: latencies, the share of requests inside their targets, prefix hits, and how well it was foreseen."""
+"""What a run amounts to: latencies, the share of requests inside their targets, prefix hits, errors of forecasts."""
 
 from __future__ import annotations
 
