@@ -15,9 +15,11 @@ there a little longer. Nothing here is a threshold that someone would have to se
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from operator import itemgetter
 from typing import NamedTuple
 
+from ..core.ids import WorkerKey
 from .cost_model import CostModel
 from .options import Choice, Options
 from .registry import WorkerRecord
@@ -35,9 +37,15 @@ class Targets(NamedTuple):
 
 
 class _Ranked(NamedTuple):
-    worker: WorkerRecord
     cost: float  # of computing the prompt there, for all
+    key: WorkerKey
+    worker: WorkerRecord
     ready_s: float  # until it is computed
+
+
+_Scored = tuple[float, WorkerKey, WorkerRecord]
+_Best = tuple[float, Choice | None]
+_cost_and_key = itemgetter(0, 1)
 
 
 class Auto:
@@ -53,50 +61,67 @@ class Auto:
     def choose(self, options: Options) -> Choice:
         prefills = self._ranked(options)
         self._note_pressure(prefills, options)
-        best: tuple[float, Choice] | None = None
-        for decode in options.decodes:
-            decode_cost = self._decode_cost(options, decode)
-            for cost, choice in self._ways(options, decode, prefills):
-                if best is None or cost + decode_cost < best[0]:
-                    best = cost + decode_cost, choice
-        assert best is not None  # a decode worker without a linked prefill worker may stay
+        decodes = sorted(((self._decode_cost(options, w), w.key, w) for w in options.decodes), key=_cost_and_key)
+        best = self._best_pair(options, decodes, prefills)
+        if options.may_stay:
+            best = self._best_stay(options, decodes, best)
+        assert best[1] is not None  # where it may not stay, each decode worker has a linked prefill worker
         return best[1]
 
-    def _ways(self, options: Options, decode: WorkerRecord, prefills: list[_Ranked]) -> Iterator[tuple[float, Choice]]:
-        """What the prompt costs with this decode worker: computed there, or by one of the cheapest others."""
-        if options.may_stay:
-            cost = self._prefill(options, decode).cost
-            yield cost if decode.num_streams else cost * GAIN, Choice(decode, None)
-        missing = (options.num_tokens - options.held(decode)) * decode.hello.bytes_per_token
-        busy_s = decode.prompts.wait_s(options.now)
-        num_tried = 0
-        for ranked in prefills:
-            if ranked.worker.key in decode.linked:
-                transfer_s = self._model.transfer_s(ranked.worker.key, decode.key, missing)
-                # Prompts that decode still computes for itself when this one arrives hold the new stream up.
-                pause_s = self._model.stall * max(0.0, busy_s - ranked.ready_s - transfer_s)
-                cost = ranked.cost + transfer_s
-                yield cost + self._harm(pause_s, decode) if pause_s else cost, Choice(decode, ranked.worker)
+    def _best_pair(self, options: Options, decodes: list[_Scored], prefills: list[_Ranked]) -> _Best:
+        """Both lists begin with the cheapest, so most pairs need not be looked at."""
+        best: _Best = (math.inf, None)
+        for decode_cost, _, decode in decodes:
+            if not prefills or decode_cost + prefills[0].cost >= best[0]:
+                break
+            linked = decode.linked
+            missing = (options.num_tokens - options.held(decode)) * decode.hello.bytes_per_token
+            num_tried = 0
+            for ranked in prefills:
+                if ranked.worker.key not in linked:
+                    continue
                 num_tried += 1
-                if num_tried == NUM_TRIED:
-                    return
+                if num_tried > NUM_TRIED or decode_cost + ranked.cost >= best[0]:
+                    break
+                cost = decode_cost + ranked.cost + self._hand_off(options, decode, ranked, missing)
+                if cost < best[0]:
+                    best = cost, Choice(decode, ranked.worker)
+        return best
+
+    def _hand_off(self, options: Options, decode: WorkerRecord, ranked: _Ranked, missing: int) -> float:
+        """The transfer, and the pause by prompts that decode still computes for itself when this one arrives."""
+        transfer_s = self._model.transfer_s(ranked.worker.key, decode.key, missing)
+        busy_s = decode.prompts.wait_s(options.now) - ranked.ready_s - transfer_s
+        return transfer_s + self._harm(self._model.stall * busy_s, decode) if busy_s > 0 else transfer_s
+
+    def _best_stay(self, options: Options, decodes: list[_Scored], best: _Best) -> _Best:
+        for decode_cost, _, decode in decodes:
+            if decode_cost >= best[0]:
+                break
+            cost = decode_cost + self._prefill(options, decode, best[0] - decode_cost).cost
+            if not decode.num_streams and best[1] is not None and best[1].prefill is not None:
+                cost *= GAIN
+            if cost < best[0]:
+                best = cost, Choice(decode, None)
+        return best
 
     def _ranked(self, options: Options) -> list[_Ranked]:
         """Prefill workers by what the prompt costs there, the cheapest first."""
         found = options.prefills
         if not options.may_stay:  # rather a worker that failed it once than none
             found = list({worker.key: worker for d in options.decodes for worker in options.prefills_of(d)}.values())
-        return sorted((self._prefill(options, worker) for worker in found), key=lambda r: (r.cost, r.worker.key))
+        return sorted([self._prefill(options, worker) for worker in found], key=_cost_and_key)
 
-    def _prefill(self, options: Options, worker: WorkerRecord) -> _Ranked:
+    def _prefill(self, options: Options, worker: WorkerRecord, bound: float = math.inf) -> _Ranked:
+        """Beyond `bound` the cost may be too low: it is out of the question anyway."""
         held = options.here(worker)
         wait_s = worker.prompts.wait_s(options.now)
         prefill_s = self._model.prefill_s(worker.key, options.num_tokens - held, held, worker.num_running)
         cost = wait_s + prefill_s * (1.0 + self.pressure)
-        if worker.num_streams:
+        if worker.num_streams and cost < bound:
             pause_s = self._model.stall * prefill_s
             cost += worker.num_streams * self._harm(pause_s, worker, self._model.stall * wait_s)
-        return _Ranked(worker, cost, wait_s + prefill_s)
+        return _Ranked(cost, worker.key, worker, wait_s + prefill_s)
 
     def _harm(self, pause_s: float, worker: WorkerRecord, before_s: float = 0.0) -> float:
         """What a pause is to a stream of this worker that pauses for `before_s` anyway. One that is long beside the

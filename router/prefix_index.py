@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ..core.ids import WorkerKey
@@ -96,19 +96,19 @@ class PrefixIndex:
         return self.matches(hashes).expected
 
     def matches(self, hashes: Sequence[BlockHash]) -> Matches:
-        """For each worker that holds any, how many leading blocks it holds without a hole."""
+        """For each worker that holds any, how many leading blocks it holds without a hole.
+
+        Whoever holds a block holds those before it: they are noted together, and the head goes last. So the end of a
+        match is found by halving, whatever its length.
+        """
         expected: dict[WorkerKey, int] = {}
         here: dict[WorkerKey, int] = {}
-        for depth, block_hash in enumerate(hashes):
-            is_going_on = False
-            for worker, is_here in self._holders.get(block_hash, {}).items():
-                if expected.get(worker, 0) == depth:
-                    is_going_on = True
-                    expected[worker] = depth + 1
-                    if is_here and here.get(worker, 0) == depth:
-                        here[worker] = depth + 1
-            if not is_going_on:
-                break
+        for worker, is_here in self._holders.get(hashes[0], {}).items() if hashes else ():
+            held = self._holdings[worker].tokens
+            depth = _leading(hashes, len(hashes), held.__contains__)
+            expected[worker] = depth
+            if is_here:
+                here[worker] = _leading(hashes, depth, lambda block_hash, key=worker: self._holders[block_hash][key])
         return Matches(expected, here)
 
     def forget(self, worker: WorkerKey) -> None:
@@ -122,3 +122,14 @@ class PrefixIndex:
         self._holders.clear()
         self._holdings.clear()
         self._num_held = 0
+
+
+def _leading(hashes: Sequence[BlockHash], stop: int, is_held: Callable[[BlockHash], bool]) -> int:
+    """How many of the first `stop` are held, where the first is and no held one follows one that is not."""
+    if is_held(hashes[stop - 1]):
+        return stop
+    low, high = 1, stop
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if is_held(hashes[middle - 1]) else (low, middle)
+    return low

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from penstock.core.prefix_hash import block_hashes
@@ -20,10 +22,10 @@ KEY = b"k" * 32
 @pytest.mark.parametrize("block_size", [1, 4, 16, 24, 64, 100, 512, 1000, 2048])
 def test_rungs_are_whole_blocks_that_follow_each_other(block_size: int) -> None:
     stops = [covered_tokens(rung, block_size) for rung in range(400)]
-    steps = [after - before for before, after in zip(stops, stops[1:], strict=False)]
+    steps = [after - before for before, after in pairwise(stops)]
     assert stops[0] == 0
     assert all(step > 0 and step % block_size == 0 for step in steps)
-    assert all(later >= earlier for earlier, later in zip(steps, steps[1:], strict=False))
+    assert all(later >= earlier for earlier, later in pairwise(steps))
     assert rung_sizes(399, block_size)[:399] == steps
 
 
