@@ -84,8 +84,18 @@ def _add_worker_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--policy",
-        choices=("prefix-affinity", "least-loaded", "round-robin"),
-        help="how the router picks workers (default: prefix-affinity)",
+        choices=(
+            "auto",
+            "kv-overlap",
+            "prefix-affinity",
+            "session-affinity",
+            "least-loaded",
+            "power-of-two",
+            "round-robin",
+            "random",
+        ),
+        help="how the router picks workers: by a cost model fitted while it runs (auto), or by a fixed rule "
+        "(default: prefix-affinity; docs/ROUTING.md)",
     )
     group.add_argument(
         "--threads",

@@ -21,7 +21,16 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 TransportName = Literal["auto", "shm", "tcp", "nixl", "ucx", "gloo", "nccl", "cuda_ipc"]
 WireDtypeName = Literal["lossless", "auto", "float32", "bfloat16", "float16", "fp8_e4m3", "int8"]
-PolicyName = Literal["prefix-affinity", "least-loaded", "round-robin"]
+PolicyName = Literal[
+    "auto",
+    "kv-overlap",
+    "prefix-affinity",
+    "session-affinity",
+    "least-loaded",
+    "power-of-two",
+    "round-robin",
+    "random",
+]
 Disaggregate = Literal["auto", "always", "never"]
 LevelName = Literal["debug", "info", "warning", "error"]
 QuantizationName = Literal["auto", "none", "int8"]

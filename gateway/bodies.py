@@ -97,6 +97,7 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     cache_salt: Annotated[str, msgspec.Meta(min_length=1, max_length=256)] | None = None
+    user: Annotated[str, msgspec.Meta(max_length=1 << 20)] | None = None  # keeps a conversation on its worker
 
 
 class CompletionBody(SamplingFields, frozen=True, kw_only=True):

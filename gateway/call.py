@@ -15,6 +15,7 @@ from ..core.ids import IdSource
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 REQUEST_ID_HEADER = "X-Request-Id"
+SESSION_HEADER = "X-Session-Id"
 MAX_REQUEST_ID_CHARS = 128
 _NOT_IN_IDS = re.compile(r"[^A-Za-z0-9._:-]")
 
@@ -26,6 +27,7 @@ class Call:
     request_id: str
     tenant: str = ""  # empty: one cache for all
     is_spent: bool = False  # tokens may have been produced
+    session: str = ""  # the client's name of its conversation; a label too
 
 
 _call: ContextVar[Call] = ContextVar("penstock_call")
@@ -48,6 +50,7 @@ def call_middleware(ids: IdSource) -> Middleware:
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         call = Call(request_label(request.headers.get(REQUEST_ID_HEADER), ids))
+        call.session = request.headers.get(SESSION_HEADER, "")
         token = _call.set(call)
         try:
             response = await handler(request)

@@ -22,6 +22,7 @@ from .requests import (
     fit_window,
     sampling_params,
     scoped_salt,
+    session_key,
 )
 from .responses import ChatShape
 
@@ -50,5 +51,7 @@ async def _job(gateway: Gateway, data: bytes) -> GenerationJob:
     max_tokens = fit_window(len(ids), "messages", wanted, name, gateway.window())
     params = sampling_params(body, max_tokens, top_logprobs, gateway.tokenizer.vocab_size, gateway.ids)
     check_amount(1, params, gateway.config)
-    salt = scoped_salt(current_call().tenant, body.cache_salt)
-    return GenerationJob([ids], params, options, salt, body.seed is not None)
+    call = current_call()
+    salt = scoped_salt(call.tenant, body.cache_salt)
+    session = session_key(call.tenant, call.session, body.user)
+    return GenerationJob([ids], params, options, salt, body.seed is not None, session)

@@ -20,6 +20,7 @@ from .requests import (
     fit_window,
     sampling_params,
     scoped_salt,
+    session_key,
 )
 from .responses import CompletionShape
 
@@ -48,5 +49,7 @@ async def _job(gateway: Gateway, data: bytes) -> GenerationJob:
     window = gateway.window()
     for ids in prompts:
         fit_window(len(ids), "prompt", wanted, "max_tokens", window)
-    salt = scoped_salt(current_call().tenant, body.cache_salt)
-    return GenerationJob(prompts, params, options, salt, body.seed is not None)
+    call = current_call()
+    salt = scoped_salt(call.tenant, body.cache_salt)
+    session = session_key(call.tenant, call.session, body.user)
+    return GenerationJob(prompts, params, options, salt, body.seed is not None, session)

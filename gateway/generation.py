@@ -14,7 +14,7 @@ import msgspec
 from ..core.errors import Cancelled, DeadlineExceeded, InternalError, ServeError
 from ..core.random_bits import choice_seed
 from ..protocol.sampling import MAX_CHOICES, SamplingParams
-from ..router.interface import EndEvent, GenerateRequest, GenerateStream, TokensEvent
+from ..router.interface import Decision, EndEvent, GenerateRequest, GenerateStream, TokensEvent
 from .call import current_call
 from .choice import Choice, ChoiceDelta
 from .context import Gateway
@@ -62,6 +62,7 @@ class Generation:
         self.choices = [Choice(i, gateway.tokenizer, job.params, job.options) for i in range(len(job.prompts) * n)]
         self._gateway = gateway
         self._timings = [RequestTiming(gateway.clock, received_s) for _ in job.prompts]
+        self._decisions: list[Decision | None] = [None] * len(job.prompts)
         self._streams: list[GenerateStream] = []
         self._abort_error: ServeError | None = None
         self._num_prompt_tokens = sum(len(ids) for ids in job.prompts)
@@ -111,14 +112,19 @@ class Generation:
 
     def report(self) -> dict[str, object]:
         """The vendor part of the answer: the phases, for each prompt when there are several."""
-        reports = [timing.report() for timing in self._timings]
+        reports = [
+            timing.report() | ({"decision": decision.report()} if decision is not None else {})
+            for timing, decision in zip(self._timings, self._decisions, strict=True)
+        ]
         return reports[0] if len(reports) == 1 else {"prompts": reports}
 
     def _submit(self) -> None:
         job, timeout_s = self.job, self._gateway.config.timeout_s
         for i, prompt_ids in enumerate(job.prompts):
             params = job.params if job.has_own_seed or i == 0 else self._reseeded(i)
-            request = GenerateRequest(f"{self.answer_id}-{i}", prompt_ids, params, timeout_s, job.cache_salt)
+            request = GenerateRequest(
+                f"{self.answer_id}-{i}", prompt_ids, params, timeout_s, job.cache_salt, job.session
+            )
             self._timings[i].mark_submitted()
             self._streams.append(self._gateway.router.submit(request))
 
@@ -151,6 +157,7 @@ class Generation:
         n = self.job.params.n
         if event.choice >= n:
             raise InternalError(f"tokens for choice {event.choice} of {n}")
+        self._decisions[prompt] = event.decision or self._decisions[prompt]
         if event.tokens:
             current_call().is_spent = True
             gap = self._timings[prompt].mark_tokens(event)
@@ -179,6 +186,9 @@ class Generation:
         timing.mark_end(event.attempts, event.resumed, event.route_s)
         self._gateway.metrics.ended(timing)
         self._remember(prompt, timing, event)
+        decision = self._decisions[prompt]
+        if decision is not None and event.error is None:
+            self._gateway.metrics.predicted(decision, timing)
         if self._is_complete(prompt):
             return
         if self._abort_error is not None:

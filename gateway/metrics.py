@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from ..protocol.messages import WorkerLoad
-from ..router.interface import ClusterStatus, Router, WorkerStatus
+from ..router.interface import ClusterStatus, Decision, Router, WorkerStatus
 from .explain.parts import ITL_PARTS, TTFT_PARTS
 from .timing import RequestTiming
 
@@ -21,6 +21,8 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 _SLOW = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+
+_RATIOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0)
 
 _PHASES = ("gateway", "route", "queue", "prefill", "transfer", "other")
 
@@ -104,6 +106,16 @@ class GatewayMetrics:
         )
         self._itl = Histogram("penstock_itl_seconds", "Each gap between tokens of a request", buckets=_FAST, registry=r)
         self._e2e = Histogram("penstock_e2e_seconds", "Time of a whole request", buckets=_SLOW, registry=r)
+        self._forecast_error = Histogram(
+            "penstock_forecast_error_ratio",
+            "How far the router's forecast was off: |predicted - measured| / measured",
+            ("of",),
+            buckets=_RATIOS,
+            registry=r,
+        )
+        self._placed = Counter(
+            "penstock_placements", "Answers by where they were prefilled", ("policy", "prefill"), registry=r
+        )
         phase = Histogram(
             "penstock_ttft_phase_seconds",
             "Where the time to the first token went",
@@ -156,6 +168,18 @@ class GatewayMetrics:
             self._ttft_parts.labels(name).inc(part / 1e6)
         for name, part in zip(ITL_PARTS, timing.itl_us, strict=True):
             self._itl_parts.labels(name).inc(part / 1e6)
+
+    def predicted(self, decision: Decision, timing: RequestTiming) -> None:
+        """An answer is complete: what was expected of it against what came. Times from submission to the router."""
+        self._placed.labels(decision.policy, "remote" if decision.prefill else "local").inc()
+        if timing.first_token_s is not None:
+            self._observe_error("ttft", decision.ttft_s, timing.first_token_s - timing.submitted_s)
+        if timing.tpot_s is not None:
+            self._observe_error("tpot", decision.tpot_s, timing.tpot_s)
+
+    def _observe_error(self, of: str, expected_s: float, measured_s: float) -> None:
+        if measured_s > 0:
+            self._forecast_error.labels(of).observe(abs(expected_s - measured_s) / measured_s)
 
     def failed(self, code: str) -> None:
         self._failures.labels(code).inc()

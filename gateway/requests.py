@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import TypeVar
 
 import msgspec
@@ -44,6 +45,7 @@ class GenerationJob:
     options: AnswerOptions
     cache_salt: str
     has_own_seed: bool  # the client gave the seed
+    session: str = ""  # whose conversation it is, for the router
 
 
 def check_model(name: str, config: GatewayConfig) -> None:
@@ -158,6 +160,15 @@ def check_amount(num_prompts: int, params: SamplingParams, config: GatewayConfig
 def scoped_salt(tenant: str, salt: str | None) -> str:
     """The cache namespace: that of the key's owner, and within it the one the client named."""
     return f"{tenant}:{salt}" if salt else tenant
+
+
+def session_key(tenant: str, header: str, user: str | None) -> str:
+    """A fixed-size name of the conversation, apart from other tenants' ones; empty where the client names none."""
+    named = header or user or ""
+    if not named:
+        return ""
+    parts = (tenant.encode(), named.encode(errors="replace"))
+    return blake2b(b"".join(len(part).to_bytes(4, "little") + part for part in parts), digest_size=16).hexdigest()
 
 
 def _or(value: Number | None, default: Number) -> Number:

@@ -30,6 +30,8 @@ class RouterConfig:
     unavailable_s: float = 30.0  # wait for a worker that could take the request at all
     retry_backoff_s: float = 0.05  # before the third attempt; doubles, at most 1 s
     max_imbalance_tokens: int = 8192  # prefix-affinity gives way when its pick carries this much more than the idlest
+    target_ttft_s: float = 10.0  # what `auto` tries to keep answers within
+    target_tpot_s: float = 0.1
     max_prefix_blocks: int = 65536  # of the prefix index
     expected_workers: int = 0
     fixed_roles: str = ""  # why no worker may be given another role; empty: it may

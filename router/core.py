@@ -45,6 +45,7 @@ from .effects import Effect, Send
 from .interface import ClusterStatus, GenerateRequest
 from .invariants import check_invariants
 from .lifecycle import Lifecycle
+from .options import Chooser
 from .readiness import Readiness
 from .registry import Greeting, Registry, Standing, WorkerRecord
 from .requests import RequestRecord, State
@@ -58,13 +59,21 @@ log = logging.getLogger(__name__)
 class RouterCore:
     """Pure: no socket, no thread, no wait. Every input returns the effects to carry out, in order."""
 
-    def __init__(self, config: RouterConfig, clock: Clock, ids: IdSource, cluster_key: bytes = b"") -> None:
+    def __init__(
+        self,
+        config: RouterConfig,
+        clock: Clock,
+        ids: IdSource,
+        cluster_key: bytes = b"",
+        chooser: Chooser | None = None,
+    ) -> None:
+        """`chooser` takes the place of the configured policy: for simulations that compare with others."""
         self.config = config
         self.epoch = new_epoch(ids)
         self._clock = clock
         self._registry = Registry()
         self._timers: Timers[str | WorkerKey] = Timers()
-        self._life = Lifecycle(config, clock, ids, self.epoch, self._registry, self._timers, cluster_key)
+        self._life = Lifecycle(config, clock, ids, self.epoch, self._registry, self._timers, cluster_key, chooser)
         self._is_draining = False
         self._readiness = Readiness(config, self._registry, self._life.placer)
 

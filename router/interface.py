@@ -20,6 +20,33 @@ class GenerateRequest(msgspec.Struct, frozen=True):
     params: SamplingParams
     timeout_s: float
     cache_salt: str = ""
+    session: str = ""  # whose conversation it is, where the client says so: session-affinity keeps it on one worker
+
+
+class Decision(msgspec.Struct, frozen=True):
+    """Where an attempt was placed and what the fitted model expected of it, in seconds; TTFT from submission on."""
+
+    policy: str
+    decode: str
+    prefill: str | None  # None: decode prefills for itself
+    ttft_s: float
+    tpot_s: float
+    wait_s: float
+    prefill_s: float
+    transfer_s: float
+
+    def report(self) -> dict[str, object]:
+        """The vendor part of an answer; times in milliseconds."""
+        return {
+            "policy": self.policy,
+            "decode": self.decode,
+            "prefill": self.prefill or self.decode,
+            "predicted_ttft_ms": round(self.ttft_s * 1e3, 3),
+            "predicted_tpot_ms": round(self.tpot_s * 1e3, 3),
+            "predicted_queue_ms": round(self.wait_s * 1e3, 3),
+            "predicted_prefill_ms": round(self.prefill_s * 1e3, 3),
+            "predicted_transfer_ms": round(self.transfer_s * 1e3, 3),
+        }
 
 
 class Routing(msgspec.Struct, frozen=True):
@@ -35,7 +62,8 @@ class Routing(msgspec.Struct, frozen=True):
 class TokensEvent(msgspec.Struct, frozen=True):
     """New tokens of one choice; `index` counts its output tokens from 0 and never skips or repeats.
 
-    With a finish_reason no more tokens of this choice follow. `phases` comes with the first tokens of the request.
+    With a finish_reason no more tokens of this choice follow. `phases` and `decision` come with the first tokens of the
+    request.
     """
 
     choice: int
@@ -49,6 +77,7 @@ class TokensEvent(msgspec.Struct, frozen=True):
     routing: Routing | None = None  # with `phases`
     wait_s: float = 0.0  # from the choice's tokens before to the step that drew these, on the worker
     step: StepTime | None = None  # that step; None for tokens that came with a hand-off
+    decision: Decision | None = None
 
 
 class EndEvent(msgspec.Struct, frozen=True):

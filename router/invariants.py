@@ -51,6 +51,11 @@ def _check_worker(worker: WorkerRecord, life: Lifecycle) -> None:
     expected = {a.key for a in mine if worker.key == a.decode or not a.is_prefill_over}
     assert set(worker.attempts) == expected, f"worker {worker.key}: attempts"
     assert worker.used_blocks == sum(a.blocks for a in mine if a.decode == worker.key), f"worker {worker.key}: blocks"
+    decoding = [a for a in mine if a.decode == worker.key]
+    assert worker.num_streams == sum(a.streams for a in decoding), f"worker {worker.key}: streams"
+    running = sum(a.streams for a in decoding if a.is_running)
+    assert worker.num_running == running, f"worker {worker.key}: running streams"
+    assert len(worker.prompts) <= len(worker.attempts), f"worker {worker.key}: prompts"
     queued = sum(a.queued_tokens for a in mine if a.queue == worker.key)
     assert worker.queued_tokens == queued, f"worker {worker.key}: queued tokens"
     assert worker.is_live or not worker.attempts, f"worker {worker.key} is {worker.standing.value} and has attempts"

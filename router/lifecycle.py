@@ -13,7 +13,9 @@ from ..core.tickets import TicketFacts, prove
 from ..protocol.messages import NO_PROOF, Abort, FromRouter, StartDecode, StartPrefill, StepTime, Tokens, pack_ids
 from .config import RouterConfig, RouterCounters
 from .effects import Deliver, Effect, End, Send
-from .interface import EndEvent, TokensEvent
+from .interface import Decision, EndEvent, TokensEvent
+from .learning import Learner
+from .options import Chooser
 from .placement import Placement, Placer, Refusal
 from .registry import Registry, WorkerRecord
 from .request_table import RequestTable
@@ -38,6 +40,7 @@ class Lifecycle:
         registry: Registry,
         timers: Timers[str | WorkerKey],
         cluster_key: bytes,
+        chooser: Chooser | None = None,
     ) -> None:
         self._config = config
         self._clock = clock
@@ -47,7 +50,8 @@ class Lifecycle:
         self._timers = timers
         self._cluster_key = cluster_key
         self.table = RequestTable()
-        self.placer = Placer(config, registry, index_secret=ids.token(16).hex())
+        self.placer = Placer(config, registry, index_secret=ids.token(16).hex(), chooser=chooser)
+        self.learner = Learner(self.placer.model, registry)
         self.counters = RouterCounters()
         self.effects: list[Effect] = []
         self.has_news = False  # something happened that may let a waiting request go
@@ -63,7 +67,7 @@ class Lifecycle:
         for record in list(self.table.waiting):
             if record.not_before > now or record.deadline <= now:
                 continue
-            placement = self.placer.place(record)
+            placement = self.placer.place(record, now)
             if placement is Refusal.NO_ROOM:
                 return
             if isinstance(placement, Placement):
@@ -80,13 +84,17 @@ class Lifecycle:
             sent_at=now,
             blocks=record.blocks(decode.block_size),
             queued_tokens=placement.uncached_tokens,
+            streams=len(record.open_choices),
         )
+        record.decision = self._decision(record, placement, now)
         record.to_dispatched(attempt, now)
         for worker in (decode, prefill):
             if worker is not None:
                 worker.attempts[attempt.key] = None
         decode.used_blocks += attempt.blocks
+        decode.num_streams += attempt.streams
         (prefill or decode).queued_tokens += attempt.queued_tokens
+        (prefill or decode).prompts.add(attempt.key, placement.forecast.prefill_s, now)
         timeout_s = max(MIN_TIMEOUT_S, record.deadline - now)
         proof = self._prove(record, attempt, timeout_s)
         attempt.decode_number = self._send(decode, self._start_decode(record, attempt, timeout_s, proof))
@@ -98,6 +106,20 @@ class Lifecycle:
         self.counters.local_prefills += prefill is None
         self.arm(record)
         log.debug("request %s: decode %s, prefill %s", attempt.key, decode.key, attempt.prefill or "local")
+
+    def _decision(self, record: RequestRecord, placement: Placement, now: float) -> Decision:
+        """What the caller may see of it."""
+        expected = placement.forecast
+        return Decision(
+            self._config.policy,
+            placement.decode.key.worker_id,
+            placement.prefill.key.worker_id if placement.prefill else None,
+            now - record.submitted_at + expected.ttft_s,
+            expected.tpot_s,
+            expected.wait_s,
+            expected.prefill_s,
+            expected.transfer_s,
+        )
 
     def _prove(self, record: RequestRecord, attempt: Attempt, timeout_s: float) -> bytes:
         """Bind the ticket to this attempt, its two workers and its tokens."""
@@ -172,6 +194,12 @@ class Lifecycle:
             self.counters.resumed += record.num_output_tokens > 0
             record.to_running()
             self._prompt_computed(attempt)
+            self.learner.first_token(record, attempt, item.phases, self._clock.now())
+            self._count_running(attempt, attempt.streams)
+            if attempt.prefill is not None:
+                self.placer.note_arrival(record, attempt.decode)
+        elif attempt.pace is not None:
+            attempt.pace.num_tokens += len(item.tokens) - skip
             self.arm(record)
         attempt.has_progress = True
         tokens = item.tokens[skip:]
@@ -189,6 +217,7 @@ class Lifecycle:
             record.routing(self._clock.now()) if phases is not None else None,
             item.wait_s,
             step,
+            record.decision if phases is not None else None,
         )
         choice.output_ids.extend(token.token_id for token in tokens)
         choice.is_finished = item.finish_reason is not None
@@ -198,6 +227,7 @@ class Lifecycle:
         self._reweigh(record, attempt)
         if choice.is_finished and not record.open_choices:
             attempt.is_decode_over = attempt.is_prefill_over = True
+            self.learner.answered(record, attempt, self._clock.now())
             self.end(record, None)
 
     def _after_finish(self, record: RequestRecord, choice: Choice) -> None:
@@ -339,6 +369,8 @@ class Lifecycle:
         decode = self._registry.find(attempt.decode)
         if decode is not None:
             decode.used_blocks -= attempt.blocks
+            decode.num_streams -= attempt.streams
+            self._count_running(attempt, -attempt.streams)
         attempt.blocks = 0
         for key in attempt.workers:
             worker = self._registry.find(key)
@@ -352,7 +384,15 @@ class Lifecycle:
         worker = self._registry.find(attempt.queue)
         if worker is not None:
             worker.queued_tokens -= attempt.queued_tokens
+            worker.prompts.remove(attempt.key, self._clock.now())
         attempt.queued_tokens = 0
+
+    def _count_running(self, attempt: Attempt, change: int) -> None:
+        """Enter an attempt among the running ones of its decode worker once, and take it off once."""
+        decode = self._registry.find(attempt.decode)
+        if decode is not None and attempt.is_running == (change < 0):
+            decode.num_running += change
+            attempt.is_running = change > 0
 
     def _reweigh(self, record: RequestRecord, attempt: Attempt) -> None:
         worker = self._registry.find(attempt.decode)

@@ -1,20 +1,27 @@
-"""Where an attempt runs: filter the workers that can, score them, let the policy pick. First decode, then prefill."""
+"""Where an attempt runs: filter the workers that can, then let the policy choose among them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 
 from ..core.ids import WorkerKey
-from ..core.prefix_hash import BlockHash, block_hashes, extend_block_hashes, hash_key
+from ..core.prefix_hash import BlockHash, hash_key
+from ..protocol.messages import pack_ids
+from .auto import Auto, Targets
 from .config import RouterConfig
-from .policies import Candidate, Policy, make_policy
+from .cost_model import CostModel
+from .forecast import Forecast, forecast
+from .options import Chooser, Options
 from .prefix_index import PrefixIndex
+from .prefix_ladder import covered_tokens, extend_rung_hashes, rung_sizes
 from .registry import Registry, WorkerRecord
 from .requests import Choice, RequestRecord
+from .two_step import TwoStep
 
 LOCAL_AFTER_FAILURES = 2  # in a row: then "auto" stops trying hand-offs
-MAX_ANSWER_BLOCKS = 1024  # hashed of one answer
+MAX_ANSWER_BLOCKS = 1024  # of one answer, that are hashed
 MAX_ANSWERS = 8  # remembered of one request
 
 
@@ -32,20 +39,23 @@ class Placement:
     decode: WorkerRecord
     prefill: WorkerRecord | None
     uncached_tokens: int
+    forecast: Forecast
 
 
 class Placer:
     """Looks at the registry and changes nothing in it; remembers whose turn it is and which prompts went where."""
 
-    def __init__(self, config: RouterConfig, registry: Registry, index_secret: str) -> None:
+    def __init__(
+        self, config: RouterConfig, registry: Registry, index_secret: str, chooser: Chooser | None = None
+    ) -> None:
         self._config = config
         self._registry = registry
         self._secret = index_secret
-        self._decode_policy = make_policy(config)
-        self._prefill_policy = make_policy(config)
+        self.model = CostModel()
+        self._chooser = chooser or _make_chooser(config, self.model, index_secret)
         self.index = PrefixIndex(config.max_prefix_blocks)
 
-    def place(self, record: RequestRecord) -> Placement | Refusal:
+    def place(self, record: RequestRecord, now: float) -> Placement | Refusal:
         """Workers for the next attempt of `record`."""
         able = self._able_to_decode(record)
         if not able:
@@ -53,11 +63,10 @@ class Placer:
         roomy = [worker for worker in able if self._has_room(record, worker)]
         if not roomy:
             return Refusal.NO_ROOM
-        matched = self.index.match(self._hashes(record, roomy[0].block_size))
-        decode = _pick(self._decode_policy, _without(roomy, record.avoid), matched)
-        prefill = self._pick_prefill(record, decode, matched)
-        held = matched.get((prefill or decode).key, 0) * decode.block_size
-        return Placement(decode, prefill, max(0, record.prefill_tokens() - held))
+        options = self._options(record, roomy, now)
+        decode, prefill = self._chooser.choose(options)
+        uncached = max(0, options.num_tokens - options.held_tokens.get((prefill or decode).key, 0))
+        return Placement(decode, prefill, uncached, forecast(self.model, options, decode, prefill))
 
     def is_possible(self, record: RequestRecord) -> bool:
         """Some ready worker could take it, once it has room."""
@@ -65,9 +74,25 @@ class Placer:
 
     def note_dispatch(self, record: RequestRecord, placement: Placement) -> None:
         """From now on the workers of this placement hold the prompt's blocks, as a guess."""
-        for worker in (placement.decode, placement.prefill):
-            if worker is not None and record.hashes:
-                self.index.insert(record.hashes, worker.key)
+        if not record.hashes:
+            return
+        # Prompts are computed in turn, so what is sent to the same worker later finds these blocks. What decode is to
+        # receive is there only after the hand-off.
+        self._insert(record.hashes, placement.decode, is_here=placement.prefill is None)
+        if placement.prefill is not None:
+            self._insert(record.hashes, placement.prefill)
+
+    def note_arrival(self, record: RequestRecord, decode: WorkerKey) -> None:
+        """The prompt's blocks have come to the worker that decodes."""
+        worker = self._registry.find(decode)
+        if record.hashes and worker is not None:
+            self._insert(record.hashes, worker)
+
+    def _insert(self, hashes: list[BlockHash], worker: WorkerRecord, *, is_here: bool = True) -> None:
+        size = worker.block_size
+        capacity = max(0, worker.hello.total_blocks - worker.used_blocks) * size
+        sizes = rung_sizes(len(hashes), size)
+        self.index.insert(hashes, worker.key, is_here=is_here, sizes=sizes, capacity=capacity)
 
     def note_answer(self, record: RequestRecord, choice: Choice, num_output_tokens: int, decode: WorkerKey) -> None:
         """From now on `decode` holds the blocks of the prompt and of so much of this answer, as a guess: the next turn
@@ -76,10 +101,14 @@ class Placer:
         if record.hashes is None or choice.number >= MAX_ANSWERS:
             return
         hashes, size = list(record.hashes), record.hash_block_size
-        num_tokens = min(record.num_prompt_tokens + num_output_tokens, (len(hashes) + MAX_ANSWER_BLOCKS) * size)
-        token_ids = (record.request.prompt_ids + choice.output_ids)[:num_tokens]
-        extend_block_hashes(hashes, self._hash_key(record), token_ids, size)
-        self.index.insert(hashes, decode)
+        num_tokens = min(
+            num_output_tokens, MAX_ANSWER_BLOCKS * size + covered_tokens(len(hashes), size) - record.num_prompt_tokens
+        )
+        ids = record.prompt_bytes + pack_ids(choice.output_ids[: max(0, num_tokens)])
+        extend_rung_hashes(hashes, self._hash_key(record), ids, size)
+        worker = self._registry.find(decode)
+        if worker is not None:
+            self._insert(hashes, worker)
 
     def has_pair(self) -> bool:
         """Some ready decode worker is linked to some ready prefill worker."""
@@ -123,33 +152,47 @@ class Placer:
             worker for worker in found if worker and worker.is_ready and worker.can_prefill and worker is not decode
         ]
 
-    def _pick_prefill(
-        self, record: RequestRecord, decode: WorkerRecord, matched: dict[WorkerKey, int]
-    ) -> WorkerRecord | None:
-        if self._prefers_local(record, decode, matched):
-            return None
-        free = _without(self._free_to_prefill(record, decode), record.avoid)
-        survivors = [worker for worker in free if worker.key == record.prefilled_by]
-        return _pick(self._prefill_policy, survivors or free, matched) if free else None
+    def _options(self, record: RequestRecord, roomy: list[WorkerRecord], now: float) -> Options:
+        size = roomy[0].block_size
+        matches = self.index.matches(self._hashes(record, size) if self._chooser.reads_prefixes else [])
+        needed = record.prefill_tokens()
+        must_stay = self._config.disaggregate == "never" or record.needs_local_prefill
+        if self._config.disaggregate == "auto" and record.fruitless >= LOCAL_AFTER_FAILURES:
+            must_stay = True
+        return Options(
+            record=record,
+            now=now,
+            num_tokens=needed,
+            decodes=_without(roomy, record.avoid),
+            prefills=[] if must_stay else self._free_prefills(record, needed),
+            prefills_of=partial(self._prefills_of, record),
+            held_tokens={key: covered_tokens(depth, size) for key, depth in matches.expected.items()},
+            here_tokens={key: covered_tokens(depth, size) for key, depth in matches.here.items()},
+            may_stay=must_stay or self._config.disaggregate != "always",
+            must_stay=must_stay,
+        )
 
-    def _prefers_local(self, record: RequestRecord, decode: WorkerRecord, matched: dict[WorkerKey, int]) -> bool:
-        mode = self._config.disaggregate
-        if mode == "never" or record.needs_local_prefill:
-            return True
-        if mode == "always":
-            return False
-        if decode.hello.role == "both" or record.fruitless >= LOCAL_AFTER_FAILURES:
-            return True
-        uncached = record.prefill_tokens() - matched.get(decode.key, 0) * decode.block_size
-        return uncached <= self._config.local_prefill_max_tokens
+    def _free_prefills(self, record: RequestRecord, needed: int) -> list[WorkerRecord]:
+        return [
+            worker
+            for worker in self._registry.live()
+            if worker.can_prefill
+            and worker.is_ready
+            and worker.has_place
+            and worker.hello.max_sequence_tokens >= needed
+            and worker.key not in record.avoid
+        ]
+
+    def _prefills_of(self, record: RequestRecord, decode: WorkerRecord) -> list[WorkerRecord]:
+        """Where it was prefilled before, if that worker lives: it may still hold the blocks."""
+        free = _without(self._free_to_prefill(record, decode), record.avoid)
+        return [worker for worker in free if worker.key == record.prefilled_by] or free
 
     def _hashes(self, record: RequestRecord, block_size: int) -> list[BlockHash]:
-        """Hashes of the prompt's full blocks, computed once; none where nothing would read them."""
-        if self._config.policy != "prefix-affinity" and not self._config.local_prefill_max_tokens:
-            return []
+        """Hashes of the prompt's full rungs, computed once."""
         if record.hashes is None:
-            record.hashes = block_hashes(self._hash_key(record), record.request.prompt_ids, block_size)
-            record.hash_block_size = block_size
+            record.hashes, record.hash_block_size = [], block_size
+            extend_rung_hashes(record.hashes, self._hash_key(record), record.prompt_bytes, block_size)
         return record.hashes
 
     def _hash_key(self, record: RequestRecord) -> bytes:
@@ -161,16 +204,7 @@ def _without(workers: list[WorkerRecord], avoid: tuple[WorkerKey, ...]) -> list[
     return [worker for worker in workers if worker.key not in avoid] or workers
 
 
-def _pick(policy: Policy, workers: list[WorkerRecord], matched: dict[WorkerKey, int]) -> WorkerRecord:
-    by_key = {worker.key: worker for worker in workers}
-    return by_key[policy.pick([_candidate(worker, matched) for worker in workers]).worker]
-
-
-def _candidate(worker: WorkerRecord, matched: dict[WorkerKey, int]) -> Candidate:
-    load = worker.load
-    return Candidate(
-        worker.key,
-        cost_tokens=worker.queued_tokens + worker.used_blocks * worker.block_size,
-        reported=load.running + load.waiting + load.receiving + load.handing_off,
-        matched_tokens=matched.get(worker.key, 0) * worker.block_size,
-    )
+def _make_chooser(config: RouterConfig, model: CostModel, seed: str) -> Chooser:
+    if config.policy == "auto":
+        return Auto(model, Targets(config.target_ttft_s, config.target_tpot_s))
+    return TwoStep(config, seed)

@@ -18,6 +18,7 @@ from ..core.ids import AttemptKey, WorkerKey
 from ..protocol.messages import FromRouter, Heartbeat, Hello, Peer, ToWorker, WorkerLoad, WorkerState
 from .effects import Send
 from .interface import WorkerStatus
+from .prompt_queue import PromptQueue
 
 MAX_WORKERS = 4096
 MAX_PAST_EPOCHS = 16
@@ -61,6 +62,11 @@ class WorkerRecord:
     attempts: dict[AttemptKey, None] = field(default_factory=dict)  # in order of dispatch
     used_blocks: int = 0  # of the attempts it decodes
     queued_tokens: int = 0  # prompt tokens sent here whose first token has not come
+    prompts: PromptQueue = field(default_factory=PromptQueue)  # sent here to be computed
+    num_streams: int = (
+        0  # open choices of the attempts it decodes, those that still wait for their first token included
+    )
+    num_running: int = 0  # of them, those that have had it
     _aborts: dict[tuple[AttemptKey, int | None], float] = field(default_factory=dict)
 
     @property

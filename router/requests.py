@@ -20,7 +20,7 @@ from ..core.ids import AttemptKey, Ticket, WorkerKey
 from ..core.prefix_hash import BlockHash
 from ..protocol.messages import MAX_PROMPT_BYTES, ChoiceState, Tokens, pack_ids, unpack_ids
 from ..protocol.sampling import check
-from .interface import GenerateRequest, Routing
+from .interface import Decision, GenerateRequest, Routing
 
 MAX_TIMEOUT_S = 1e9
 
@@ -60,6 +60,17 @@ class Choice:
         return Verdict.NEW, skip
 
 
+@dataclass(slots=True)
+class Pace:
+    """The decode worker when the first token of an attempt came, and how many tokens came since."""
+
+    since: float
+    num_running: int
+    used_blocks: int
+    busy_s: float  # with prompts, since its start
+    num_tokens: int = 0
+
+
 @dataclass(slots=True, eq=False)
 class Attempt:
     """One try. `blocks` and `queued_tokens` are what it weighs in the router's own accounts of its workers."""
@@ -76,6 +87,9 @@ class Attempt:
     is_decode_over: bool = False  # this side needs no Abort
     is_prefill_over: bool = False
     has_progress: bool = False
+    streams: int = 0  # in the books of its decode worker
+    is_running: bool = False  # its first token has come
+    pace: Pace | None = None
 
     @property
     def queue(self) -> WorkerKey:
@@ -113,6 +127,7 @@ class RequestRecord:
     route_s: float = 0.0
     queue_s: float = 0.0  # submission to the first dispatch
     has_phases: bool = False  # the caller has had them
+    decision: Decision | None = None  # of the last attempt
 
     def __post_init__(self) -> None:
         self.choices = [Choice(number) for number in range(self.request.params.n)]
@@ -209,6 +224,8 @@ def check_request(request: GenerateRequest) -> bytes:
         raise BadRequest(f"request_id: {len(request.request_id)} characters, give 1 to 128", "request_id")
     if len(request.cache_salt) > 1000:
         raise BadRequest(f"cache_salt: {len(request.cache_salt)} characters, give at most 1000", "cache_salt")
+    if len(request.session) > 256:
+        raise BadRequest(f"session: {len(request.session)} characters, give at most 256", "session")
     if not 0 < request.timeout_s <= MAX_TIMEOUT_S:
         raise BadRequest(
             f"timeout_s: {request.timeout_s}, give a number above 0 and up to {MAX_TIMEOUT_S:g}", "timeout_s"

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from ..core.config import PolicyName
 from ..protocol.sampling import SamplingParams
 from ..router.config import RouterConfig
 from ..router.interface import GenerateRequest
@@ -56,7 +57,7 @@ class Outcome:
 
 def draw_scenario(seed: int) -> Scenario:
     rng = random.Random(seed)
-    shape = _with_drafts(_with_one_pool(_with_parking(_draw_shape(rng), seed), seed), seed)
+    shape = _with_drafts(_with_one_pool(_with_parking(_draw_shape(rng, seed), seed), seed), seed)
     profile = replace(ChaosProfile.draw(rng), corrupt_parked=random.Random(f"corrupt {seed}").choice([0.0, 0.3, 1.0]))
     if profile.is_perfect:  # by chance: no fault of the swarm is on
         shape = _with_room(shape)
@@ -86,9 +87,16 @@ def _moment(rng: random.Random, within_s: float) -> float:
     return rng.random() * (within_s + 0.3)
 
 
-def _draw_shape(rng: random.Random) -> ClusterShape:
+def _draw_policy(older: PolicyName, seed: int) -> PolicyName:
+    """Half of all clusters use `auto`, and some another of the newer policies."""
+    newer: list[PolicyName] = ["kv-overlap", "session-affinity", "power-of-two", "random"]
+    rng = random.Random(f"policy {seed}")
+    return rng.choice([older, "auto", "auto", rng.choice([older, *newer])])
+
+
+def _draw_shape(rng: random.Random, seed: int) -> ClusterShape:
     router = RouterConfig(
-        policy=rng.choice(["round-robin", "least-loaded", "prefix-affinity"]),
+        policy=_draw_policy(rng.choice(["round-robin", "least-loaded", "prefix-affinity"]), seed),
         local_prefill_max_tokens=rng.choice([0, 0, 8]),
         max_queued_requests=rng.choice([1024, 1024, 4]),
         max_prefix_blocks=rng.choice([65536, 8]),

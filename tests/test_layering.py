@@ -22,7 +22,7 @@ LAYERS = [
     {"kvtransfer"},
     {"worker", "training"},
     {"prefill_node", "decode_node", "router"},
-    {"gateway"},
+    {"gateway", "simulator"},
     {"deploy", "loadtest"},
     {"cli"},
 ]
@@ -48,6 +48,7 @@ TORCH_FREE = [
     "protocol/",
     "router/",
     "gateway/",
+    "simulator/",
     "deploy/",
     "cli/",
     "loadtest/",

@@ -335,7 +335,7 @@ def test_next_deadline_is_never_in_the_past_after_a_tick(rig):
 
 def test_config_refuses_settings_that_make_no_sense():
     with pytest.raises(ConfigError, match="policy"):
-        RouterConfig(policy="random")  # type: ignore[arg-type]
+        RouterConfig(policy="astrology")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="max_attempts 0"):
         RouterConfig(max_attempts=0)
 

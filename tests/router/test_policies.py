@@ -6,7 +6,18 @@ import pytest
 
 from penstock.core.ids import WorkerKey
 from penstock.router.config import RouterConfig
-from penstock.router.policies import Candidate, LeastLoaded, PrefixAffinity, RoundRobin, make_policy
+from penstock.router.policies import (
+    Ask,
+    Candidate,
+    KvOverlap,
+    LeastLoaded,
+    PowerOfTwo,
+    PrefixAffinity,
+    Random,
+    RoundRobin,
+    SessionAffinity,
+    make_policy,
+)
 
 
 def candidate(name, cost=0, reported=0, matched=0):
@@ -58,8 +69,67 @@ def test_prefix_affinity_takes_the_longest_match_within_the_imbalance(candidates
     assert {picked(PrefixAffinity(100), *order) for order in permutations(candidates)} == {expected}
 
 
+def test_random_repeats_with_its_seed_and_reaches_everyone():
+    workers = [candidate(name) for name in "abcd"]
+    draws = [[picked(policy, *workers) for _ in range(100)] for policy in (Random("s"), Random("s"), Random("t"))]
+    assert draws[0] == draws[1] != draws[2]
+    assert set(draws[0]) == set("abcd")
+
+
+def test_power_of_two_never_takes_the_fullest_and_takes_every_other():
+    workers = [candidate("a", 3), candidate("b", 1), candidate("c", 2), candidate("d", 9)]
+    policy = PowerOfTwo("s")
+    names = [picked(policy, *workers) for _ in range(200)]
+    assert set(names) == set("abc")
+    assert names.count("b") > names.count("c") > names.count("a")
+    assert picked(policy, candidate("a", 9)) == "a"
+
+
 @pytest.mark.parametrize(
-    ("name", "kind"), [("round-robin", RoundRobin), ("least-loaded", LeastLoaded), ("prefix-affinity", PrefixAffinity)]
+    ("candidates", "expected"),
+    [
+        ([candidate("a", 0, 0, 0), candidate("b", 59, 0, 60)], "b"),  # 100 against 59 + 40
+        ([candidate("a", 0, 0, 0), candidate("b", 61, 0, 60)], "a"),  # 100 against 61 + 40
+        ([candidate("a", 0, 2, 0), candidate("b", 60, 1, 60)], "b"),  # both 100: by reports
+        ([candidate("a", 5, 0, 999), candidate("b", 0, 0, 90)], "a"),  # a match beyond the prompt counts as all of it
+    ],
+)
+def test_kv_overlap_adds_what_waits_and_what_is_missing(candidates, expected):
+    for order in permutations(candidates):
+        assert KvOverlap().pick(order, Ask(100)).worker.worker_id == expected
+
+
+def test_session_affinity_keeps_sessions_where_they_are_when_others_leave_or_come():
+    policy, workers = SessionAffinity(100), [candidate(name) for name in "abcde"]
+    homes = {i: policy.pick(workers, Ask(10, f"s{i}")).worker.worker_id for i in range(200)}
+    assert set(homes.values()) == set("abcde")
+    left = [worker for worker in workers if worker.worker.worker_id != "c"]
+    for i, home in homes.items():
+        after = policy.pick(left, Ask(10, f"s{i}")).worker.worker_id
+        assert (after == home) == (home != "c")
+
+
+def test_session_affinity_gives_way_to_load_and_needs_a_session():
+    policy = SessionAffinity(100)
+    workers = [candidate("a"), candidate("b")]
+    home = policy.pick(workers, Ask(10, "s")).worker.worker_id
+    other = "b" if home == "a" else "a"
+    assert picked(policy, candidate("a", 7), candidate("b", 5)) == "b"
+    assert policy.pick([candidate(home, 100), candidate(other)], Ask(10, "s")).worker.worker_id == home
+    assert policy.pick([candidate(home, 101), candidate(other)], Ask(10, "s")).worker.worker_id == other
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("round-robin", RoundRobin),
+        ("random", Random),
+        ("power-of-two", PowerOfTwo),
+        ("least-loaded", LeastLoaded),
+        ("prefix-affinity", PrefixAffinity),
+        ("session-affinity", SessionAffinity),
+        ("kv-overlap", KvOverlap),
+    ],
 )
 def test_make_policy_knows_every_name(name, kind):
     assert isinstance(make_policy(RouterConfig(policy=name)), kind)

@@ -95,7 +95,7 @@ def test_policy_that_reads_no_prefixes_hashes_nothing(policy: str, monkeypatch: 
     def no_hashing(*_: object) -> None:
         raise AssertionError("hashed for nobody")
 
-    monkeypatch.setattr(placement, "extend_block_hashes", no_hashing)
+    monkeypatch.setattr(placement, "extend_rung_hashes", no_hashing)
     rig = Rig(policy=policy)
     rig.join("d0")
     turn(rig, "r", list(range(10)))
