@@ -193,7 +193,7 @@ def test_role_is_hosted_before_it_is_told_and_running_work_ends() -> None:
     assert tokens_of(bench.run(), "r") == expected_tokens(PROMPT, PARAMS)[0], "what runs goes on"
     assert made[0]._peers == {peer: "inproc"}, "it knows the links that were there before it"
     for role in ("both", "decode", "prefill"):
-        bench.core.on_frame(FromRouter("a" * 16, 10, SetRole(role)))  # type: ignore[arg-type]
+        bench.core.on_frame(FromRouter("a" * 16, 10, SetRole(role)))
         assert bench.core.snapshot().role == role
     assert len(made) == 1, "a role that is hosted is not made again"
 
