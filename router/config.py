@@ -26,6 +26,8 @@ class RouterConfig:
     max_active_requests: int = 4096  # accepted, not ended
     worker_timeout_s: float = 1.5  # silence after which a worker counts as lost
     unacknowledged_s: float = 2.0  # a command that no heartbeat covers by then is lost
+    breaker_failures: int = 5  # in a row, that a worker is to blame for: then it is left alone for a while
+    breaker_pause_s: float = 1.0  # at first; doubles, at most 30 s
     max_attempts: int = 4  # in a row without a new token
     unavailable_s: float = 30.0  # wait for a worker that could take the request at all
     retry_backoff_s: float = 0.05  # before the third attempt; doubles, at most 1 s
@@ -65,6 +67,7 @@ class RouterCounters:
     workers_stalled: int = 0  # times that a worker's loop stopped turning while its heartbeats went on
     stale_messages: int = 0  # from an attempt or incarnation that is not the current one
     duplicate_tokens: int = 0  # messages that repeat what was delivered
+    breakers_opened: int = 0  # times that a worker's leg was left alone because attempts failed there
     broken_streams: int = 0  # attempts given up because of a gap or an impossible message
     orphans_aborted: int = 0
     local_prefills: int = 0

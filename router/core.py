@@ -96,6 +96,7 @@ class RouterCore:
             raise
         record.unavailable_at = record.submitted_at + self.config.unavailable_s
         self._life.counters.accepted += 1
+        self._life.blame.note_request()
         self._life.has_news = True
         self._life.arm(record)
         return self._flush()
@@ -309,7 +310,7 @@ class RouterCore:
             return
         log.warning("worker %s lost: %s", worker.key, reason)
         self._life.counters.workers_lost += 1
-        self._life.placer.index.forget(worker.key)
+        self._life.placer.forget(worker.key)
         self._life.move_away(worker, NodeLost(f"worker {worker.key.worker_id} was lost: {reason}"))
         self._introduce_all()
 

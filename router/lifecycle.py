@@ -9,8 +9,9 @@ import logging
 from ..core.clock import Clock
 from ..core.errors import DeadlineExceeded, NodeLost, ProtocolError, ServeError, Unavailable
 from ..core.ids import AttemptKey, IdSource, WorkerKey, new_ticket
-from ..core.tickets import TicketFacts, prove
-from ..protocol.messages import NO_PROOF, Abort, FromRouter, StartDecode, StartPrefill, StepTime, Tokens, pack_ids
+from ..protocol.messages import Abort, FromRouter, StartDecode, StartPrefill, StepTime, Tokens
+from .blame import Blame
+from .commands import proof_of, start_decode, start_prefill
 from .config import RouterConfig, RouterCounters
 from .effects import Deliver, Effect, End, Send
 from .interface import Decision, EndEvent, TokensEvent
@@ -53,6 +54,7 @@ class Lifecycle:
         self.placer = Placer(config, registry, index_secret=ids.token(16).hex(), chooser=chooser)
         self.learner = Learner(self.placer.model, registry)
         self.counters = RouterCounters()
+        self.blame = Blame(self.placer.breakers, self.counters, clock.now())
         self.effects: list[Effect] = []
         self.has_news = False  # something happened that may let a waiting request go
 
@@ -96,11 +98,12 @@ class Lifecycle:
         (prefill or decode).queued_tokens += attempt.queued_tokens
         (prefill or decode).prompts.add(attempt.key, placement.forecast.prefill_s, now)
         timeout_s = max(MIN_TIMEOUT_S, record.deadline - now)
-        proof = self._prove(record, attempt, timeout_s)
-        attempt.decode_number = self._send(decode, self._start_decode(record, attempt, timeout_s, proof))
+        proof = proof_of(self._cluster_key, record, attempt, timeout_s)
+        attempt.decode_number = self._send(decode, start_decode(record, attempt, timeout_s, proof))
         if prefill is not None:
-            attempt.prefill_number = self._send(prefill, self._start_prefill(record, attempt, timeout_s, proof))
+            attempt.prefill_number = self._send(prefill, start_prefill(record, attempt, timeout_s, proof))
         self.placer.note_dispatch(record, placement)
+        self.blame.note_attempt(attempt, now)
         self.counters.attempts += 1
         self.counters.remote_prefills += prefill is not None
         self.counters.local_prefills += prefill is None
@@ -119,50 +122,6 @@ class Lifecycle:
             expected.wait_s,
             expected.prefill_s,
             expected.transfer_s,
-        )
-
-    def _prove(self, record: RequestRecord, attempt: Attempt, timeout_s: float) -> bytes:
-        """Bind the ticket to this attempt, its two workers and its tokens."""
-        if attempt.ticket is None or attempt.prefill is None:
-            return NO_PROOF
-        tokens = record.prompt_bytes + self._output_bytes(record)
-        facts = TicketFacts(attempt.ticket, attempt.prefill, attempt.decode, attempt.key, tokens, timeout_s)
-        return prove(self._cluster_key, facts)
-
-    def _output_bytes(self, record: RequestRecord) -> bytes:
-        """What prefill computes behind the prompt: the tokens that a single choice already has."""
-        return pack_ids(record.choices[0].output_ids) if record.request.params.n == 1 else b""
-
-    def _start_decode(self, record: RequestRecord, attempt: Attempt, timeout_s: float, proof: bytes) -> StartDecode:
-        return StartDecode(
-            record.request_id,
-            attempt.key.attempt,
-            record.prompt_bytes,
-            record.request.params,
-            record.choice_states(),
-            timeout_s,
-            attempt.ticket,
-            attempt.prefill.worker_id if attempt.prefill else None,
-            attempt.prefill.epoch if attempt.prefill else None,
-            record.request.cache_salt,
-            proof,
-        )
-
-    def _start_prefill(self, record: RequestRecord, attempt: Attempt, timeout_s: float, proof: bytes) -> StartPrefill:
-        assert attempt.ticket is not None
-        assert not record.needs_local_prefill
-        return StartPrefill(
-            record.request_id,
-            attempt.key.attempt,
-            attempt.ticket,
-            record.prompt_bytes,
-            record.request.params,
-            attempt.decode.worker_id,
-            attempt.decode.epoch,
-            timeout_s,
-            self._output_bytes(record),
-            record.request.cache_salt,
-            proof,
         )
 
     # ---- tokens
@@ -196,6 +155,7 @@ class Lifecycle:
             self._prompt_computed(attempt)
             self.learner.first_token(record, attempt, item.phases, self._clock.now())
             self._count_running(attempt, attempt.streams)
+            self.blame.note_success(attempt)
             if attempt.prefill is not None:
                 self.placer.note_arrival(record, attempt.decode)
         elif attempt.pace is not None:
@@ -276,12 +236,14 @@ class Lifecycle:
     def fail_attempt(self, record: RequestRecord, error: ServeError, blamed: tuple[WorkerKey, ...]) -> None:
         """Give the attempt up and try again, or end the request with `error` when that has failed too often."""
         now = self._clock.now()
+        assert record.attempt is not None
+        self.blame.note_failure(record.attempt, error, blamed, now)
         self._release(record)
         record.to_waiting(error, blamed, now + self._config.unavailable_s)
         self.table.enqueue(record)
         self._finish_full(record)
         if record.open_choices and record.fruitless < self._config.max_attempts:
-            record.not_before = now + self._backoff(record.fruitless)
+            record.not_before = now + max(self._backoff(record.fruitless), self.blame.retry_wait_s(error, now))
             self.counters.retries += 1
             self.has_news = True
             self.arm(record)

@@ -10,6 +10,7 @@ from ..core.ids import WorkerKey
 from ..core.prefix_hash import BlockHash, hash_key
 from ..protocol.messages import pack_ids
 from .auto import Auto, Targets
+from .breaker import Breakers, Leg
 from .config import RouterConfig
 from .cost_model import CostModel
 from .forecast import Forecast, forecast
@@ -49,6 +50,7 @@ class Placer:
         self, config: RouterConfig, registry: Registry, index_secret: str, chooser: Chooser | None = None
     ) -> None:
         self._config = config
+        self.breakers = Breakers(config.breaker_failures, config.breaker_pause_s)
         self._registry = registry
         self._secret = index_secret
         self.model = CostModel()
@@ -63,7 +65,7 @@ class Placer:
         roomy = [worker for worker in able if self._has_room(record, worker)]
         if not roomy:
             return Refusal.NO_ROOM
-        options = self._options(record, roomy, now)
+        options = self._options(record, self._trusted(roomy, "decode", now) or roomy, now)
         decode, prefill = self._chooser.choose(options)
         uncached = max(0, options.num_tokens - options.held_tokens.get((prefill or decode).key, 0))
         return Placement(decode, prefill, uncached, forecast(self.model, options, decode, prefill))
@@ -81,6 +83,11 @@ class Placer:
         self._insert(record.hashes, placement.decode, is_here=placement.prefill is None)
         if placement.prefill is not None:
             self._insert(record.hashes, placement.prefill)
+
+    def forget(self, worker: WorkerKey) -> None:
+        """This incarnation is gone: it holds nothing and nothing is held against it."""
+        self.index.forget(worker)
+        self.breakers.forget(worker)
 
     def note_arrival(self, record: RequestRecord, decode: WorkerKey) -> None:
         """The prompt's blocks have come to the worker that decodes."""
@@ -164,16 +171,16 @@ class Placer:
             now=now,
             num_tokens=needed,
             decodes=_without(roomy, record.avoid),
-            prefills=[] if must_stay else self._free_prefills(record, needed),
-            prefills_of=partial(self._prefills_of, record),
+            prefills=[] if must_stay else self._free_prefills(record, needed, now),
+            prefills_of=partial(self._prefills_of, record, now),
             held_tokens={key: covered_tokens(depth, size) for key, depth in matches.expected.items()},
             here_tokens={key: covered_tokens(depth, size) for key, depth in matches.here.items()},
             may_stay=must_stay or self._config.disaggregate != "always",
             must_stay=must_stay,
         )
 
-    def _free_prefills(self, record: RequestRecord, needed: int) -> list[WorkerRecord]:
-        return [
+    def _free_prefills(self, record: RequestRecord, needed: int, now: float) -> list[WorkerRecord]:
+        free = [
             worker
             for worker in self._registry.live()
             if worker.can_prefill
@@ -182,11 +189,21 @@ class Placer:
             and worker.hello.max_sequence_tokens >= needed
             and worker.key not in record.avoid
         ]
+        return self._trusted_to_prefill(free, now)
 
-    def _prefills_of(self, record: RequestRecord, decode: WorkerRecord) -> list[WorkerRecord]:
+    def _prefills_of(self, record: RequestRecord, now: float, decode: WorkerRecord) -> list[WorkerRecord]:
         """Where it was prefilled before, if that worker lives: it may still hold the blocks."""
-        free = _without(self._free_to_prefill(record, decode), record.avoid)
+        trusted = self._trusted_to_prefill(self._free_to_prefill(record, decode), now)
+        free = _without(trusted, record.avoid)
         return [worker for worker in free if worker.key == record.prefilled_by] or free
+
+    def _trusted_to_prefill(self, workers: list[WorkerRecord], now: float) -> list[WorkerRecord]:
+        """Where decode may prefill for itself, nobody has to go to one that fails."""
+        trusted = self._trusted(workers, "prefill", now)
+        return trusted or (workers if self._config.disaggregate == "always" else [])
+
+    def _trusted(self, workers: list[WorkerRecord], leg: Leg, now: float) -> list[WorkerRecord]:
+        return [worker for worker in workers if self.breakers.allows(worker.key, leg, now)]
 
     def _hashes(self, record: RequestRecord, block_size: int) -> list[BlockHash]:
         """Hashes of the prompt's full rungs, computed once."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from penstock.core.errors import (
@@ -18,6 +20,8 @@ from penstock.core.errors import (
 from penstock.core.ids import WorkerKey
 from penstock.router.breaker import LONGEST_PAUSE_S, Breakers
 from penstock.router.retry_budget import RetryBudget
+
+from .conftest import Rig
 
 A, B = WorkerKey("a", "1"), WorkerKey("b", "1")
 BROKEN = InternalError("the step failed")
@@ -118,3 +122,56 @@ def test_the_budget_saves_up_no_more_than_its_capacity() -> None:
         budget.note_request()
     assert budget.take(1e6) == budget.take(1e6) == 0.0
     assert budget.take(1e6) > 0
+
+
+def test_a_worker_that_fails_whatever_it_is_given_is_left_alone_and_tried_again(make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig(policy="round-robin", breaker_failures=3, breaker_pause_s=5.0)
+    bad, good = rig.join("d0"), rig.join("d1")
+    asked: list[str] = []
+
+    def one(name: str, *, works: bool) -> None:
+        rig.submit(name)
+        worker, _ = rig.start(name)
+        asked.append(worker.worker_id)
+        if worker == bad and not works:
+            rig.failed(retriable=True, request_id=name, code="internal_error")
+        rig.finish(name, bad, good)
+        assert rig.ends[name].error is None
+
+    for number in range(20):
+        one(f"r{number}", works=False)
+    assert asked.count("d0") == 3
+    assert asked[-10:] == ["d1"] * 10
+    assert rig.core.counters.breakers_opened == 1
+    rig.stay(10.0, bad, good)
+    for number in range(20, 30):
+        one(f"r{number}", works=True)
+    assert asked[-10:].count("d0") >= 4
+
+
+def test_bad_requests_leave_no_worker_alone(make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig(policy="round-robin", breaker_failures=2)
+    rig.join("d0")
+    for number in range(10):
+        rig.submit(f"r{number}")
+        rig.failed(retriable=False, request_id=f"r{number}", code="bad_request")
+    assert rig.core.counters.breakers_opened == 0
+    rig.submit("last")
+    assert rig.start("last")[0] == rig.key("d0")
+
+
+def test_prompts_stay_with_decode_while_prefill_fails(make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig(policy="least-loaded", breaker_failures=2, breaker_pause_s=5.0)
+    prefill, decode = rig.pair()
+    for number in range(4):
+        rig.submit(f"r{number}")
+        if "StartPrefill" in rig.bodies(prefill)[-1:]:
+            rig.prefill_ended(ok=False, request_id=f"r{number}", code="internal_error")
+        rig.finish(f"r{number}", prefill, decode)
+    before = rig.bodies(prefill).count("StartPrefill")
+    rig.submit("local")
+    assert rig.bodies(prefill).count("StartPrefill") == before
+    rig.finish("local", prefill, decode)
+    rig.stay(12.0, prefill, decode)
+    rig.submit("trial")
+    assert rig.bodies(prefill).count("StartPrefill") == before + 1
