@@ -10,7 +10,8 @@ from ..core.clock import Clock
 from ..core.errors import DeadlineExceeded, NodeLost, ProtocolError, ServeError, Unavailable
 from ..core.ids import AttemptKey, IdSource, WorkerKey, new_ticket
 from ..core.tickets import TicketFacts, prove
-from ..protocol.messages import NO_PROOF, Abort, FromRouter, StartDecode, StartPrefill, Tokens, pack_ids
+from ..protocol.messages import NO_PROOF, Abort, FromRouter, StartDecode, StartPrefill, Tokens
+from .commands import output_bytes, start_decode, start_prefill
 from .config import RouterConfig, RouterCounters
 from .effects import Deliver, Effect, End, Send
 from .interface import Decision, EndEvent, TokensEvent
@@ -97,9 +98,9 @@ class Lifecycle:
         (prefill or decode).prompts.add(attempt.key, placement.forecast.prefill_s, now)
         timeout_s = max(MIN_TIMEOUT_S, record.deadline - now)
         proof = self._prove(record, attempt, timeout_s)
-        attempt.decode_number = self._send(decode, self._start_decode(record, attempt, timeout_s, proof))
+        attempt.decode_number = self._send(decode, start_decode(record, attempt, timeout_s, proof))
         if prefill is not None:
-            attempt.prefill_number = self._send(prefill, self._start_prefill(record, attempt, timeout_s, proof))
+            attempt.prefill_number = self._send(prefill, start_prefill(record, attempt, timeout_s, proof))
         self.placer.note_dispatch(record, placement)
         self.counters.attempts += 1
         self.counters.remote_prefills += prefill is not None
@@ -125,45 +126,9 @@ class Lifecycle:
         """Bind the ticket to this attempt, its two workers and its tokens."""
         if attempt.ticket is None or attempt.prefill is None:
             return NO_PROOF
-        tokens = record.prompt_bytes + self._output_bytes(record)
+        tokens = record.prompt_bytes + output_bytes(record)
         facts = TicketFacts(attempt.ticket, attempt.prefill, attempt.decode, attempt.key, tokens, timeout_s)
         return prove(self._cluster_key, facts)
-
-    def _output_bytes(self, record: RequestRecord) -> bytes:
-        """What prefill computes behind the prompt: the tokens that a single choice already has."""
-        return pack_ids(record.choices[0].output_ids) if record.request.params.n == 1 else b""
-
-    def _start_decode(self, record: RequestRecord, attempt: Attempt, timeout_s: float, proof: bytes) -> StartDecode:
-        return StartDecode(
-            record.request_id,
-            attempt.key.attempt,
-            record.prompt_bytes,
-            record.request.params,
-            record.choice_states(),
-            timeout_s,
-            attempt.ticket,
-            attempt.prefill.worker_id if attempt.prefill else None,
-            attempt.prefill.epoch if attempt.prefill else None,
-            record.request.cache_salt,
-            proof,
-        )
-
-    def _start_prefill(self, record: RequestRecord, attempt: Attempt, timeout_s: float, proof: bytes) -> StartPrefill:
-        assert attempt.ticket is not None
-        assert not record.needs_local_prefill
-        return StartPrefill(
-            record.request_id,
-            attempt.key.attempt,
-            attempt.ticket,
-            record.prompt_bytes,
-            record.request.params,
-            attempt.decode.worker_id,
-            attempt.decode.epoch,
-            timeout_s,
-            self._output_bytes(record),
-            record.request.cache_salt,
-            proof,
-        )
 
     # ---- tokens
 
