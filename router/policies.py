@@ -121,13 +121,13 @@ class SessionAffinity:
         idlest = min(candidates, key=_load)
         if not ask.session:
             return idlest
-        home = max(candidates, key=lambda candidate: _rank(ask.session, candidate.worker))
+        home = max(candidates, key=lambda candidate: _preference(ask.session, candidate.worker))
         if home.cost_tokens - idlest.cost_tokens > self._max_imbalance_tokens:
             return idlest
         return home
 
 
-def _rank(session: str, worker: WorkerKey) -> bytes:
+def _preference(session: str, worker: WorkerKey) -> bytes:
     parts = (session.encode(errors="replace"), worker.worker_id.encode())
     return blake2b(b"".join(len(part).to_bytes(4, "little") + part for part in parts), digest_size=16).digest()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from ..core.ids import WorkerKey
@@ -108,8 +109,11 @@ class PrefixIndex:
             depth = _leading(hashes, len(hashes), held.__contains__)
             expected[worker] = depth
             if is_here:
-                here[worker] = _leading(hashes, depth, lambda block_hash, key=worker: self._holders[block_hash][key])
+                here[worker] = _leading(hashes, depth, partial(self._is_here, worker))
         return Matches(expected, here)
+
+    def _is_here(self, worker: WorkerKey, block_hash: BlockHash) -> bool:
+        return self._holders[block_hash][worker]
 
     def forget(self, worker: WorkerKey) -> None:
         """Drop a worker that is gone or lost its cache."""

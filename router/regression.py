@@ -14,8 +14,8 @@ EDGE = 3.0  # usual errors beyond which an observation is cut
 START_ERROR = 1.0  # relative; so wide that the first observations are taken as they are
 ERROR_DECAY = 0.05
 LEAST_ERROR = 0.02
-ONE_SIDED = 0.5  # of the usual error: a mean error beyond it says that the line itself is off
-HASTE = 1.3  # by which the spread grows with each observation then
+ONE_SIDED = 0.85  # of the usual error: a mean error beyond it says that the line itself is off
+HASTE = 1.15  # by which the spread grows with each observation then
 
 
 class Regression:

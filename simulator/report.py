@@ -78,8 +78,8 @@ def percentile(ordered: Sequence[float], share: float) -> float:
     """The smallest value that at least `share` of the ordered values do not exceed; 0 of none."""
     if not ordered:
         return 0.0
-    rank = -(-share * len(ordered) // 1)
-    return ordered[max(0, int(rank) - 1)]
+    place = -(-share * len(ordered) // 1)
+    return ordered[max(0, int(place) - 1)]
 
 
 def _error(pairs: list[tuple[float, float]]) -> float:

@@ -63,7 +63,8 @@ def test_azure_rows_are_read_and_share_nothing(tmp_path: Path) -> None:
         "2023-11-16 18:15:47.1805900,1030,9\n2023-11-16 18:15:48.0000000,5,0\n"
     )
     first, second = load_trace(path)
-    assert (first.num_prompt_tokens, first.num_output_tokens, second.arrival_s) == (374, 44, pytest.approx(0.5))
+    assert (first.num_prompt_tokens, first.num_output_tokens) == (374, 44)
+    assert second.arrival_s == pytest.approx(0.5)
     assert len(second.prefix_ids) == 3
     assert not set(first.prefix_ids) & set(second.prefix_ids)
 
@@ -112,7 +113,8 @@ def test_one_request_handed_over_by_hand() -> None:
 
 def test_one_request_where_it_decodes_by_hand() -> None:
     _, (journey,) = journeys_of([TraceRequest(1.0, 2000, 11, (1, 2, 3, 4))], Shape(num_both=1))
-    assert (journey.ttft_s, journey.tpot_s) == (pytest.approx(2.0), pytest.approx(0.01))
+    assert journey.ttft_s == pytest.approx(2.0)
+    assert journey.tpot_s == pytest.approx(0.01)
 
 
 def test_two_prompts_wait_for_each_other_by_hand() -> None:
@@ -139,7 +141,8 @@ def test_second_turn_computes_only_what_is_new_by_hand() -> None:
     summary = summarize("x", "1B", [first, second], Targets(1.0, 1.0))
     assert summary.hit_rate == pytest.approx(1024 / 2560)
     assert summary.goodput == 0.5  # the first took 1.024 s
-    assert (summary.ttft_p50_s, summary.ttft_p99_s) == (pytest.approx(0.512), pytest.approx(1.024))
+    assert summary.ttft_p50_s == pytest.approx(0.512)
+    assert summary.ttft_p99_s == pytest.approx(1.024)
     cluster.core.check_invariants()
 
 
