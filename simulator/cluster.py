@@ -223,12 +223,12 @@ class TraceCluster:
         arrives_at = max(now, free_at) + self.costs.transfer_s(num_bytes, prefill_s)
         self._links[source.key] = arrives_at
         phases = Phases(
-            prompt.begun_s - prompt.arrived_s,
-            prefill_s,
-            arrives_at - now,
-            prompt.num_cached,
-            -(-missing // BLOCK_TOKENS),
-            num_bytes,
+            queue_s=prompt.begun_s - prompt.arrived_s,
+            prefill_s=prefill_s,
+            transfer_s=arrives_at - now,
+            cached_tokens=prompt.num_cached,
+            transferred_blocks=-(-missing // BLOCK_TOKENS),
+            transferred_bytes=num_bytes,
         )
         self._schedule(arrives_at, _Arrival(prompt, source.key, Stream(prompt.key, request, phases)))
 

@@ -199,7 +199,11 @@ class SimulatedWorker:
         if prompt.decode is not None:
             result.computed.append(prompt)
             return
-        phases = Phases(prompt.begun_s - prompt.arrived_s, now - prompt.begun_s, 0.0, prompt.num_cached)
+        phases = Phases(
+            queue_s=prompt.begun_s - prompt.arrived_s,
+            prefill_s=now - prompt.begun_s,
+            cached_tokens=prompt.num_cached,
+        )
         result.tokens.append(self._join(Stream(prompt.key, prompt.request, phases)))
 
     def retain(self, request: TraceRequest) -> None:

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 from penstock.gateway.metrics import GatewayMetrics
 from penstock.gateway.requests import session_key
 from penstock.gateway.timing import RequestTiming
-from penstock.router.interface import ClusterStatus, Decision
+from penstock.protocol.messages import SampledToken
+from penstock.router.interface import ClusterStatus, Decision, TokensEvent
 from penstock.testing.clock import FakeClock
 
 
@@ -16,9 +17,9 @@ def test_forecast_errors_are_counted_by_what_they_are_of() -> None:
     timing = RequestTiming(clock, clock.now())
     timing.mark_submitted()
     clock.advance(2.0)
-    timing.mark_tokens(1, None)
+    timing.mark_tokens(TokensEvent(0, 0, (SampledToken(1),)))
     clock.advance(0.1)
-    timing.mark_tokens(1, None)
+    timing.mark_tokens(TokensEvent(0, 1, (SampledToken(2),)))
     router = SimpleNamespace(status=lambda: ClusterStatus(True, "", "auto", [], 0, 0))
     metrics = GatewayMetrics(router)  # type: ignore[arg-type]
     metrics.predicted(Decision("auto", "d", None, 1.0, 0.1, 0.0, 1.0, 0.0), timing)
