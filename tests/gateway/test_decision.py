@@ -20,7 +20,7 @@ def test_forecast_errors_are_counted_by_what_they_are_of() -> None:
     clock.advance(0.1)
     timing.mark_tokens(1, None)
     router = SimpleNamespace(status=lambda: ClusterStatus(True, "", "auto", [], 0, 0))
-    metrics = GatewayMetrics(router)  # type: ignore[arg-type]
+    metrics = GatewayMetrics(router)
     metrics.predicted(Decision("auto", "d", None, 1.0, 0.1, 0.0, 1.0, 0.0), timing)
     text = metrics.render().decode()
     assert 'penstock_forecast_error_ratio_sum{of="ttft"} 0.5' in text
