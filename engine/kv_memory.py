@@ -15,6 +15,7 @@ import ctypes
 import fcntl
 import mmap
 import os
+import weakref
 
 from ..core.errors import ConfigError
 
@@ -57,6 +58,7 @@ class KVMemory:
         self.nbytes = num_blocks * self.block_bytes
         self.staging_bytes = staging_bytes
         self._fd = fd
+        self._release_fd = weakref.finalize(self, _close, fd)  # also where nobody closes it
         self._map = mmap.mmap(-1 if fd is None else fd, self.nbytes + staging_bytes)
         self.region = memoryview(self._map)
         self.buffer = self.region[: self.nbytes]
@@ -81,9 +83,8 @@ class KVMemory:
 
     def close(self) -> None:
         """Give the region back. A view that still lives (a torch tensor) keeps the mapping until it goes."""
-        fd, self._fd = self._fd, None
-        if fd is not None:
-            os.close(fd)
+        self._fd = None
+        self._release_fd()
         self.buffer.release()
         self.region.release()
         try:
@@ -118,6 +119,11 @@ def fix_size(fd: int, nbytes: int, what: str) -> None:
     found = os.fstat(fd).st_size
     if found != nbytes or fcntl.fcntl(fd, _GET_SEALS) & _FIXED != _FIXED:
         raise ConfigError(f"{what} has {found} bytes, this worker needs {nbytes}; restart the whole cluster")
+
+
+def _close(fd: int | None) -> None:
+    if fd is not None:
+        os.close(fd)
 
 
 def _sealed_memfd(nbytes: int) -> int | None:

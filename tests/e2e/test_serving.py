@@ -117,13 +117,18 @@ def test_client_that_leaves_frees_its_blocks_on_both_nodes(cluster: Serving, cha
     connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
     response = connection.getresponse()
     response.readline()
-    held = cluster.workers()["decode-0"]
-    assert held["running"] + held["waiting"] > 0 or held["free_blocks"] < held["total_blocks"]
+    deadline = time.monotonic() + 10
+    while not _is_held(cluster.workers()["decode-0"]):  # a heartbeat tells
+        assert time.monotonic() < deadline
     connection.sock.close() if connection.sock else None
     response.close()
     connection.close()
     rows = cluster.wait_rest(10)
     assert all(row["running"] == row["waiting"] == 0 for row in rows.values())
+
+
+def _is_held(row: dict[str, Any]) -> bool:
+    return bool(row["running"] + row["waiting"] > 0 or row["free_blocks"] < row["total_blocks"])
 
 
 def test_bad_bodies_leave_a_live_stream_unchanged(cluster: Serving) -> None:
