@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import re
 import sys
 from pathlib import Path
@@ -62,6 +61,7 @@ def register(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..core.logging import setup_logging
     from ..simulator.costs import MODELS
     from ..simulator.report import Targets
     from ..simulator.runs import POLICIES, simulate
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     for name, known in [(args.model, tuple(MODELS)), *((policy, POLICIES) for policy in policies)]:
         if name not in known:
             raise CliError(f"{name!r} is not known", f"choose from {', '.join(known)}")
-    logging.getLogger("penstock").setLevel(logging.WARNING)
+    setup_logging("simulate", "warning")
     trace = shape_trace(load_trace(Path(args.trace)), args.rate, args.limit)
     rows = []
     for shape in shapes:

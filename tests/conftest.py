@@ -40,16 +40,6 @@ def absent(what: str) -> None:
     pytest.skip(what)
 
 
-@pytest.fixture(autouse=True)
-def logging_as_it_was() -> Iterator[None]:
-    """A command that sets logging up for its process does so for the tests after it as well, if nobody takes it back."""
-    root = logging.getLogger()
-    level, handlers = root.level, set(root.handlers)
-    yield
-    root.setLevel(level)
-    root.handlers[:] = [one for one in root.handlers if one in handlers or type(one) is not logging.StreamHandler]
-
-
 @pytest.fixture(scope="session")
 def repo_root() -> Path:
     return ROOT
