@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
+from ..core.policy import PolicyName
 from .arguments import Commands, add_command, add_model_options, whole_number
 from .errors import CliError
 
@@ -84,16 +85,7 @@ def _add_worker_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--policy",
-        choices=(
-            "auto",
-            "kv-overlap",
-            "prefix-affinity",
-            "session-affinity",
-            "least-loaded",
-            "power-of-two",
-            "round-robin",
-            "random",
-        ),
+        choices=get_args(PolicyName),
         help="how the router picks workers: by a cost model fitted while it runs (auto), or by a fixed rule "
         "(default: prefix-affinity; docs/ROUTING.md)",
     )

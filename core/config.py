@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from .errors import ConfigError
+from .policy import PolicyName
 from .settings import build, setting, to_mapping
 
 VERSION = 1
@@ -21,16 +22,6 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 TransportName = Literal["auto", "shm", "tcp", "nixl", "ucx", "gloo", "nccl", "cuda_ipc"]
 WireDtypeName = Literal["lossless", "auto", "float32", "bfloat16", "float16", "fp8_e4m3", "int8"]
-PolicyName = Literal[
-    "auto",
-    "kv-overlap",
-    "prefix-affinity",
-    "session-affinity",
-    "least-loaded",
-    "power-of-two",
-    "round-robin",
-    "random",
-]
 Disaggregate = Literal["auto", "always", "never"]
 LevelName = Literal["debug", "info", "warning", "error"]
 QuantizationName = Literal["auto", "none", "int8"]

@@ -74,16 +74,6 @@ class Workload:
         return sum(len(conversation.turns) for conversation in self.conversations)
 
     @property
-    def is_all_filling(self) -> bool:
-        """True where no text is prescribed, so that prompts can be sent as token ids."""
-        return all(
-            isinstance(part, Filling)
-            for conversation in self.conversations
-            for turn in conversation.turns
-            for part in turn.parts
-        )
-
-    @property
     def has_conversations(self) -> bool:
         return any(len(one.turns) > 1 or one.history for one in self.conversations)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import get_args
 
-from ..core.config import Disaggregate, PolicyName
+from ..core.config import Disaggregate
 from ..core.errors import ConfigError
+from ..core.policy import PolicyName
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,11 +116,3 @@ class CostModel:
         num_output_tokens = max(1, num_output_tokens)
         self.expected_output_tokens += OUTPUT_WEIGHT * (num_output_tokens - self.expected_output_tokens)
         self.lengths.add(num_output_tokens)
-
-    def figures(self) -> dict[str, tuple[float, ...]]:
-        """The fitted coefficients, for people and reports."""
-        return {
-            "prefill": tuple(self._prefill.coefficients),
-            "transfer": tuple(self._transfer.coefficients),
-            "token": tuple(self._token.coefficients),
-        }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from ..core.quantiles import quantile
 from .cluster import Journey
 
 
@@ -45,8 +46,8 @@ class Summary:
 def summarize(policy: str, shape: str, journeys: Sequence[Journey], targets: Targets) -> Summary:
     """Of all journeys, each ended. Latencies are those of the answers that are whole."""
     whole = [journey for journey in journeys if not journey.error]
-    ttft = sorted(journey.ttft_s for journey in whole)
-    tpot = sorted(journey.tpot_s for journey in whole if journey.num_tokens > 1)
+    ttft = [journey.ttft_s for journey in whole]
+    tpot = [journey.tpot_s for journey in whole if journey.num_tokens > 1]
     good = sum(j.ttft_s <= targets.ttft_s and j.tpot_s <= targets.tpot_s for j in whole)
     prompt_tokens = sum(journey.request.num_prompt_tokens for journey in whole)
     return Summary(
@@ -55,12 +56,12 @@ def summarize(policy: str, shape: str, journeys: Sequence[Journey], targets: Tar
         num_requests=len(journeys),
         num_failed=len(journeys) - len(whole),
         ttft_mean_s=mean(ttft),
-        ttft_p50_s=percentile(ttft, 0.5),
-        ttft_p90_s=percentile(ttft, 0.9),
-        ttft_p99_s=percentile(ttft, 0.99),
+        ttft_p50_s=quantile(ttft, 0.5),
+        ttft_p90_s=quantile(ttft, 0.9),
+        ttft_p99_s=quantile(ttft, 0.99),
         tpot_mean_s=mean(tpot),
-        tpot_p50_s=percentile(tpot, 0.5),
-        tpot_p99_s=percentile(tpot, 0.99),
+        tpot_p50_s=quantile(tpot, 0.5),
+        tpot_p99_s=quantile(tpot, 0.99),
         goodput=good / max(1, len(journeys)),
         hit_rate=sum(journey.num_cached for journey in whole) / max(1, prompt_tokens),
         local_rate=mean([float(j.decision is not None and j.decision.prefill is None) for j in whole]),
@@ -74,13 +75,5 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def percentile(ordered: Sequence[float], share: float) -> float:
-    """The smallest value that at least `share` of the ordered values do not exceed; 0 of none."""
-    if not ordered:
-        return 0.0
-    place = -(-share * len(ordered) // 1)
-    return ordered[max(0, int(place) - 1)]
-
-
 def _error(pairs: list[tuple[float, float]]) -> float:
-    return percentile(sorted(abs(foreseen - seen) / seen for foreseen, seen in pairs if seen > 0), 0.5)
+    return quantile([abs(foreseen - seen) / seen for foreseen, seen in pairs if seen > 0], 0.5)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import get_args
 
-from ..core.config import Disaggregate, PolicyName
+from ..core.config import Disaggregate
+from ..core.policy import PolicyName
 from ..core.errors import ConfigError
 from ..router.config import RouterConfig
 from ..router.options import Chooser

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from ..core.config import PolicyName
+from ..core.policy import PolicyName
 from ..protocol.sampling import SamplingParams
 from ..router.config import RouterConfig
 from ..router.interface import GenerateRequest

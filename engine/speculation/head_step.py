@@ -20,11 +20,12 @@ from ...kernels.quant_linear.grouped import GROUP, group, group_in_4_bits
 from ...kernels.quant_linear.op import QuantEmbedding, QuantLinear, is_native
 from ...models.draft_config import EAGLE3
 from ...models.draft_head import DraftHead
+from ..batch import Batch, Ints
 
-Ints = npt.NDArray[np.int64]
 NumThreads = Callable[[], int]
 
 _LAYER_OUTPUT = (1,)  # as a tap
+_NONE = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -116,25 +117,12 @@ class NativeHeadStep:
         return self._embedding.index_select(0, torch.from_numpy(token_ids)).float()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Batch:
-    """What the kernel reads: implements `StepBatch`, with a slot for a block."""
-
-    token_ids: Ints
-    positions: Ints
-    slot_mapping: Ints
-    cu_seqlens_q: Ints
-    context_lens: Ints
-    block_table: Ints
-    sampled_rows: Ints
-    tree: Ints | None = None
-
-
-def _batch(rows: HeadRows, capacity: int) -> _Batch:
+def _batch(rows: HeadRows, capacity: int) -> Batch:
+    """For the kernel, with a slot for a block."""
     starts = rows.cu_seqlens
     lengths = np.diff(starts)
     first = rows.slots * capacity + rows.num_kept - starts[:-1]
-    return _Batch(
+    return Batch(
         token_ids=rows.token_ids,
         positions=rows.positions,
         slot_mapping=np.repeat(first, lengths) + np.arange(starts[-1]),
@@ -142,6 +130,7 @@ def _batch(rows: HeadRows, capacity: int) -> _Batch:
         context_lens=rows.num_kept + lengths,
         block_table=rows.slots[:, None].copy(),
         sampled_rows=starts[1:] - 1,
+        fresh_blocks=_NONE,
     )
 
 

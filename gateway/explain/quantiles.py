@@ -1,23 +1,14 @@
-"""Quantiles by nearest rank, and what the requests around one are made of."""
+"""What the requests around a quantile are made of."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
+from ...core.quantiles import place_of
 from .parts import Microseconds
 
 BAND = 0.025  # of all requests, on either side of a quantile
-
-
-def place_of(count: int, q: float) -> int:
-    """Place, from 0, of the q-quantile among `count` sorted values."""
-    return min(count - 1, max(0, math.ceil(q * count) - 1))
-
-
-def quantile(values: Sequence[float], q: float) -> float:
-    """0 for no values."""
-    return sorted(values)[place_of(len(values), q)] if values else 0.0
 
 
 def shares_around(parts: Sequence[Microseconds], q: float) -> tuple[float, ...]:

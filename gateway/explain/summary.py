@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
+from ...core.quantiles import quantile
 from .bottleneck import name_bottleneck, name_stream_bottleneck
 from .parts import ITL_PARTS, TTFT_PARTS, Microseconds
-from .quantiles import quantile, shares_around
+from .quantiles import shares_around
 from .report import QUANTILES, Explanation, Latency, PartRow, Pipe, Quantiles, RequestReport
 from .usage import worker_uses
 from .what_if import ttft_s, what_if

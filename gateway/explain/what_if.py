@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ...core.quantiles import quantile
 from .parts import TTFT_PARTS
-from .quantiles import quantile
 from .replay import Job, Size, replay
 from .report import Change, WhatIf, WorkerUse
 from .usage import batch_of, step_line

@@ -10,9 +10,10 @@ import msgspec
 import numpy as np
 import pytest
 
+from penstock.core.quantiles import quantile
 from penstock.gateway.explain.bottleneck import ITL_CAUSES, TTFT_CAUSES
 from penstock.gateway.explain.parts import ITL_PARTS, TTFT_PARTS
-from penstock.gateway.explain.quantiles import quantile, shares_around
+from penstock.gateway.explain.quantiles import shares_around
 from penstock.gateway.explain.report import Explanation, WorkerUse
 from penstock.gateway.explain.summary import explain, latency, report_request
 from penstock.gateway.explain.usage import batch_of, step_line, worker_uses
