@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import get_args
 
 from ..core.config import Disaggregate
-from ..core.policy import PolicyName
 from ..core.errors import ConfigError
+from ..core.policy import PolicyName
 from ..router.config import RouterConfig
 from ..router.options import Chooser
 from .cluster import FOREVER_S, Shape, TraceCluster
