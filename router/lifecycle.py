@@ -9,11 +9,12 @@ import logging
 from ..core.clock import Clock
 from ..core.errors import DeadlineExceeded, NodeLost, ProtocolError, ServeError, Unavailable
 from ..core.ids import AttemptKey, IdSource, WorkerKey, new_ticket
-from ..protocol.messages import Abort, FromRouter, StartDecode, StartPrefill, StepTime, Tokens
+from ..protocol.messages import StepTime, Tokens
+from .accounts import Accounts
 from .blame import Blame
 from .commands import proof_of, start_decode, start_prefill
 from .config import RouterConfig, RouterCounters
-from .effects import Deliver, Effect, End, Send
+from .effects import Deliver, Effect, End
 from .interface import Decision, EndEvent, TokensEvent
 from .learning import Learner
 from .options import Chooser
@@ -46,7 +47,6 @@ class Lifecycle:
         self._config = config
         self._clock = clock
         self._ids = ids
-        self._router_epoch = router_epoch
         self._registry = registry
         self._timers = timers
         self._cluster_key = cluster_key
@@ -56,6 +56,7 @@ class Lifecycle:
         self.counters = RouterCounters()
         self.blame = Blame(self.placer.breakers, self.counters, clock.now())
         self.effects: list[Effect] = []
+        self.books = Accounts(config, clock, router_epoch, registry, self.table, self.effects)
         self.has_news = False  # something happened that may let a waiting request go
 
     # ---- placing
@@ -99,9 +100,9 @@ class Lifecycle:
         (prefill or decode).prompts.add(attempt.key, placement.forecast.prefill_s, now)
         timeout_s = max(MIN_TIMEOUT_S, record.deadline - now)
         proof = proof_of(self._cluster_key, record, attempt, timeout_s)
-        attempt.decode_number = self._send(decode, start_decode(record, attempt, timeout_s, proof))
+        attempt.decode_number = self.books.send(decode, start_decode(record, attempt, timeout_s, proof))
         if prefill is not None:
-            attempt.prefill_number = self._send(prefill, start_prefill(record, attempt, timeout_s, proof))
+            attempt.prefill_number = self.books.send(prefill, start_prefill(record, attempt, timeout_s, proof))
         self.placer.note_dispatch(record, placement)
         self.blame.note_attempt(attempt, now)
         self.counters.attempts += 1
@@ -152,9 +153,9 @@ class Lifecycle:
         if record.state is State.DISPATCHED:
             self.counters.resumed += record.num_output_tokens > 0
             record.to_running()
-            self._prompt_computed(attempt)
+            self.books.prompt_computed(attempt)
             self.learner.first_token(record, attempt, item.phases, self._clock.now())
-            self._count_running(attempt, attempt.streams)
+            self.books.count_running(attempt, attempt.streams)
             self.blame.note_success(attempt)
             if attempt.prefill is not None:
                 self.placer.note_arrival(record, attempt.decode)
@@ -184,7 +185,7 @@ class Lifecycle:
         if choice.is_finished:
             self._note_answer(record, choice, is_computed=item.stop_token is not None)
         self.effects.append(Deliver(record.request_id, event))
-        self._reweigh(record, attempt)
+        self.books.reweigh(record, attempt)
         if choice.is_finished and not record.open_choices:
             attempt.is_decode_over = attempt.is_prefill_over = True
             self.learner.answered(record, attempt, self._clock.now())
@@ -197,7 +198,7 @@ class Lifecycle:
         assert record.attempt is not None
         if choice.is_cancelled:
             self.counters.stale_messages += 1
-            self.abort(record.attempt.decode, record.attempt.key, choice.number)
+            self.books.abort(record.attempt.decode, record.attempt.key, choice.number)
         else:
             self.counters.duplicate_tokens += 1
 
@@ -211,15 +212,10 @@ class Lifecycle:
 
     # ---- ends of attempts and requests
 
-    def current(self, key: AttemptKey) -> RequestRecord | None:
-        """The request of which `key` is the current attempt."""
-        record = self.table.active.get(key.request_id)
-        return record if record is not None and record.attempt is not None and record.attempt.key == key else None
-
     def move_away(self, worker: WorkerRecord, error: ServeError) -> None:
         """Nothing that runs on `worker` goes on there."""
         for attempt in list(worker.attempts):
-            record = self.current(attempt)
+            record = self.books.current(attempt)
             if record is not None:
                 self._lose_side(record, worker, error)
 
@@ -238,7 +234,7 @@ class Lifecycle:
         now = self._clock.now()
         assert record.attempt is not None
         self.blame.note_failure(record.attempt, error, blamed, now)
-        self._release(record)
+        self.books.release(record)
         record.to_waiting(error, blamed, now + self._config.unavailable_s)
         self.table.enqueue(record)
         self._finish_full(record)
@@ -257,7 +253,7 @@ class Lifecycle:
             self.table.waiting.remove(record)
         for choice in record.open_choices:
             self._note_answer(record, choice)
-        self._release(record)
+        self.books.release(record)
         record.to_ended()
         self.table.end(record, self._clock.now())
         self._timers.disarm(record.request_id)
@@ -277,8 +273,8 @@ class Lifecycle:
         if not record.open_choices:
             self.end(record, None)
         elif record.attempt is not None:
-            self._reweigh(record, record.attempt)
-            self.abort(record.attempt.decode, record.attempt.key, choice.number)
+            self.books.reweigh(record, record.attempt)
+            self.books.abort(record.attempt.decode, record.attempt.key, choice.number)
 
     def _note_answer(self, record: RequestRecord, choice: Choice, *, is_computed: bool = False) -> None:
         """The decode worker holds what it produced of this choice; the last token only if another was drawn after
@@ -292,7 +288,7 @@ class Lifecycle:
     def prefill_over(self, record: RequestRecord, attempt: Attempt) -> None:
         """The prefill side has nothing left to do for this attempt."""
         attempt.is_prefill_over = True
-        self._prompt_computed(attempt)
+        self.books.prompt_computed(attempt)
         self.has_news = True
 
     def _finish_full(self, record: RequestRecord) -> None:
@@ -309,74 +305,6 @@ class Lifecycle:
             return 0.0
         return min(MAX_BACKOFF_S, self._config.retry_backoff_s * float(2 ** (fruitless - 2)))
 
-    # ---- what an attempt holds
-
-    def expected_blocks(self, worker: WorkerRecord) -> int:
-        """Blocks that the attempts wanted on `worker` may hold there, without any sharing between requests."""
-        records = [record for key in worker.attempts if (record := self.current(key)) is not None]
-        return sum(self._blocks_at(record, worker) for record in records)
-
-    def _blocks_at(self, record: RequestRecord, worker: WorkerRecord) -> int:
-        assert record.attempt is not None
-        if record.attempt.decode == worker.key:
-            return record.attempt.blocks
-        return -(-record.prefill_tokens() // worker.block_size)
-
-    def _release(self, record: RequestRecord) -> None:
-        """Take the attempt off its workers' accounts and stop the sides that still work on it."""
-        attempt = record.attempt
-        if attempt is None:
-            return
-        self._prompt_computed(attempt)
-        decode = self._registry.find(attempt.decode)
-        if decode is not None:
-            decode.used_blocks -= attempt.blocks
-            decode.num_streams -= attempt.streams
-            self._count_running(attempt, -attempt.streams)
-        attempt.blocks = 0
-        for key in attempt.workers:
-            worker = self._registry.find(key)
-            if worker is not None:
-                worker.attempts.pop(attempt.key, None)
-            is_over = attempt.is_decode_over if key == attempt.decode else attempt.is_prefill_over
-            if worker is not None and worker.is_live and not is_over:
-                self.abort(key, attempt.key)
-
-    def _prompt_computed(self, attempt: Attempt) -> None:
-        worker = self._registry.find(attempt.queue)
-        if worker is not None:
-            worker.queued_tokens -= attempt.queued_tokens
-            worker.prompts.remove(attempt.key, self._clock.now())
-        attempt.queued_tokens = 0
-
-    def _count_running(self, attempt: Attempt, change: int) -> None:
-        """Enter an attempt among the running ones of its decode worker once, and take it off once."""
-        decode = self._registry.find(attempt.decode)
-        if decode is not None and attempt.is_running == (change < 0):
-            decode.num_running += change
-            attempt.is_running = change > 0
-
-    def _reweigh(self, record: RequestRecord, attempt: Attempt) -> None:
-        worker = self._registry.find(attempt.decode)
-        if worker is not None:
-            blocks = record.blocks(worker.block_size)
-            worker.used_blocks += blocks - attempt.blocks
-            attempt.blocks = blocks
-
-    def abort(self, key: WorkerKey, attempt: AttemptKey, choice: int | None = None) -> None:
-        """Send an Abort unless the same one is on its way."""
-        body = Abort(attempt.request_id, attempt.attempt, choice)
-        worker = self._registry.find(key)
-        if worker is None:
-            # Number 0: an incarnation the router does not know has no numbered commands.
-            self.effects.append(Send(key, FromRouter(self._router_epoch, 0, body)))
-        elif worker.note_abort(attempt, choice, self._clock.now(), self._config.unacknowledged_s):
-            self._send(worker, body)
-
-    def _send(self, worker: WorkerRecord, body: Abort | StartDecode | StartPrefill) -> int:
-        self.effects.append(worker.command(self._router_epoch, body))
-        return worker.last_number
-
     # ---- time
 
     def arm(self, record: RequestRecord) -> None:
@@ -386,20 +314,9 @@ class Lifecycle:
             when = min(when, record.unavailable_at)
             if record.not_before > now:
                 when = min(when, record.not_before)
-        elif record.state is State.DISPATCHED and record.attempt and self.unacknowledged(record.attempt):
+        elif record.state is State.DISPATCHED and record.attempt and self.books.unacknowledged(record.attempt):
             when = min(when, record.attempt.sent_at + self._config.unacknowledged_s)
         self._timers.arm(record.request_id, when)
-
-    def unacknowledged(self, attempt: Attempt) -> WorkerKey | None:
-        """A worker of this attempt whose heartbeats do not cover its command yet."""
-        pairs = [(attempt.decode, attempt.decode_number)]
-        if attempt.prefill is not None and not attempt.is_prefill_over:
-            pairs.append((attempt.prefill, attempt.prefill_number))
-        for key, number in pairs:
-            worker = self._registry.find(key)
-            if worker is None or worker.received < number:
-                return key
-        return None
 
     def on_timer(self, record: RequestRecord) -> None:
         """The request's timer went off: find out why."""
@@ -410,7 +327,7 @@ class Lifecycle:
         if record.state is State.WAITING:
             self._on_waiting_timer(record, now)
         elif record.state is State.DISPATCHED and record.attempt is not None:
-            late = self.unacknowledged(record.attempt)
+            late = self.books.unacknowledged(record.attempt)
             if late is not None and now >= record.attempt.sent_at + self._config.unacknowledged_s:
                 waited = self._config.unacknowledged_s
                 error = NodeLost(f"worker {late.worker_id} did not acknowledge a command within {waited:g} s")
