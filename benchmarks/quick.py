@@ -51,7 +51,10 @@ class Stream:
         return self.token_times[0] - self.sent
 
 
-async def request(session: aiohttp.ClientSession, url: str, prompt: list[int], num_new: int) -> Stream:
+async def request(
+    session: aiohttp.ClientSession, url: str, prompt: list[int], num_new: int, stream: Stream | None = None
+) -> Stream:
+    """The whole answer; a given `stream` is filled as it comes."""
     body = {
         "model": "smollm2-135m-instruct",
         "prompt": prompt,
@@ -61,7 +64,8 @@ async def request(session: aiohttp.ClientSession, url: str, prompt: list[int], n
         "stream": True,
         "stream_options": {"include_usage": True, "continuous_usage_stats": True},
     }
-    stream = Stream(time.perf_counter())
+    stream = stream or Stream(0.0)
+    stream.sent = time.perf_counter()
     async with session.post(f"{url}/v1/completions", json=body) as response:
         response.raise_for_status()
         async for line in response.content:
