@@ -7,8 +7,11 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -16,11 +19,13 @@ from typing import TYPE_CHECKING, TextIO
 from ..loadtest.names import TEXTS, TIMED
 from .arguments import Commands, add_command
 from .bench_options import add_bench_serve_options
-from .errors import FAILURE, USAGE, CliError
+from .errors import FAILURE, INTERRUPTED, USAGE, CliError
 from .terminal import printable, table
 
 if TYPE_CHECKING:
-    from ..loadtest.bench import Choice, Outcome, Task
+    from asyncio import AbstractEventLoop
+
+    from ..loadtest.bench import Bench, Choice, Outcome, Task
     from ..loadtest.choices import ArrivalChoice, ArrivalShape, WorkloadChoice
     from ..loadtest.lengths import Lengths
     from ..loadtest.metrics import Targets
@@ -57,11 +62,28 @@ def run(args: argparse.Namespace) -> int:
         if not path.parent.is_dir():
             raise CliError(f"{path}: there is no folder {path.parent}", "make it, or name another file", USAGE)
     bench = Bench(clock, watch=None if progress is None else progress.hear)
-    with asyncio.Runner() as runner:
+    with asyncio.Runner() as runner, interrupting(runner.get_loop(), bench):
         outcome = runner.run(perform(task, choice, bench, lambda url: Client(url, clock, key, args.timeout)))
     if progress is not None:
         progress.end()
     return tell(outcome, args)
+
+
+@contextmanager
+def interrupting(loop: AbstractEventLoop, bench: Bench) -> Iterator[None]:
+    """The first Ctrl-C ends the run with what it has, the second ends the program."""
+
+    def on_interrupt() -> None:
+        loop.remove_signal_handler(signal.SIGINT)
+        print("\nending with what there is; Ctrl-C again gives up", file=sys.stderr, flush=True)
+        bench.interrupt()
+
+    loop.add_signal_handler(signal.SIGINT, on_interrupt)
+    try:
+        yield
+    finally:
+        if not loop.is_closed():
+            loop.remove_signal_handler(signal.SIGINT)
 
 
 def tell(outcome: Outcome, args: argparse.Namespace) -> int:
@@ -84,6 +106,8 @@ def tell(outcome: Outcome, args: argparse.Namespace) -> int:
         print("\n".join(part for part in (title, table(rows, numbers), *one.notes) if part))
     for text in warnings(outcome):
         print(f"penstock: warning: {printable(text)}", file=sys.stderr)
+    if outcome.is_interrupted:
+        return INTERRUPTED
     completed = sum(run.summary.throughput.completed for run in outcome.runs)
     return 0 if completed and outcome.is_valid else FAILURE
 

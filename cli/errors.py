@@ -6,6 +6,7 @@ import sys
 
 FAILURE = 1
 USAGE = 2
+INTERRUPTED = 130
 
 
 class CliError(Exception):

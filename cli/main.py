@@ -15,9 +15,7 @@ from .. import __version__
 from ..core.errors import ConfigError, ServeError
 from . import bench, chat, doctor, explain, generate, models, role, roles, serve, simulate, status, top, train_draft
 from .arguments import Parser
-from .errors import FAILURE, USAGE, CliError, print_error
-
-INTERRUPTED = 130
+from .errors import FAILURE, INTERRUPTED, USAGE, CliError, print_error
 
 
 def build_parser() -> Parser:

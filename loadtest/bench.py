@@ -58,6 +58,7 @@ class Run:
     records: list[Record]
     summary: Summary
     rate: float = 0.0  # that a search asked for
+    num_cut_off: int = 0  # requests under way when the run was interrupted; they are in no figure
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,7 @@ class Outcome:
     found: list[Found] = field(default_factory=list)
     compared: list[Compared] = field(default_factory=list)
     targets: list[Target] = field(default_factory=list)
+    is_interrupted: bool = False
 
     @property
     def is_valid(self) -> bool:
@@ -114,6 +116,14 @@ class Bench:
 
     def __init__(self, clock: Clock, sleep: Sleep = asyncio.sleep, watch: Watch | None = None) -> None:
         self._clock, self._sleep, self._watch = clock, sleep, watch
+        self._running: Runner | None = None
+        self.is_interrupted = False
+
+    def interrupt(self) -> None:
+        """End the run under way with what it has, and begin no other. Call it in the loop's thread."""
+        self.is_interrupted = True
+        if self._running is not None:
+            self._running.stop()
 
     async def run(
         self,
@@ -133,16 +143,29 @@ class Bench:
             await reset_cache(server.client)
         await self._warm_up(server, form, workload, salt)
         workload, schedule = arrivals.schedule(workload, choice.seed)
-        recorded = await self._runner(server, form, salt, label, is_decided).run(workload, schedule)
+        recorded = await self._perform(self._runner(server, form, salt, label, is_decided), workload, schedule)
+        records = recorded.records
+        if self.is_interrupted:
+            records = [record for record in records if not record.is_given_up]
         summary = summarize(
-            recorded.records,
+            records,
             choice.targets,
             recorded.loop_lags_s,
             recorded.cpu_share,
             arrivals.is_open_loop and arrivals.is_steady,
             choice.max_lag_s,
         )
-        return Run(label, server.target, workload, arrivals, recorded.records, summary)
+        num_cut_off = len(recorded.records) - len(records)
+        return Run(label, server.target, workload, arrivals, records, summary, num_cut_off=num_cut_off)
+
+    async def _perform(self, runner: Runner, workload: Workload, schedule: Schedule) -> Recorded:
+        if self.is_interrupted:
+            return Recorded()
+        self._running = runner
+        try:
+            return await runner.run(workload, schedule)
+        finally:
+            self._running = None
 
     async def search(
         self, server: Server, shares: Sequence[float], limits: Limits, probe: ProbeSize, outcome: Outcome
@@ -159,6 +182,8 @@ class Bench:
                 is_decided = missed_for_sure(server.choice.targets, min(shares))
                 run = await self.run(server, workload, arrivals, number, label, is_decided)
                 outcome.runs.append(replace(run, rate=rate))
+                if self.is_interrupted:  # a probe that was cut off says nothing of its rate
+                    return
                 search.add(probe_of(rate, run.summary))
             probes = search.probes
             outcome.found.append(Found(share, search.best, search.is_client_bound))
@@ -175,6 +200,8 @@ class Bench:
                 run = await self.run(server, server.workload(), server.choice.arrivals, salt, label)
                 outcome.runs.append(run)
                 runs[number, leg] = run
+                if self.is_interrupted:
+                    return
         for other in range(1, len(servers)):
             for figure in FIGURES:
                 legs = (Leg(0), Leg(0, is_again=True), Leg(other))
@@ -200,7 +227,7 @@ class Bench:
         if server.choice.warmup:
             some = replace(workload, conversations=workload.conversations[: server.choice.warmup])
             runner = self._runner(server, form, salt + WARMUP_SALT, "warm-up")
-            await runner.run(some, Schedule(concurrency=WARMUP_CONCURRENCY))
+            await self._perform(runner, some, Schedule(concurrency=WARMUP_CONCURRENCY))
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,4 +311,5 @@ async def perform(task: Task, choice: Choice, bench: Bench, open_client: Callabl
         else:
             server = servers[0]
             outcome.runs.append(await bench.run(server, server.workload(), choice.arrivals, label="run"))
+    outcome.is_interrupted = bench.is_interrupted
     return outcome

@@ -113,7 +113,7 @@ class Client:
 
     def _why_ended(self) -> Failure:
         if self._is_giving_up:
-            return Failure(ErrorKind.GIVEN_UP, "the probe's verdict was known")
+            return Failure(ErrorKind.GIVEN_UP, "what was known of the run was enough")
         return Failure(ErrorKind.TIMEOUT, f"no end after {self._timeout_s:g} s")
 
     async def _stream(

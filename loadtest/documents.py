@@ -108,6 +108,7 @@ def _own(run: Run, outcome: Outcome) -> Json:
         "is_valid": summary.is_valid,
         "why_invalid": summary.client.why_invalid(),
         "is_saturated": summary.is_saturated,
+        "is_interrupted": outcome.is_interrupted and run is outcome.runs[-1],
         "url": run.target.url,
         "seed": outcome.choice.seed,
         "arrivals": run.arrivals.describe(),

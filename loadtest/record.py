@@ -80,6 +80,10 @@ class Record:
         return self.failure is None
 
     @property
+    def is_given_up(self) -> bool:
+        return self.failure is not None and self.failure.kind is ErrorKind.GIVEN_UP
+
+    @property
     def output_tokens(self) -> int:
         return self.chunk_tokens if self.use.completion_tokens is None else self.use.completion_tokens
 

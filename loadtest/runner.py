@@ -21,6 +21,7 @@ from .rendering import Renderer
 from .sending import PATHS, Dialogue, RequestForm
 
 HEARTBEAT_S = 0.005
+LOOK_S = 0.25  # so often a wait for the next request looks whether the run is over
 EARLY_S = 1e-7  # so much before its time is on time: sums of times round
 MAX_AHEAD_TOKENS = 4_000_000  # prompts up to this many tokens are all made before the run; about 30 MB of JSON
 
@@ -121,6 +122,8 @@ class Runner:
             if place:
                 body = dialogue.body(turn)
                 await self._wait_until(at_s)
+                if self._is_over:
+                    return
             asked = Asked(number, at_s, turn.num_prompt_tokens, turn.num_output_tokens, place, conversation.category)
             record, text = await self._client.send(Call(asked, PATHS[self._form.endpoint], body), self._start_s)
             self._recorded.records.append(record)
@@ -134,8 +137,12 @@ class Runner:
 
     def _decide(self) -> None:
         if not self._is_over and self._is_decided is not None and self._is_decided(self._recorded):
-            self._is_over = True
-            self._client.give_up()
+            self.stop()
+
+    def stop(self) -> None:
+        """Send nothing more and give up what is under way; `run` returns what there is."""
+        self._is_over = True
+        self._client.give_up()
 
     def _all_ready(self, workload: Workload) -> list[tuple[Dialogue, bytes]]:
         total = sum(one.num_tokens for one in workload.conversations)
@@ -146,8 +153,8 @@ class Runner:
         return dialogue, dialogue.body(conversation.turns[0])
 
     async def _wait_until(self, at_s: float) -> None:
-        while (wait_s := at_s - self._now()) > EARLY_S:
-            await self._sleep(wait_s)
+        while (wait_s := at_s - self._now()) > EARLY_S and not self._is_over:
+            await self._sleep(min(wait_s, LOOK_S))
 
     async def _heartbeat(self) -> None:
         """How late this loop wakes: an answer that has come is read as late as that."""

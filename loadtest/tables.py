@@ -41,6 +41,12 @@ def run_tables(run: Run, outcome: Outcome) -> list[Table]:
 def warnings(outcome: Outcome) -> list[str]:
     """What a reader has to know before any figure."""
     found = []
+    if outcome.is_interrupted:
+        last = outcome.runs[-1]
+        found.append(
+            f"INTERRUPTED: of the last run's {last.workload.num_requests} requests {last.summary.sent} had ended; "
+            f"{last.num_cut_off} that were under way are left out of all figures"
+        )
     for run in outcome.runs:
         found += [f"{run.label}: {text}" for text in _warnings(run, is_search=bool(outcome.found))]
     found += [

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import csv
 import json
+import os
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -187,3 +189,22 @@ def test_file_that_is_not_what_it_should_be_is_refused(tmp_path: Path, capsys: p
     with listening(MockServer(lambda *_: steady(0.001, 0.001, 3))) as url:
         assert main(["bench", "serve", "--url", url, *EASY, *words]) == 2
     assert "no column 'TIMESTAMP'" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_the_run_with_what_it_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupting(number: int, body: Body) -> Script:
+        if number == 25:
+            os.kill(os.getpid(), signal.SIGINT)
+        return steady(0.02, 0.002 if number < 20 else 5.0, int(body["max_tokens"]))
+
+    path = tmp_path / "report.json"
+    with listening(MockServer(interrupting)) as url:
+        code = main(["bench", "serve", "--url", url, *WORDS, "--max-lag-ms", "60000", "--json", str(path)])
+    captured = capsys.readouterr()
+    document = json.loads(path.read_bytes())
+    assert code == 130
+    assert "INTERRUPTED" in captured.err
+    assert document["penstock"]["is_interrupted"]
+    assert 0 < document["completed"] < 30
+    assert document["failed"] == 0
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

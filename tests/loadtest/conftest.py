@@ -14,6 +14,7 @@ import pytest
 from penstock.loadtest.bench import Bench, Choice, Outcome, Task, perform
 from penstock.loadtest.client import Client
 from penstock.loadtest.record import Arrival, Asked, ErrorKind, Failure, Record, Use
+from penstock.loadtest.runner import Recorded
 from penstock.testing.mock_server import Body, MockServer, Script
 from penstock.testing.virtual_loop import VirtualLoop, run_virtual
 
@@ -40,6 +41,7 @@ def load_test(tmp_path: Path) -> Callable[..., Tested]:
         task: Task | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         timeout_s: float = 600.0,
+        interrupt_after: int | None = None,
         **settings: Any,
     ) -> Tested:
         scripts = scripts if isinstance(scripts, list) else [scripts]
@@ -57,7 +59,13 @@ def load_test(tmp_path: Path) -> Callable[..., Tested]:
             async with AsyncExitStack() as stack:
                 for number, server in enumerate(servers):
                     await stack.enter_async_context(server.at(str(tmp_path / f"server-{number}")))
-                outcome = await perform(task or Task(urls), choice, Bench(loop, sleep), client)
+
+                def interrupt(_: str, recorded: Recorded, __: float) -> None:
+                    if len(recorded.records) == interrupt_after:
+                        bench.interrupt()
+
+                bench = Bench(loop, sleep, interrupt)
+                outcome = await perform(task or Task(urls), choice, bench, client)
             return Tested(outcome, servers)
 
         return run_virtual(main())

@@ -15,6 +15,7 @@ from penstock.loadtest.lengths import Lengths
 from penstock.loadtest.metrics import Targets
 from penstock.loadtest.search import Limits
 from penstock.loadtest.sending import RequestForm
+from penstock.loadtest.tables import tables, warnings
 from penstock.testing.mock_server import Body, Piece, Script, steady
 
 LoadTest = Callable[..., Any]
@@ -355,3 +356,32 @@ def test_named_model_that_is_not_served_is_refused(load_test: LoadTest) -> None:
 def test_server_that_fails_from_the_start_is_refused(load_test: LoadTest) -> None:
     with pytest.raises(ConfigError, match="did not answer a request for two tokens: scripted 500"):
         load_test(lambda *_: Script(status=500), choice())
+
+
+def test_interrupted_run_reports_what_had_ended_and_sends_nothing_more(load_test: LoadTest) -> None:
+    tested = load_test(lambda *_: steady(0.25, 0.1, 30), choice(), interrupt_after=10)
+    run = tested.outcome.runs[0]
+    assert tested.outcome.is_interrupted
+    assert run.summary.sent == 10
+    assert run.num_cut_off > 0
+    assert not run.summary.errors
+    assert len(tested.server.served) - NO_WARMUP == 10 + run.num_cut_off < 40
+    assert run.summary.goodput is not None
+    assert run.summary.goodput.sent == 10
+    assert warnings(tested.outcome)[0].startswith("INTERRUPTED: of the last run's 40 requests 10 had ended")
+
+
+def test_interrupted_comparison_begins_no_other_run(load_test: LoadTest) -> None:
+    scripts = [lambda *_: steady(0.1, 0.02, 10)] * 2
+    outcome = load_test(scripts, choice(), interrupt_after=5).outcome
+    assert [run.summary.sent for run in outcome.runs] == [5]
+    assert not outcome.compared
+    assert len(tables(outcome)) > 0
+
+
+def test_interrupted_search_names_no_rate(load_test: LoadTest) -> None:
+    task = Task(("http://server-0",), (0.9,), Limits(start=4.0), ProbeSize(10.0, 20))
+    outcome = load_test(lambda *_: steady(0.1, 0.02, 10), choice(), task, interrupt_after=5).outcome
+    assert [run.summary.sent for run in outcome.runs] == [5]
+    assert not outcome.found
+    assert len(tables(outcome)) > 0
