@@ -147,8 +147,6 @@ def task_of(args: argparse.Namespace) -> Task:
     urls = tuple(Server(url, None).url for url in (args.url, *args.against))
     if args.search and not args.goodput:
         raise CliError("--search: say what a good request keeps", "for example --goodput ttft:500 tpot:50", USAGE)
-    if args.search and args.against:
-        raise CliError("--search: one server at a time", "leave --against out", USAGE)
     if args.search and arrivals_of(args).shape not in ("poisson", "gamma", "constant", "trace"):
         raise CliError("--search: needs arrivals at a rate: poisson, gamma, constant or trace", "", USAGE)
     try:

@@ -21,7 +21,7 @@ from .plan import Workload
 from .record import Record
 from .rendering import Renderer
 from .runner import Recorded, Runner, Schedule, Sleep
-from .search import Limits, Probe, RateSearch
+from .search import Limits, Probe, ShareSearch
 from .sending import RequestForm
 from .target import Target, agree_on_form, calibrate, find_target, reset_cache
 
@@ -68,6 +68,7 @@ class Found:
     share: float
     rate: float
     is_client_bound: bool
+    server: int = 0
 
 
 @dataclass(slots=True)
@@ -168,25 +169,37 @@ class Bench:
             self._running = None
 
     async def search(
-        self, server: Server, shares: Sequence[float], limits: Limits, probe: ProbeSize, outcome: Outcome
+        self, servers: Sequence[Server], shares: Sequence[float], limits: Limits, probe: ProbeSize, outcome: Outcome
     ) -> None:
-        """The highest rate for each share, the strictest first; later ones know all probes of those before."""
-        probes: list[Probe] = []
-        for share in sorted(shares, reverse=True):
-            search = RateSearch(share, limits, list(probes))
-            while (rate := search.next_rate()) is not None:
-                workload = server.workload(probe.count(rate))
-                arrivals = server.choice.arrivals.with_rate(rate, workload)
-                number = len(outcome.runs) + 1
-                label = f"probe {number}, {rate:.3g} requests/s"
-                is_decided = missed_for_sure(server.choice.targets, min(shares))
-                run = await self.run(server, workload, arrivals, number, label, is_decided)
-                outcome.runs.append(replace(run, rate=rate))
+        """The highest rate of each server for each share. Servers take turns, a probe each."""
+        searches = [ShareSearch(shares, limits) for _ in servers]
+        left = dict(enumerate(servers))
+        while left:
+            for number, server in list(left.items()):
+                rate = searches[number].next_rate()
+                if rate is None:
+                    del left[number]
+                    continue
+                run = await self._probe(server, rate, probe, shares, outcome)
                 if self.is_interrupted:  # a probe that was cut off says nothing of its rate
                     return
-                search.add(probe_of(rate, run.summary))
-            probes = search.probes
-            outcome.found.append(Found(share, search.best, search.is_client_bound))
+                searches[number].add(probe_of(rate, run.summary))
+        for number, search in enumerate(searches):
+            outcome.found += [Found(one.share, one.best, one.is_client_bound, number) for one in search.done]
+
+    async def _probe(
+        self, server: Server, rate: float, probe: ProbeSize, shares: Sequence[float], outcome: Outcome
+    ) -> Run:
+        workload = server.workload(probe.count(rate))
+        arrivals = server.choice.arrivals.with_rate(rate, workload)
+        number = len(outcome.runs) + 1
+        label = f"probe {number}, {rate:.3g} requests/s"
+        if len(outcome.targets) > 1:
+            label += f", {server.target.url}"
+        is_decided = missed_for_sure(server.choice.targets, min(shares))
+        run = replace(await self.run(server, workload, arrivals, number, label, is_decided), rate=rate)
+        outcome.runs.append(run)
+        return run
 
     async def compare(self, servers: Sequence[Server], num_rounds: int, outcome: Outcome) -> None:
         """Interleaved rounds, the first server twice in each."""
@@ -304,8 +317,7 @@ async def perform(task: Task, choice: Choice, bench: Bench, open_client: Callabl
             servers.append(await Server.meet(client, choice))
         outcome.targets = [server.target for server in servers]
         if task.shares:
-            for server in servers[:1]:
-                await bench.search(server, task.shares, task.limits, task.probe, outcome)
+            await bench.search(servers, task.shares, task.limits, task.probe, outcome)
         elif len(servers) > 1:
             await bench.compare(servers, task.num_rounds, outcome)
         else:

@@ -26,7 +26,12 @@ def as_json(outcome: Outcome, date: str) -> bytes:
     document: Json = {
         "date": date,
         "searches": [
-            {"attainment": one.share, "request_rate": one.rate, "is_client_bound": one.is_client_bound}
+            {
+                "attainment": one.share,
+                "request_rate": one.rate,
+                "is_client_bound": one.is_client_bound,
+                "server": one.server,
+            }
             for one in outcome.found
         ],
         "servers": [{"url": target.url, "model_id": target.model} for target in outcome.targets],

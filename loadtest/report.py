@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from .bench import Outcome, Run
+from .bench import Found, Outcome, Run
 from .metrics import tokens_by_second, ttft_parts
 from .plots import Axes, Line, bars, cumulative, plot, thinned
 from .steady import concurrency
@@ -73,11 +73,16 @@ def _across(outcome: Outcome) -> str:
         lines.append(Line(target, points, has_dots=True))
         medians = sorted((run.summary.offered_rate, 1e3 * run.summary.latencies.ttft.median) for run in runs)
         latency.append(Line(target, medians, has_dots=True))
-    marks = tuple((f"≥ {one.share:.0%}", one.rate) for one in outcome.found if one.rate)
+    marks = tuple((_mark(one, outcome), one.rate) for one in outcome.found if one.rate)
     attainment = plot(
         "Attainment by rate", lines, Axes("requests per s", "% that kept all targets", y_max=102, marks=marks)
     )
     return "<h2>All runs</h2>" + attainment + plot("TTFT by rate", latency, Axes("requests per s", "TTFT p50, ms"))
+
+
+def _mark(one: Found, outcome: Outcome) -> str:
+    server = f" {outcome.targets[one.server].url}" if len(outcome.targets) > 1 else ""
+    return f"≥ {one.share:.0%}{server}"
 
 
 def _run(run: Run, outcome: Outcome) -> str:

@@ -8,6 +8,7 @@ together. Missing at a rate means missing above it: where probes say otherwise, 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
@@ -95,3 +96,32 @@ class RateSearch:
     def _confirm(self, rate: float) -> float | None:
         asked = sum(probe.rate == rate for probe in self.probes)
         return rate if asked <= self.limits.num_confirmations else None
+
+
+class ShareSearch:
+    """The highest rate of one server for each of several shares, the strictest first; later ones know all probes of
+    those before. `done` are the searches that are over.
+    """
+
+    def __init__(self, shares: Sequence[float], limits: Limits) -> None:
+        self._left = sorted(shares)
+        self._limits = limits
+        self._current: RateSearch | None = None
+        self.done: list[RateSearch] = []
+
+    def next_rate(self) -> float | None:
+        """See `RateSearch`."""
+        while self._current is not None or self._left:
+            if self._current is None:
+                known = list(self.done[-1].probes) if self.done else []
+                self._current = RateSearch(self._left.pop(), self._limits, known)
+            rate = self._current.next_rate()
+            if rate is not None:
+                return rate
+            self.done.append(self._current)
+            self._current = None
+        return None
+
+    def add(self, probe: Probe) -> None:
+        assert self._current is not None, "a probe follows a rate that was asked for"
+        self._current.add(probe)

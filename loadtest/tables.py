@@ -25,7 +25,7 @@ class Table:
 def tables(outcome: Outcome) -> list[Table]:
     """The whole outcome, what matters most first."""
     if outcome.found:
-        return [_found(outcome), *([*run_tables(best, outcome)] if (best := _best(outcome)) else [])]
+        return [_found(outcome), *(table for run in _best(outcome) for table in run_tables(run, outcome))]
     if outcome.compared or len(outcome.runs) > 1:
         return [_compared(outcome), _runs(outcome)]
     return [table for run in outcome.runs for table in run_tables(run, outcome)]
@@ -76,10 +76,13 @@ def _warnings(run: Run, is_search: bool) -> list[str]:
     return texts
 
 
-def _best(outcome: Outcome) -> Run | None:
-    """The run at the highest rate that met the lowest share."""
-    rate = max((one.rate for one in outcome.found), default=0.0)
-    return next((run for run in outcome.runs if run.rate == rate), None)
+def _best(outcome: Outcome) -> list[Run]:
+    """Of each server, the run at the highest rate that met the lowest share."""
+    found = []
+    for number, target in enumerate(outcome.targets):
+        rate = max((one.rate for one in outcome.found if one.server == number), default=0.0)
+        found += [run for run in outcome.runs if run.rate == rate and run.target is target][:1]
+    return found
 
 
 def _facts(run: Run, targets: Targets) -> Table:
@@ -182,8 +185,16 @@ def _phases(summary: Summary) -> Table:
 
 def _found(outcome: Outcome) -> Table:
     title = f"highest rate with {targets_text(outcome.choice.targets)}"
-    rows: Rows = [("requests that keep them", "requests per s")]
-    rows += [(f"≥ {one.share:.0%}", f"{one.rate:.3f}" if one.rate else "none found") for one in outcome.found]
+    has_many = len(outcome.targets) > 1
+    rows: Rows = [("requests that keep them", *(["server"] if has_many else []), "requests per s")]
+    rows += [
+        (
+            f"≥ {one.share:.0%}",
+            *([outcome.targets[one.server].url] if has_many else []),
+            f"{one.rate:.3f}" if one.rate else "none found",
+        )
+        for one in outcome.found
+    ]
     notes = tuple(
         f"{run.label}: {run.summary.goodput.attainment:.1%} of {run.summary.sent}{_marks(run)}"
         for run in outcome.runs

@@ -106,7 +106,6 @@ def test_server_that_is_not_there_is_an_error(capsys: pytest.CaptureFixture[str]
         (["--goodput", "ttft=5"], "--goodput: 'ttft=5' is no target"),
         (["--goodput", "ttft:0"], "--goodput: 'ttft:0' is no target"),
         (["--search"], "--search: say what a good request keeps"),
-        (["--search", "--goodput", "ttft:5", "--against", "http://x"], "--search: one server at a time"),
         (["--search", "--goodput", "ttft:5", "--concurrency", "4"], "--search: needs arrivals at a rate"),
         (["--search", "--goodput", "ttft:5", "--attainment", "90"], "--attainment: shares lie between 0 and 1"),
         (["--search", "--goodput", "ttft:5", "--attainment", "x"], "--attainment: 'x' is not a list"),

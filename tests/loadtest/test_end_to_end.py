@@ -385,3 +385,18 @@ def test_interrupted_search_names_no_rate(load_test: LoadTest) -> None:
     assert [run.summary.sent for run in outcome.runs] == [5]
     assert not outcome.found
     assert len(tables(outcome)) > 0
+
+
+def test_search_takes_turns_among_servers(load_test: LoadTest) -> None:
+    scripts = [lambda *_: steady(0.1, 0.0, 1), lambda *_: steady(2.0, 0.0, 1)]
+    limits = Limits(start=2.0, lowest=1.0, highest=8.0)
+    task = Task(("http://server-0", "http://server-1"), (0.9,), limits, ProbeSize(4.0, 8))
+    outcome = load_test(scripts, choice(targets=Targets(ttft_s=0.3)), task).outcome
+    assert [(one.server, one.rate) for one in outcome.found] == [(0, 8.0), (1, 0.0)]
+    urls = [run.target.url for run in outcome.runs[:4]]
+    assert urls == ["http://server-0", "http://server-1"] * 2
+    assert tables(outcome)[0].rows == [
+        ("requests that keep them", "server", "requests per s"),
+        ("≥ 90%", "http://server-0", "8.000"),
+        ("≥ 90%", "http://server-1", "none found"),
+    ]
