@@ -16,6 +16,7 @@ from ..core.errors import ConfigError
 from .choices import ArrivalChoice, WorkloadChoice
 from .client import Client
 from .comparison import Compared, Leg, Rounds, compare, order
+from .explained import Explained, ask_why
 from .metrics import Summary, Targets, summarize
 from .plan import Workload
 from .record import Record
@@ -59,6 +60,7 @@ class Run:
     summary: Summary
     rate: float = 0.0  # that a search asked for
     num_cut_off: int = 0  # requests under way when the run was interrupted; they are in no figure
+    explained: Explained | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +158,16 @@ class Bench:
             arrivals.is_open_loop and arrivals.is_steady,
             choice.max_lag_s,
         )
-        num_cut_off = len(recorded.records) - len(records)
-        return Run(label, server.target, workload, arrivals, records, summary, num_cut_off=num_cut_off)
+        return Run(
+            label,
+            server.target,
+            workload,
+            arrivals,
+            records,
+            summary,
+            num_cut_off=len(recorded.records) - len(records),
+            explained=await ask_why(server.client, summary.throughput.duration_s) if records else None,
+        )
 
     async def _perform(self, runner: Runner, workload: Workload, schedule: Schedule) -> Recorded:
         if self.is_interrupted:

@@ -113,6 +113,7 @@ def _own(run: Run, outcome: Outcome) -> Json:
         "is_valid": summary.is_valid,
         "why_invalid": summary.client.why_invalid(),
         "is_saturated": summary.is_saturated,
+        "explain": None if run.explained is None else msgspec.to_builtins(run.explained),
         "is_interrupted": outcome.is_interrupted and run is outcome.runs[-1],
         "url": run.target.url,
         "seed": outcome.choice.seed,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .bench import Outcome, Run
+from .explained import Explained, Quantiles
 from .metrics import Goodput, Latencies, Summary, Targets, ttft_parts
 from .statistics import MIN_FOR_P99, Distribution
 
@@ -35,7 +36,11 @@ def run_tables(run: Run, outcome: Outcome) -> list[Table]:
     found = [_facts(run, outcome.choice.targets), _latencies(run.summary)]
     if run.summary.errors:
         found.insert(0, _errors(run))
-    return found + ([_phases(run.summary)] if run.summary.phases else [])
+    if run.summary.phases:
+        found.append(_phases(run.summary))
+    if run.explained is not None:
+        found += _explained(run.explained)
+    return found
 
 
 def warnings(outcome: Outcome) -> list[str]:
@@ -181,6 +186,37 @@ def _phases(summary: Summary) -> Table:
         share = f"{one.mean / total:.1%}" if total > 0 and name in parts else "-"
         rows.append((name, *distribution_cells(one)[:-1], share))
     return Table("phases of the server's TTFT, and what lies between it and the client", rows)
+
+
+def _explained(said: Explained) -> list[Table]:
+    """The server's own account: where the time went, what held requests and streams up, what would change it."""
+    found = []
+    for name, latency, bottleneck in (
+        ("time to the first token", said.ttft, said.bottleneck),
+        ("time between two tokens", said.itl, said.stream_bottleneck),
+    ):
+        if not latency.count:
+            continue
+        rows: Rows = [("ms", "p50", "p90", "p99", "mean", "share at p90")]
+        rows += [(part.name, *_quantiles(part.ms), f"{part.share.p90:.0%}") for part in latency.parts if part.ms.p99]
+        rows.append((f"all ({latency.count})", *_quantiles(latency.ms), "100%"))
+        notes = (
+            f"bottleneck: {bottleneck.name}. {bottleneck.sentence}",
+            *(f"- {line}" for line in bottleneck.evidence),
+        )
+        found.append(Table(f"the server on its {name}", rows, notes))
+    if said.what_if.changes:
+        rows = [("what if", "TTFT p90", "TPOT")]
+        rows += [
+            (one.change, f"{one.ttft_p90:+.0%}", "-" if one.tpot is None else f"{one.tpot:+.0%}")
+            for one in said.what_if.changes
+        ]
+        found.append(Table("the server on other clusters under this load", rows))
+    return found
+
+
+def _quantiles(of: Quantiles) -> tuple[str, ...]:
+    return tuple(f"{value:.1f}" for value in (of.p50, of.p90, of.p99, of.mean))
 
 
 def _found(outcome: Outcome) -> Table:

@@ -89,13 +89,14 @@ class MockServer:
         takes_chunk_usage: bool = True,
         slots: int = 0,
         service_s: float = 0.0,
+        explanation: Body | None = None,
     ) -> None:
         self.served: list[Served] = []
         self.num_resets = 0
         self._script, self._clock, self._sleep = script, clock or MonotonicClock(), sleep
         self._model, self._max_model_len, self._takes_chunk_usage = model, max_model_len, takes_chunk_usage
         self._slots = asyncio.Semaphore(slots) if slots else None
-        self._service_s = service_s
+        self._service_s, self._explanation = service_s, explanation
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=256 << 20)
@@ -105,6 +106,7 @@ class MockServer:
                 web.post("/v1/completions", self._generate),
                 web.post("/v1/chat/completions", self._generate),
                 web.post("/reset_prefix_cache", self._reset),
+                *([] if self._explanation is None else [web.get("/explain", self._explain)]),
             ]
         )
         return app
@@ -136,6 +138,9 @@ class MockServer:
         if self._max_model_len is not None:
             row["max_model_len"] = self._max_model_len
         return web.json_response({"object": "list", "data": [row]})
+
+    async def _explain(self, request: web.Request) -> web.Response:
+        return web.json_response({"window_s": float(request.query["window_s"])} | (self._explanation or {}))
 
     async def _reset(self, request: web.Request) -> web.Response:
         self.num_resets += 1

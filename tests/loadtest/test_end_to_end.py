@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 
 from penstock.core.errors import ConfigError
+from penstock.gateway.explain import report
 from penstock.loadtest.bench import Choice, ProbeSize, Task
 from penstock.loadtest.choices import ArrivalChoice, Sizes, WorkloadChoice
+from penstock.loadtest.documents import as_json
 from penstock.loadtest.lengths import Lengths
 from penstock.loadtest.metrics import Targets
+from penstock.loadtest.report import as_html
 from penstock.loadtest.search import Limits
 from penstock.loadtest.sending import RequestForm
 from penstock.loadtest.tables import tables, warnings
@@ -400,3 +405,34 @@ def test_search_takes_turns_among_servers(load_test: LoadTest) -> None:
         ("≥ 90%", "http://server-0", "8.000"),
         ("≥ 90%", "http://server-1", "none found"),
     ]
+
+
+def explanation() -> Body:
+    """What a gateway says when prefill is the bottleneck, in its own structs."""
+    quantiles = report.Quantiles(100.0, 200.0, 300.0, 120.0)
+    latency = report.Latency(40, quantiles, [report.PartRow("prefill_queue", quantiles, report.Quantiles(1.0, 1.0))])
+    why = report.Bottleneck("prefill", "Prompts wait for prefill.", ["prefill-0 is busy 98 % of the time"])
+    what_if = report.WhatIf("", [report.Change("+1 prefill worker", -0.3, -0.38, -0.4)])
+    said = report.Explanation(1.0, 40, 8.0, 0, 0.0, 0, latency, latency, [], report.Pipe(), why, why, what_if)
+    return {key: value for key, value in msgspec.to_builtins(said).items() if key != "window_s"}
+
+
+def test_server_that_explains_itself_is_quoted_in_the_report(load_test: LoadTest) -> None:
+    outcome = load_test(lambda *_: steady(0.1, 0.02, 10), choice(), explanation=explanation()).outcome
+    run = outcome.runs[0]
+    assert run.explained is not None
+    assert run.explained.window_s == pytest.approx(run.summary.throughput.duration_s, abs=0.06)
+    first, between, changes = tables(outcome)[-3:]
+    assert ("prefill_queue", "100.0", "200.0", "300.0", "120.0", "100%") in first.rows
+    assert "bottleneck: prefill. Prompts wait for prefill." in first.notes
+    assert between.title == "the server on its time between two tokens"
+    assert ("+1 prefill worker", "-38%", "-") in changes.rows
+    assert json.loads(as_json(outcome, "20261231-235959"))["penstock"]["explain"]["bottleneck"]["name"] == "prefill"
+    assert "+1 prefill worker" in as_html(outcome, "20261231-235959")
+
+
+@pytest.mark.parametrize("said", [None, {"window_s": "soon"}, {"ttft": []}])
+def test_server_that_does_not_is_left_alone(load_test: LoadTest, said: Body | None) -> None:
+    outcome = load_test(lambda *_: steady(0.1, 0.02, 10), choice(), explanation=said).outcome
+    assert outcome.runs[0].explained is None
+    assert outcome.is_valid
