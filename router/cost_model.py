@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Generic, TypeVar
 
 from ..core.ids import WorkerKey
@@ -36,10 +36,10 @@ class Factors(Generic[K]):
     """How one of many compares with the common line; 1 for what was never seen. Least recently learned ones go."""
 
     def __init__(self) -> None:
-        self._values: OrderedDict[K, float] = OrderedDict()
+        self.values: OrderedDict[K, float] = OrderedDict()
 
     def get(self, key: K) -> float:
-        return self._values.get(key, 1.0)
+        return self.values.get(key, 1.0)
 
     def learn(self, key: K, predicted: float, seen: float) -> None:
         """`predicted` is what the line alone says."""
@@ -48,10 +48,10 @@ class Factors(Generic[K]):
         low, high = FACTOR_BOUNDS
         value = self.get(key)
         value += FACTOR_WEIGHT * (min(high, max(low, seen / predicted)) - value)
-        self._values[key] = value
-        self._values.move_to_end(key)
-        if len(self._values) > MAX_FACTORS:
-            self._values.popitem(last=False)
+        self.values[key] = value
+        self.values.move_to_end(key)
+        if len(self.values) > MAX_FACTORS:
+            self.values.popitem(last=False)
 
 
 class CostModel:
@@ -66,7 +66,22 @@ class CostModel:
         self.expected_output_tokens = OUTPUT_PRIOR
         self.lengths = AnswerLengths()
 
-    # ---- predictions
+    # ---- predictions, one by one and as coefficients for whoever needs many
+
+    @property
+    def prefill_line(self) -> list[float]:
+        """a, b, c and d of the line, for a worker whose factor is 1."""
+        return self._prefill.coefficients
+
+    @property
+    def speeds(self) -> Mapping[WorkerKey, float]:
+        """How much longer prefill takes on a worker than the line says; 1 for those that are missing."""
+        return self._speeds.values
+
+    @property
+    def token_line(self) -> list[float]:
+        """a, b, c and d of the time per output token."""
+        return self._token.coefficients
 
     def prefill_s(self, worker: WorkerKey, num_new: int, num_cached: int, num_streams: int = 0) -> float:
         """To compute `num_new` tokens behind `num_cached` ones, while `num_streams` decode on the same worker."""

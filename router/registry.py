@@ -67,7 +67,11 @@ class WorkerRecord:
         0  # open choices of the attempts it decodes, those that still wait for their first token included
     )
     num_running: int = 0  # of them, those that have had it
+    block_size: int = field(init=False)  # tokens
     _aborts: dict[tuple[AttemptKey, int | None], float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.block_size = max(1, self.hello.fingerprint.block_size)
 
     @property
     def is_live(self) -> bool:
@@ -93,10 +97,6 @@ class WorkerRecord:
     def has_place(self) -> bool:
         """It would not refuse one more attempt; one at a time is always worth trying."""
         return len(self.attempts) < max(1, self.hello.max_requests)
-
-    @property
-    def block_size(self) -> int:
-        return max(1, self.hello.fingerprint.block_size)
 
     def command(self, router_epoch: str, body: ToWorker) -> Send:
         """The next numbered command to this incarnation."""
@@ -156,6 +156,7 @@ class Registry:
     def __init__(self) -> None:
         self._records: dict[str, WorkerRecord] = {}
         self._past: dict[str, deque[str]] = {}
+        self._ordered: list[WorkerRecord] = []  # by worker id
 
     def __len__(self) -> int:
         return len(self._records)
@@ -175,10 +176,14 @@ class Registry:
             record.linked = {peer: transport for peer, transport in record.linked.items() if peer != prefill}
 
     def all(self) -> list[WorkerRecord]:
-        return [self._records[worker_id] for worker_id in sorted(self._records)]
+        return list(self._ordered)
 
     def live(self) -> list[WorkerRecord]:
-        return [record for record in self.all() if record.is_live]
+        return [record for record in self._ordered if record.standing is Standing.LIVE]
+
+    def ready(self) -> list[WorkerRecord]:
+        """Live ones that take work."""
+        return [record for record in self._ordered if record.state == "ready" and record.standing is Standing.LIVE]
 
     def peers_of(self, record: WorkerRecord) -> list[Peer]:
         """Everyone else who is live."""
@@ -240,7 +245,11 @@ class Registry:
             self._past.setdefault(key.worker_id, deque(maxlen=MAX_PAST_EPOCHS)).append(old.key.epoch)
             record.restarts = old.restarts + 1
         self._records[key.worker_id] = record
+        self._reorder()
         return record
+
+    def _reorder(self) -> None:
+        self._ordered = [self._records[worker_id] for worker_id in sorted(self._records)]
 
     def _make_room(self, worker_id: str) -> bool:
         if worker_id in self._records or len(self._records) < MAX_WORKERS:
@@ -250,4 +259,5 @@ class Registry:
             return False
         del self._records[gone.key.worker_id]
         self._past.pop(gone.key.worker_id, None)
+        self._reorder()
         return True

@@ -17,10 +17,10 @@ import msgspec
 
 from ..core.errors import BadRequest, InternalError, ProtocolError, ServeError
 from ..core.ids import AttemptKey, Ticket, WorkerKey
-from ..core.prefix_hash import BlockHash
 from ..protocol.messages import MAX_PROMPT_BYTES, ChoiceState, Tokens, pack_ids, unpack_ids
 from ..protocol.sampling import check
 from .interface import Decision, GenerateRequest, Routing
+from .rung_hash import RungHash
 
 MAX_TIMEOUT_S = 1e9
 
@@ -114,7 +114,7 @@ class RequestRecord:
     state: State = State.WAITING
     attempt: Attempt | None = None
     choices: list[Choice] = field(default_factory=list)
-    hashes: list[BlockHash] | None = None  # of the prompt's full blocks; None where nothing reads them
+    hashes: list[RungHash] | None = None  # of the prompt's full rungs; None where nothing reads them
     hash_block_size: int = 0
     num_attempts: int = 0
     num_resumed: int = 0  # attempts that delivered something behind an earlier one's tokens

@@ -24,23 +24,10 @@ class Costs(CostModel):
 
     def __init__(self, *, transfer_s: float = 0.001, stall: float = 1.0) -> None:
         super().__init__()
-        self._wire_s, self._stall, self.expected_output_tokens = transfer_s, stall, 100.0
-
-    def prefill_s(self, worker: WorkerKey, num_new: int, num_cached: int, num_streams: int = 0) -> float:
-        return num_new * 1e-4
-
-    def transfer_s(self, source: WorkerKey, target: WorkerKey, num_bytes: int) -> float:
-        return self._wire_s
-
-    def token_s(self, num_streams: float, num_held: float) -> float:
-        return 0.01
-
-    def slowdown_s(self, num_held: int) -> float:
-        return 0.0
-
-    @property
-    def stall(self) -> float:
-        return self._stall
+        self._prefill.coefficients = [0.0, 1e-4, 0.0, 0.0]
+        self._transfer.coefficients = [transfer_s, 0.0]
+        self._token.coefficients = [0.01, 0.0, 0.0, stall]
+        self.expected_output_tokens = 100.0
 
 
 def worker(name: str, role: str, *, waiting_s: float = 0.0, streams: int = 0, links: tuple[WorkerRecord, ...] = ()):
