@@ -5,7 +5,7 @@ The cost of a choice is the time that the request itself will take and what it t
     wait + prefill + transfer                          until its first token
     + expected output tokens x time per token          until its last
     + prefill x pressure                               for prompts that come while it is computed
-    + stall x prefill x streams beside it              where it is prefilled among running streams
+    + stall x prefill x streams beside it              where it is prefilled among running streams, or on the same machine
     + expected output tokens x streams x slowdown      for the streams that it decodes with
 
 `pressure` is how many prompts wait for each worker that computes prompts, as an average over the last decisions: where
@@ -27,6 +27,7 @@ from typing import NamedTuple
 from ..core.ids import WorkerKey
 from .cost_model import CostModel
 from .options import Choice, Options
+from .probing import Best, Probing
 from .registry import WorkerRecord
 
 NUM_TRIED = 4  # prefill workers tried with each decode worker, the cheapest first
@@ -44,29 +45,34 @@ class Targets(NamedTuple):
 # Plain tuples, which sort by cost and then by worker: there are hundreds in each decision.
 _Decoding = tuple[float, WorkerKey, WorkerRecord]  # what the output costs there
 _Computing = tuple[float, WorkerKey, WorkerRecord, float, float, bool]  # cost, …, wait_s, prefill_s, whether in full
-_Best = tuple[float, Choice | None]
 
 
 class Auto:
-    """A chooser; remembers nothing but the pressure."""
+    """A chooser; remembers the pressure, and which way it has not taken for long."""
 
     reads_prefixes = True
 
     def __init__(self, model: CostModel, targets: Targets) -> None:
         self._model = model
         self._targets = targets
+        self.probing = Probing()
         self.pressure = 0.0
+        self._beside: dict[WorkerKey, list[WorkerRecord]] = {}  # of a prefill worker: its neighbours with streams
 
     def choose(self, options: Options) -> Choice:
         prefills = self._prefills(options)
+        self._beside = self._streams_beside(options.decodes)
         cheapest = _Cheapest(self._computing(options, prefills), self._in_full)
         decodes = self._decoding(options)
-        best = self._best_pair(options, decodes, cheapest)
+        pair = self._best_pair(options, decodes, cheapest)
         self._note_pressure(prefills or options.decodes)
-        if options.may_stay:
-            best = self._best_stay(options, decodes, best)
-        assert best[1] is not None  # where it may not stay, each decode worker has a linked prefill worker
-        return best[1]
+        if not options.may_stay:
+            assert pair[1] is not None  # where it may not stay, each decode worker has a linked prefill worker
+            return pair[1]
+        # A way that should be tried is reckoned to its end, even where it is out of the question.
+        is_probe_due = pair[1] is not None and self.probing.due() is False
+        stay = self._best_stay(options, decodes, pair[1] is not None, math.inf if is_probe_due else pair[0])
+        return self.probing.choose(pair, stay)
 
     # ---- a pair
 
@@ -76,9 +82,9 @@ class Auto:
         # Rather a worker that failed it once than none.
         return list({worker.key: worker for d in options.decodes for worker in options.prefills_of(d)}.values())
 
-    def _best_pair(self, options: Options, decodes: list[_Decoding], prefills: _Cheapest) -> _Best:
+    def _best_pair(self, options: Options, decodes: list[_Decoding], prefills: _Cheapest) -> Best:
         """Both begin with the cheapest, so most pairs need not be looked at."""
-        best: _Best = (math.inf, None)
+        best: Best = (math.inf, None)
         first = prefills.get(0)
         for decode_cost, _, decode in decodes:
             if first is None or decode_cost + first[0] >= best[0]:
@@ -87,8 +93,8 @@ class Auto:
         return best
 
     def _best_with(
-        self, options: Options, decode_cost: float, decode: WorkerRecord, prefills: _Cheapest, best: _Best
-    ) -> _Best:
+        self, options: Options, decode_cost: float, decode: WorkerRecord, prefills: _Cheapest, best: Best
+    ) -> Best:
         missing = (options.num_tokens - options.held(decode)) * decode.hello.bytes_per_token
         place = num_tried = 0
         while num_tried < NUM_TRIED and (found := prefills.get(place)) is not None:
@@ -112,8 +118,8 @@ class Auto:
 
     # ---- one worker for all
 
-    def _best_stay(self, options: Options, decodes: list[_Decoding], best: _Best) -> _Best:
-        is_pair, limit = best[1] is not None, best[0]
+    def _best_stay(self, options: Options, decodes: list[_Decoding], is_pair: bool, limit: float) -> Best:
+        """The cheapest, where one costs less than `limit`. `is_pair`: it may be handed over instead."""
         bounds: list[tuple[float, int]] = []
         computing = self._computing(options, [decode for _, _, decode in decodes])
         for place, found in enumerate(computing):
@@ -128,7 +134,7 @@ class Auto:
             found = computing[place]
             cost = bound if found[5] else self._staying(decodes[place][0], self._in_full(found), is_pair)
             lowest = min(lowest, (cost, place))
-        return best if lowest[1] < 0 else (lowest[0], Choice(decodes[lowest[1]][2], None))
+        return (math.inf, None) if lowest[1] < 0 else (lowest[0], Choice(decodes[lowest[1]][2], None))
 
     @staticmethod
     def _staying(decode_cost: float, found: _Computing, is_pair: bool) -> float:
@@ -141,6 +147,7 @@ class Auto:
         """Of each, at least what it costs all to compute the prompt there; exactly where nothing streams."""
         a, b, c, d = self._model.prefill_line
         speeds, stall, factor = self._model.speeds, self._model.stall, 1.0 + self.pressure
+        beside = self._beside
         here, most, num_tokens, now = options.here_tokens, options.most_cached, options.num_tokens, options.now
         computing: list[_Computing] = []
         for worker in workers:
@@ -154,15 +161,28 @@ class Auto:
             cost = wait_s + prefill_s * factor
             if num_streams:
                 cost += num_streams * (stall * prefill_s)
-            computing.append((cost, key, worker, wait_s, prefill_s, not num_streams))
+            computing.append((cost, key, worker, wait_s, prefill_s, not (num_streams or key in beside)))
         return computing
 
     def _in_full(self, found: _Computing) -> _Computing:
         _, key, worker, wait_s, prefill_s, _ = found
+        cost = wait_s + prefill_s * (1.0 + self.pressure)
         stall = self._model.stall
-        harm_s = self._harm(stall * prefill_s, worker, stall * wait_s)
-        cost = wait_s + prefill_s * (1.0 + self.pressure) + worker.num_streams * harm_s
+        if worker.num_streams:
+            cost += worker.num_streams * self._harm(stall * prefill_s, worker, stall * wait_s)
+        stall = self._model.neighbour_stall
+        for neighbour in self._beside.get(key, ()):
+            cost += neighbour.num_streams * self._harm(stall * prefill_s, neighbour, stall * wait_s)
         return cost, key, worker, wait_s, prefill_s, True
+
+    @staticmethod
+    def _streams_beside(decodes: list[WorkerRecord]) -> dict[WorkerKey, list[WorkerRecord]]:
+        found: dict[WorkerKey, list[WorkerRecord]] = {}
+        for decode in decodes:
+            if decode.num_streams:
+                for key in decode.neighbours:
+                    found.setdefault(key, []).append(decode)
+        return found
 
     def _harm(self, pause_s: float, worker: WorkerRecord, before_s: float = 0.0) -> float:
         """What a pause is to a stream of this worker that pauses for `before_s` anyway. One that is long beside the
@@ -182,7 +202,7 @@ class Auto:
     def _decoding(self, options: Options) -> list[_Decoding]:
         """What its output costs on each worker, itself and others; the cheapest first."""
         model = self._model
-        a, b, c, _ = model.token_line
+        a, b, c, _, _ = model.token_line
         output = min(float(options.record.request.params.max_tokens), model.expected_output_tokens)
         tokens = options.num_tokens + output / 2
         slowdown_s = model.slowdown_s(int(tokens))

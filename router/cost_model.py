@@ -2,8 +2,10 @@
 
     prefill    n tokens to compute behind c cached ones, beside b running streams: a + b·n + c·n·(c + n/2) + d·n·b
     transfer   bytes of KV from one worker to another: a + b·bytes, times how this pair compares with the others
-    token      time per output token with b streams that hold t tokens and p seconds with prompts beside each token
+    token      time per output token with b streams that hold t tokens, p seconds with prompts on its worker and q seconds
+               with prompts on its neighbours beside each token: a + b·streams + c·t + d·p + e·q
 
+Neighbours are prefill workers on the same machine: where they share its cores, what they compute holds decode up as well.
 Each worker has a factor: how much longer prefill takes there than the line says. All of it is pure and deterministic:
 the same observations in the same order give the same predictions. Before the first observation the priors speak; they
 say only that local work costs less than local work and a transfer.
@@ -24,8 +26,9 @@ K = TypeVar("K", bound=Hashable)
 
 PREFILL_PRIOR = (0.005, 1e-4, 1e-9, 1e-6)  # s, s/token, s/token², s/(token·stream)
 TRANSFER_PRIOR = (0.001, 1e-9)  # s, s/byte
-TOKEN_PRIOR = (0.01, 5e-4, 1e-7, 1.0)  # s, s/stream, s/token held, s/s
-FACTOR_WEIGHT = 0.1
+TOKEN_PRIOR = (0.01, 5e-4, 1e-7, 1.0, 0.1)  # s, s/stream, s/token held, s/s, s/s
+FACTOR_WEIGHT = 0.1  # of each observation; more of the first ones, once the line itself can be relied on
+SETTLED_ERROR = 0.3
 FACTOR_BOUNDS = (0.2, 5.0)
 MAX_FACTORS = 8192
 OUTPUT_PRIOR = 128.0  # tokens
@@ -37,21 +40,23 @@ class Factors(Generic[K]):
 
     def __init__(self) -> None:
         self.values: OrderedDict[K, float] = OrderedDict()
+        self._num_seen: dict[K, int] = {}
 
     def get(self, key: K) -> float:
         return self.values.get(key, 1.0)
 
-    def learn(self, key: K, predicted: float, seen: float) -> None:
-        """`predicted` is what the line alone says."""
+    def learn(self, key: K, predicted: float, seen: float, *, is_settled: bool = False) -> None:
+        """`predicted` is what the line alone says; where that `is_settled`, the first few count as a plain mean."""
         if not (predicted > 0 and seen > 0 and math.isfinite(seen / predicted)):
             return
         low, high = FACTOR_BOUNDS
-        value = self.get(key)
-        value += FACTOR_WEIGHT * (min(high, max(low, seen / predicted)) - value)
-        self.values[key] = value
+        value, num_seen = self.get(key), self._num_seen.get(key, 0) + 1
+        weight = max(FACTOR_WEIGHT, 1.0 / (num_seen + 1)) if is_settled else FACTOR_WEIGHT
+        value += weight * (min(high, max(low, seen / predicted)) - value)
+        self.values[key], self._num_seen[key] = value, num_seen
         self.values.move_to_end(key)
         if len(self.values) > MAX_FACTORS:
-            self.values.popitem(last=False)
+            del self._num_seen[self.values.popitem(last=False)[0]]
 
 
 class CostModel:
@@ -80,7 +85,7 @@ class CostModel:
 
     @property
     def token_line(self) -> list[float]:
-        """a, b, c and d of the time per output token."""
+        """a to e of the time per output token."""
         return self._token.coefficients
 
     def prefill_s(self, worker: WorkerKey, num_new: int, num_cached: int, num_streams: int = 0) -> float:
@@ -96,12 +101,12 @@ class CostModel:
 
     def token_s(self, num_streams: float, num_held: float) -> float:
         """Time per output token of each of `num_streams` that hold `num_held` tokens together."""
-        a, b, c, _ = self._token.coefficients
+        a, b, c, _, _ = self._token.coefficients
         return a + b * num_streams + c * num_held
 
     def slowdown_s(self, num_held: int) -> float:
         """What one more stream of `num_held` tokens adds to every other's time per token."""
-        _, b, c, _ = self._token.coefficients
+        _, b, c, _, _ = self._token.coefficients
         return b + c * num_held
 
     @property
@@ -109,12 +114,18 @@ class CostModel:
         """Seconds by which a stream is held up by each second of prefill on its worker."""
         return self._token.coefficients[3]
 
+    @property
+    def neighbour_stall(self) -> float:
+        """Seconds by which a stream is held up by each second of prefill on a neighbour of its worker."""
+        return self._token.coefficients[4]
+
     # ---- observations
 
     def saw_prefill(self, worker: WorkerKey, num_new: int, num_cached: int, num_streams: int, seconds: float) -> None:
         causes = (1.0, num_new, num_new * (num_cached + 0.5 * num_new), float(num_new) * num_streams)
         factor = self._speeds.get(worker)
-        self._speeds.learn(worker, self._prefill.predict(causes), seconds)
+        is_settled = self._prefill.error < SETTLED_ERROR
+        self._speeds.learn(worker, self._prefill.predict(causes), seconds, is_settled=is_settled)
         self._prefill.observe(causes, seconds / factor)
 
     def saw_transfer(self, source: WorkerKey, target: WorkerKey, num_bytes: int, seconds: float) -> None:
@@ -123,9 +134,13 @@ class CostModel:
         self._pairs.learn((source, target), self._transfer.predict(causes), seconds)
         self._transfer.observe(causes, seconds / factor)
 
-    def saw_tokens(self, num_streams: float, num_held: float, busy_s: float, tpot_s: float) -> None:
-        """An answer ended: means over its life, and the seconds with prompts on its worker for each of its tokens."""
-        self._token.observe((1.0, num_streams, num_held, busy_s), tpot_s)
+    def saw_tokens(
+        self, num_streams: float, num_held: float, busy_s: float, tpot_s: float, neighbour_s: float = 0.0
+    ) -> None:
+        """An answer ended: means over its life, and for each of its tokens the seconds with prompts on its worker and
+        on the neighbours of that.
+        """
+        self._token.observe((1.0, num_streams, num_held, busy_s, neighbour_s), tpot_s)
 
     def saw_answer(self, num_output_tokens: int) -> None:
         num_output_tokens = max(1, num_output_tokens)

@@ -21,6 +21,7 @@ from .interface import WorkerStatus
 from .prompt_queue import PromptQueue
 
 MAX_WORKERS = 4096
+SAME_MACHINE = frozenset({"shm", "owner", "cuda_ipc"})  # transports that do not leave it
 MAX_PAST_EPOCHS = 16
 MAX_REMEMBERED_ABORTS = 8192
 
@@ -55,6 +56,7 @@ class WorkerRecord:
     state: WorkerState = "starting"
     load: WorkerLoad = field(default_factory=WorkerLoad)
     linked: dict[WorkerKey, str] = field(default_factory=dict)
+    neighbours: tuple[WorkerKey, ...] = ()  # linked workers on the same machine, by the transport
     received: int = 0
     last_number: int = 0
     turn_age_s: float = 0.0  # since its loop began its last turn
@@ -112,7 +114,10 @@ class WorkerRecord:
         self.turn_age_s = beat.turn_age_s
         if beat.role not in (None, self.hello.role):
             self.hello = msgspec.structs.replace(self.hello, role=beat.role)
-        self.linked = {WorkerKey(worker_id, epoch): transport for worker_id, epoch, transport in beat.linked}
+        linked = {WorkerKey(worker_id, epoch): transport for worker_id, epoch, transport in beat.linked}
+        if linked != self.linked:
+            self.linked = linked
+            self.neighbours = tuple([peer for peer, transport in linked.items() if transport in SAME_MACHINE])
 
     def note_abort(self, attempt: AttemptKey, choice: int | None, now: float, repeat_s: float) -> bool:
         """Whether an Abort is due: the same one goes out again only when `repeat_s` have passed."""

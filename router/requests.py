@@ -68,6 +68,7 @@ class Pace:
     num_running: int
     used_blocks: int
     busy_s: float  # with prompts, since its start
+    neighbour_s: float  # the same of its neighbours, added up
     num_tokens: int = 0
 
 

@@ -17,6 +17,7 @@ from penstock.router.forecast import forecast
 from penstock.router.options import Choice, Options
 from penstock.router.placement import LOCAL_AFTER_FAILURES, Placement, Placer, Refusal
 from penstock.router.prefix_ladder import covered_tokens
+from penstock.router.probing import Best, Probing
 from penstock.router.registry import WorkerRecord
 from penstock.router.requests import RequestRecord
 
@@ -29,7 +30,6 @@ class _Ranked(NamedTuple):
 
 
 _Scored = tuple[float, WorkerKey, WorkerRecord]
-_Best = tuple[float, Choice | None]
 _cost_and_key = itemgetter(0, 1)
 
 
@@ -41,20 +41,24 @@ class SlowAuto:
     def __init__(self, model: CostModel, targets: Targets) -> None:
         self._model = model
         self._targets = targets
+        self.probing = Probing()
         self.pressure = 0.0
 
     def choose(self, options: Options) -> Choice:
         prefills = self._ranked(options)
         decodes = sorted(((self._decode_cost(options, w), w.key, w) for w in options.decodes), key=_cost_and_key)
-        best = self._best_pair(options, decodes, prefills)
+        pair = self._best_pair(options, decodes, prefills)
         self._note_pressure(prefills, options)
-        if options.may_stay:
-            best = self._best_stay(options, decodes, best)
-        assert best[1] is not None  # where it may not stay, each decode worker has a linked prefill worker
-        return best[1]
+        if not options.may_stay:
+            assert pair[1] is not None
+            return pair[1]
+        stay = self._best_stay(options, decodes, pair[1] is not None)
+        if stay[0] >= pair[0] and self.probing.due() is not False:
+            stay = (math.inf, None)
+        return self.probing.choose(pair, stay)
 
-    def _best_pair(self, options: Options, decodes: list[_Scored], prefills: list[_Ranked]) -> _Best:
-        best: _Best = (math.inf, None)
+    def _best_pair(self, options: Options, decodes: list[_Scored], prefills: list[_Ranked]) -> Best:
+        best: Best = (math.inf, None)
         for decode_cost, _, decode in decodes:
             missing = (options.num_tokens - options.held(decode)) * decode.hello.bytes_per_token
             for ranked in [ranked for ranked in prefills if ranked.key in decode.linked][:NUM_TRIED]:
@@ -68,8 +72,8 @@ class SlowAuto:
         busy_s = decode.prompts.wait_s(options.now) - ranked.ready_s - transfer_s
         return transfer_s + self._harm(self._model.stall * busy_s, decode) if busy_s > 0 else transfer_s
 
-    def _best_stay(self, options: Options, decodes: list[_Scored], best: _Best) -> _Best:
-        is_pair = best[1] is not None
+    def _best_stay(self, options: Options, decodes: list[_Scored], is_pair: bool) -> Best:
+        best: Best = (math.inf, None)
         for decode_cost, _, decode in decodes:
             cost = decode_cost + self._prefill(options, decode).cost
             if is_pair and not decode.num_streams:
@@ -93,6 +97,10 @@ class SlowAuto:
         if worker.num_streams:
             pause_s = self._model.stall * prefill_s
             cost += worker.num_streams * self._harm(pause_s, worker, self._model.stall * wait_s)
+        stall = self._model.neighbour_stall
+        for decode in options.decodes:
+            if worker.key in decode.neighbours and decode.num_streams:
+                cost += decode.num_streams * self._harm(stall * prefill_s, decode, stall * wait_s)
         return _Ranked(cost, worker.key, worker, wait_s + prefill_s)
 
     def _harm(self, pause_s: float, worker: WorkerRecord, before_s: float = 0.0) -> float:

@@ -22,11 +22,11 @@ SIZE = 16
 class Costs(CostModel):
     """0.1 ms a prompt token, 1 ms a hand-off, 10 ms an output token whatever the batch; answers of 100 tokens."""
 
-    def __init__(self, *, transfer_s: float = 0.001, stall: float = 1.0) -> None:
+    def __init__(self, *, transfer_s: float = 0.001, stall: float = 1.0, neighbour_stall: float = 0.0) -> None:
         super().__init__()
         self._prefill.coefficients = [0.0, 1e-4, 0.0, 0.0]
         self._transfer.coefficients = [transfer_s, 0.0]
-        self._token.coefficients = [0.01, 0.0, 0.0, stall]
+        self._token.coefficients = [0.01, 0.0, 0.0, stall, neighbour_stall]
         self.expected_output_tokens = 100.0
 
 

@@ -59,7 +59,7 @@ class Worlds:
         worker = rng.choice(self.workers)
         sources = [other for other in self.workers if other.can_prefill and other is not worker and rng.random() < 0.8]
         state: WorkerState = "ready" if rng.random() < 0.8 else "draining"
-        linked = [(*other.key, "shm") for other in sources]
+        linked = [(*other.key, rng.choice(["shm", "tcp", "tcp"])) for other in sources]
         worker.note_heartbeat(Heartbeat(1, state, WorkerLoad(), [], linked), self.now)
         worker.num_streams = rng.choice([0, 0, rng.randrange(30)])
         worker.num_running = rng.randrange(worker.num_streams + 1)
@@ -85,7 +85,7 @@ class Worlds:
         for placer in (self.quick, self.slow):
             placer.model.saw_prefill(worker.key, new, 100, streams, seconds)
             placer.model.saw_transfer(worker.key, other.key, 64 * new, seconds / 10)
-            placer.model.saw_tokens(streams, 500.0 * streams, seconds / 50, paces)
+            placer.model.saw_tokens(streams, 500.0 * streams, seconds / 50, paces, seconds / 90)
             placer.model.saw_answer(length)
 
     def ask(self) -> GenerateRequest:
