@@ -61,8 +61,8 @@ def register(commands: Commands) -> None:
         type=number(1.0, 100.0),
         default=1.0,
         metavar="X",
-        help="the first prefill and the first decode worker run on the same cores, and so on: each takes X times as long "
-        "while both compute; 2 where neither gains by the other (default: 1, none share)",
+        help="the first prefill and the first decode worker run on the same cores, and so on: each takes X times as "
+        "long while both compute; 2 where neither gains by the other (default: 1, none share)",
     )
     parser.add_argument("--seed", type=whole_number(0, 2**31), default=0, metavar="N")
     parser.add_argument("--json", action="store_true", help="print JSON: a list of rows, times in seconds")

@@ -5,7 +5,7 @@ The cost of a choice is the time that the request itself will take and what it t
     wait + prefill + transfer                          until its first token
     + expected output tokens x time per token          until its last
     + prefill x pressure                               for prompts that come while it is computed
-    + stall x prefill x streams beside it              where it is prefilled among running streams, or on the same machine
+    + stall x prefill x streams beside it              where it is prefilled, on that worker and on its machine
     + expected output tokens x streams x slowdown      for the streams that it decodes with
 
 `pressure` is how many prompts wait for each worker that computes prompts, as an average over the last decisions: where
@@ -58,10 +58,11 @@ class Auto:
         self.probing = Probing()
         self.pressure = 0.0
         self._beside: dict[WorkerKey, list[WorkerRecord]] = {}  # of a prefill worker: its neighbours with streams
+        self._num_beside: dict[WorkerKey, int] = {}  # neighbours at work
 
     def choose(self, options: Options) -> Choice:
         prefills = self._prefills(options)
-        self._beside = self._streams_beside(options.decodes)
+        self._beside, self._num_beside = _beside(options.decodes, options.prefills)
         cheapest = _Cheapest(self._computing(options, prefills), self._in_full)
         decodes = self._decoding(options)
         pair = self._best_pair(options, decodes, cheapest)
@@ -145,16 +146,19 @@ class Auto:
 
     def _computing(self, options: Options, workers: list[WorkerRecord]) -> list[_Computing]:
         """Of each, at least what it costs all to compute the prompt there; exactly where nothing streams."""
-        a, b, c, d = self._model.prefill_line
+        a, b, c, d, e = self._model.prefill_line
         speeds, stall, factor = self._model.speeds, self._model.stall, 1.0 + self.pressure
-        beside = self._beside
+        beside, num_beside = self._beside, self._num_beside
         here, most, num_tokens, now = options.here_tokens, options.most_cached, options.num_tokens, options.now
         computing: list[_Computing] = []
         for worker in workers:
             key, queue, num_streams = worker.key, worker.prompts, worker.num_streams
             held = min(here[key], most) if key in here else 0
             new = num_tokens - held
-            prefill_s = a + new * (b + c * (held + 0.5 * new) + d * worker.num_running)
+            rate = b + c * (held + 0.5 * new) + d * worker.num_running
+            if key in num_beside:
+                rate += e * num_beside[key]
+            prefill_s = a + new * rate
             if key in speeds:
                 prefill_s *= speeds[key]
             wait_s = queue.wait_s(now) if queue.num_prompts else 0.0
@@ -174,15 +178,6 @@ class Auto:
         for neighbour in self._beside.get(key, ()):
             cost += neighbour.num_streams * self._harm(stall * prefill_s, neighbour, stall * wait_s)
         return cost, key, worker, wait_s, prefill_s, True
-
-    @staticmethod
-    def _streams_beside(decodes: list[WorkerRecord]) -> dict[WorkerKey, list[WorkerRecord]]:
-        found: dict[WorkerKey, list[WorkerRecord]] = {}
-        for decode in decodes:
-            if decode.num_streams:
-                for key in decode.neighbours:
-                    found.setdefault(key, []).append(decode)
-        return found
 
     def _harm(self, pause_s: float, worker: WorkerRecord, before_s: float = 0.0) -> float:
         """What a pause is to a stream of this worker that pauses for `before_s` anyway. One that is long beside the
@@ -217,6 +212,26 @@ class Auto:
     def _note_pressure(self, workers: list[WorkerRecord]) -> None:
         waiting = sum([worker.prompts.num_prompts - 1 for worker in workers if worker.prompts.num_prompts > 1])
         self.pressure += PRESSURE_WEIGHT * (waiting / len(workers) - self.pressure)
+
+
+def _beside(
+    decodes: list[WorkerRecord], prefills: list[WorkerRecord]
+) -> tuple[dict[WorkerKey, list[WorkerRecord]], dict[WorkerKey, int]]:
+    """For prefill workers, their neighbours with streams; and for any worker, how many neighbours are at work."""
+    streaming: dict[WorkerKey, list[WorkerRecord]] = {}
+    num_beside: dict[WorkerKey, int] = {}
+    found = [decode for decode in decodes if decode.neighbours]
+    computing = {worker.key for worker in prefills if worker.is_at_work} if found else set()
+    for decode in found:
+        if count := len(computing.intersection(decode.neighbours)):
+            num_beside[decode.key] = num_beside.get(decode.key, 0) + count
+        if not decode.num_streams and not decode.prompts.num_prompts:
+            continue
+        for key in decode.neighbours:
+            num_beside[key] = num_beside.get(key, 0) + decode.is_at_work
+            if decode.num_streams:
+                streaming.setdefault(key, []).append(decode)
+    return streaming, num_beside
 
 
 class _Cheapest:

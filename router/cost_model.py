@@ -1,11 +1,12 @@
 """What things cost here, in seconds, fitted while the cluster runs from what the router sees anyway.
 
-    prefill    n tokens to compute behind c cached ones, beside b running streams: a + b·n + c·n·(c + n/2) + d·n·b
+    prefill    n tokens to compute behind c cached ones, beside b running streams and w neighbours at work:
+               a + b·n + c·n·(c + n/2) + d·n·b + e·n·w
     transfer   bytes of KV from one worker to another: a + b·bytes, times how this pair compares with the others
-    token      time per output token with b streams that hold t tokens, p seconds with prompts on its worker and q seconds
-               with prompts on its neighbours beside each token: a + b·streams + c·t + d·p + e·q
+    token      time per output token with b streams that hold t tokens, and for each token p seconds with prompts on its
+               worker and q with prompts on that one's neighbours: a + b·streams + c·t + d·p + e·q
 
-Neighbours are prefill workers on the same machine: where they share its cores, what they compute holds decode up as well.
+Neighbours are a prefill and a decode worker on the same machine: where they share its cores, each slows the other.
 Each worker has a factor: how much longer prefill takes there than the line says. All of it is pure and deterministic:
 the same observations in the same order give the same predictions. Before the first observation the priors speak; they
 say only that local work costs less than local work and a transfer.
@@ -24,7 +25,7 @@ from .regression import Regression
 
 K = TypeVar("K", bound=Hashable)
 
-PREFILL_PRIOR = (0.005, 1e-4, 1e-9, 1e-6)  # s, s/token, s/token², s/(token·stream)
+PREFILL_PRIOR = (0.005, 1e-4, 1e-9, 1e-6, 1e-5)  # s, s/token, s/token², s/(token·stream), s/(token·worker)
 TRANSFER_PRIOR = (0.001, 1e-9)  # s, s/byte
 TOKEN_PRIOR = (0.01, 5e-4, 1e-7, 1.0, 0.1)  # s, s/stream, s/token held, s/s, s/s
 FACTOR_WEIGHT = 0.1  # of each observation; more of the first ones, once the line itself can be relied on
@@ -75,7 +76,7 @@ class CostModel:
 
     @property
     def prefill_line(self) -> list[float]:
-        """a, b, c and d of the line, for a worker whose factor is 1."""
+        """a to e of the line, for a worker whose factor is 1."""
         return self._prefill.coefficients
 
     @property
@@ -88,10 +89,14 @@ class CostModel:
         """a to e of the time per output token."""
         return self._token.coefficients
 
-    def prefill_s(self, worker: WorkerKey, num_new: int, num_cached: int, num_streams: int = 0) -> float:
-        """To compute `num_new` tokens behind `num_cached` ones, while `num_streams` decode on the same worker."""
-        a, b, c, d = self._prefill.coefficients
-        line = a + num_new * (b + c * (num_cached + 0.5 * num_new) + d * num_streams)
+    def prefill_s(
+        self, worker: WorkerKey, num_new: int, num_cached: int, num_streams: int = 0, num_beside: int = 0
+    ) -> float:
+        """To compute `num_new` tokens behind `num_cached` ones, while `num_streams` decode on the same worker and
+        `num_beside` of its neighbours compute.
+        """
+        a, b, c, d, e = self._prefill.coefficients
+        line = a + num_new * (b + c * (num_cached + 0.5 * num_new) + d * num_streams + e * num_beside)
         return line * self._speeds.get(worker)
 
     def transfer_s(self, source: WorkerKey, target: WorkerKey, num_bytes: int) -> float:
@@ -121,8 +126,17 @@ class CostModel:
 
     # ---- observations
 
-    def saw_prefill(self, worker: WorkerKey, num_new: int, num_cached: int, num_streams: int, seconds: float) -> None:
-        causes = (1.0, num_new, num_new * (num_cached + 0.5 * num_new), float(num_new) * num_streams)
+    def saw_prefill(
+        self,
+        worker: WorkerKey,
+        num_new: int,
+        num_cached: int,
+        num_streams: int,
+        seconds: float,
+        num_beside: int = 0,
+    ) -> None:
+        pairs = num_new * (num_cached + 0.5 * num_new)
+        causes = (1.0, num_new, pairs, float(num_new) * num_streams, float(num_new) * num_beside)
         factor = self._speeds.get(worker)
         is_settled = self._prefill.error < SETTLED_ERROR
         self._speeds.learn(worker, self._prefill.predict(causes), seconds, is_settled=is_settled)

@@ -32,7 +32,10 @@ class Learner:
         num_new = record.prefill_tokens() - phases.cached_tokens
         if worker is None or num_new < 1 or phases.prefill_s <= 0:
             return
-        self._model.saw_prefill(worker.key, num_new, phases.cached_tokens, worker.num_running, phases.prefill_s)
+        num_beside = self._registry.neighbours_at_work(worker)
+        self._model.saw_prefill(
+            worker.key, num_new, phases.cached_tokens, worker.num_running, phases.prefill_s, num_beside
+        )
 
     def answered(self, record: RequestRecord, attempt: Attempt, now: float) -> None:
         """Every choice has ended by itself, in this attempt."""

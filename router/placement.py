@@ -69,7 +69,8 @@ class Placer:
         options = self._options(record, self.breakers.allowed(roomy, "decode", now) or roomy, now)
         decode, prefill = self._chooser.choose(options)
         uncached = max(0, options.num_tokens - options.held_tokens.get((prefill or decode).key, 0))
-        return Placement(decode, prefill, uncached, forecast(self.model, options, decode, prefill))
+        num_beside = self._registry.neighbours_at_work(prefill or decode)
+        return Placement(decode, prefill, uncached, forecast(self.model, options, decode, prefill, num_beside))
 
     def is_possible(self, record: RequestRecord) -> bool:
         """Some ready worker could take it, once it has room."""

@@ -2,8 +2,8 @@
 
 There are two ways to prefill: where it decodes, and elsewhere. When one has not been taken for `PATIENCE` decisions in
 which it was possible, it is taken once, even if the model says that it costs more; but all that was spent so stays
-within `SHARE` of what decisions were expected to cost in all, so what trying costs is bounded. While the other way stays
-the better one, each try waits twice as long as the one before.
+within `SHARE` of what decisions were expected to cost in all, so what trying costs is bounded. While the other way
+stays the better one, each try waits twice as long as the one before.
 """
 
 from __future__ import annotations

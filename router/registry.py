@@ -96,6 +96,10 @@ class WorkerRecord:
         return self.hello.role in ("prefill", "both")
 
     @property
+    def is_at_work(self) -> bool:
+        return self.num_running > 0 or self.prompts.num_prompts > 0
+
+    @property
     def has_place(self) -> bool:
         """It would not refuse one more attempt; one at a time is always worth trying."""
         return len(self.attempts) < max(1, self.hello.max_requests)
@@ -170,6 +174,14 @@ class Registry:
         """The record of exactly this incarnation, whatever its standing."""
         record = self._records.get(key.worker_id)
         return record if record is not None and record.key == key else None
+
+    def neighbours_at_work(self, record: WorkerRecord) -> int:
+        """How many workers compute beside it: prefill workers linked to it on the same machine, decode workers so
+        linked to it.
+        """
+        found = [self.find(key) for key in record.neighbours]
+        found += [other for other in self._ordered if other.neighbours and record.key in other.neighbours]
+        return sum([other is not None and other.is_at_work for other in found])
 
     def current(self, worker_id: str) -> WorkerRecord | None:
         return self._records.get(worker_id)

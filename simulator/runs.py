@@ -28,7 +28,10 @@ def simulate(
     seed: int,
     slowdown: float = 1.0,
 ) -> Summary:
-    """`slowdown`: of a prefill and a decode worker that share their cores, while both compute; 1: none share. Raises ConfigError for a policy that does not exist or a request that no worker could hold."""
+    """`slowdown`: of a prefill and a decode worker on the same cores, while both compute; 1: none share any.
+
+    Raises ConfigError for a policy that does not exist or a request that no worker could hold.
+    """
     longest = max(request.num_prompt_tokens + max(2048, request.num_output_tokens) for request in trace)
     if longest > costs.kv_tokens:
         raise ConfigError(f"trace: its longest request needs {longest} tokens, a worker holds {costs.kv_tokens}")

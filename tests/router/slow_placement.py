@@ -92,7 +92,9 @@ class SlowAuto:
     def _prefill(self, options: Options, worker: WorkerRecord) -> _Ranked:
         held = options.here(worker)
         wait_s = worker.prompts.wait_s(options.now)
-        prefill_s = self._model.prefill_s(worker.key, options.num_tokens - held, held, worker.num_running)
+        prefill_s = self._model.prefill_s(
+            worker.key, options.num_tokens - held, held, worker.num_running, _num_beside(options, worker)
+        )
         cost = wait_s + prefill_s * (1.0 + self.pressure)
         if worker.num_streams:
             pause_s = self._model.stall * prefill_s
@@ -127,6 +129,13 @@ class SlowAuto:
         self.pressure += PRESSURE_WEIGHT * (waiting - self.pressure)
 
 
+def _num_beside(options: Options, worker: WorkerRecord) -> int:
+    """Neighbours at work among those that may be chosen."""
+    mine = [p for p in options.prefills if p.key in worker.neighbours] if worker in options.decodes else []
+    theirs = [d for d in options.decodes if worker.key in d.neighbours]
+    return sum(other.is_at_work for other in (*mine, *theirs))
+
+
 class SlowPlacer(Placer):
     """As `Placer`, with what it looks at asked for anew each time."""
 
@@ -141,7 +150,8 @@ class SlowPlacer(Placer):
         options = self._look(record, trusted or roomy, now)
         decode, prefill = self._chooser.choose(options)
         uncached = max(0, options.num_tokens - options.held_tokens.get((prefill or decode).key, 0))
-        return Placement(decode, prefill, uncached, forecast(self.model, options, decode, prefill))
+        num_beside = self._registry.neighbours_at_work(prefill or decode)
+        return Placement(decode, prefill, uncached, forecast(self.model, options, decode, prefill, num_beside))
 
     def _is_able(self, record: RequestRecord, worker: WorkerRecord) -> bool:
         if not (

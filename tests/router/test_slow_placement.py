@@ -83,7 +83,7 @@ class Worlds:
         new, streams, seconds, paces = rng.randrange(1, 3000), rng.randrange(9), rng.random(), rng.random() / 20
         other, length = rng.choice(self.workers), rng.randrange(1, 900)
         for placer in (self.quick, self.slow):
-            placer.model.saw_prefill(worker.key, new, 100, streams, seconds)
+            placer.model.saw_prefill(worker.key, new, 100, streams, seconds, streams % 3)
             placer.model.saw_transfer(worker.key, other.key, 64 * new, seconds / 10)
             placer.model.saw_tokens(streams, 500.0 * streams, seconds / 50, paces, seconds / 90)
             placer.model.saw_answer(length)
