@@ -26,10 +26,12 @@ from penstock.core.quantiles import quantile
 from penstock.protocol.messages import Fingerprint, Heartbeat, Hello, Role, WorkerLoad
 from penstock.protocol.sampling import SamplingParams
 from penstock.router.config import RouterConfig
+from penstock.router.cost_model import CostModel
 from penstock.router.interface import GenerateRequest
 from penstock.router.placement import Placement, Placer
 from penstock.router.registry import Registry, WorkerRecord
 from penstock.router.requests import RequestRecord, check_request
+from penstock.simulator.costs import MODELS
 
 BLOCK_SIZE = 16
 NUM_PREFIXES = 24
@@ -53,7 +55,23 @@ def make_cluster(num_prefill: int, num_decode: int, num_both: int, policy: str, 
         links = [link for link in sources if link[0] != worker.key.worker_id] if worker.can_decode else []
         worker.note_heartbeat(Heartbeat(1, "ready", WorkerLoad(), [], links), 0.0)
         _load(worker, rng)
-    return Cluster(Placer(RouterConfig(policy=policy), registry, f"{seed}"), workers, rng)  # type: ignore[arg-type]
+    placer = Placer(RouterConfig(policy=policy), registry, f"{seed}")  # type: ignore[arg-type]
+    _teach(placer.model, workers, rng)
+    return Cluster(placer, workers, rng)
+
+
+def _teach(model: CostModel, workers: list[WorkerRecord], rng: random.Random) -> None:
+    """What a cluster that has run for a while knows of its costs."""
+    costs = MODELS["70b"]
+    for _ in range(1000):
+        source, target = rng.sample(workers, 2)
+        new, streams = rng.randrange(100, 60_000), rng.randrange(40)
+        held, busy_s = streams * 9000.0, rng.random() / 100
+        num_bytes = new * costs.bytes_per_token
+        model.saw_prefill(source.key, new, 0, 0, costs.prefill_s(new, 0) * rng.gauss(1, 0.05))
+        model.saw_transfer(source.key, target.key, num_bytes, costs.transfer_s(num_bytes, 0.0) * rng.gauss(1, 0.05))
+        model.saw_tokens(streams, held, busy_s, costs.step_s(streams, held) + busy_s)
+        model.saw_answer(rng.randrange(1, 600))
 
 
 def _join(registry: Registry, role: Role, number: int) -> WorkerRecord:

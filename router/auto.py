@@ -97,14 +97,15 @@ class Auto:
         self, options: Options, decode_cost: float, decode: WorkerRecord, prefills: _Cheapest, best: Best
     ) -> Best:
         missing = (options.num_tokens - options.held(decode)) * decode.hello.bytes_per_token
+        least_s = self._model.least_transfer_s(missing)
         place = num_tried = 0
         while num_tried < NUM_TRIED and (found := prefills.get(place)) is not None:
+            if decode_cost + found[0] + least_s >= best[0]:
+                break
             place += 1
             if found[1] not in decode.linked:
                 continue
             num_tried += 1
-            if decode_cost + found[0] >= best[0]:
-                break
             cost = decode_cost + found[0] + self._hand_off(options, decode, found, missing)
             if cost < best[0]:
                 best = cost, Choice(decode, found[2])

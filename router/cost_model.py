@@ -41,6 +41,7 @@ class Factors(Generic[K]):
 
     def __init__(self) -> None:
         self.values: OrderedDict[K, float] = OrderedDict()
+        self.lowest = 1.0  # that any has been
         self._num_seen: dict[K, int] = {}
 
     def get(self, key: K) -> float:
@@ -55,6 +56,7 @@ class Factors(Generic[K]):
         weight = max(FACTOR_WEIGHT, 1.0 / (num_seen + 1)) if is_settled else FACTOR_WEIGHT
         value += weight * (min(high, max(low, seen / predicted)) - value)
         self.values[key], self._num_seen[key] = value, num_seen
+        self.lowest = min(self.lowest, value)
         self.values.move_to_end(key)
         if len(self.values) > MAX_FACTORS:
             del self._num_seen[self.values.popitem(last=False)[0]]
@@ -103,6 +105,11 @@ class CostModel:
         """From the end of prefill until decode has it all."""
         a, b = self._transfer.coefficients
         return (a + b * num_bytes) * self._pairs.get((source, target))
+
+    def least_transfer_s(self, num_bytes: int) -> float:
+        """No pair takes less."""
+        a, b = self._transfer.coefficients
+        return (a + b * num_bytes) * self._pairs.lowest
 
     def token_s(self, num_streams: float, num_held: float) -> float:
         """Time per output token of each of `num_streams` that hold `num_held` tokens together."""

@@ -17,7 +17,7 @@ import msgspec
 
 from ..core.errors import BadRequest, InternalError, ProtocolError, ServeError
 from ..core.ids import AttemptKey, Ticket, WorkerKey
-from ..protocol.messages import MAX_PROMPT_BYTES, ChoiceState, Tokens, pack_ids, unpack_ids
+from ..protocol.messages import MAX_PROMPT_BYTES, ChoiceState, Tokens, check_ids, pack_ids
 from ..protocol.sampling import check
 from .interface import Decision, GenerateRequest, Routing
 from .rung_hash import RungHash
@@ -241,7 +241,7 @@ def check_request(request: GenerateRequest) -> bytes:
         raise BadRequest(f"sampling parameters: {err}") from err
     try:
         data = pack_ids(request.prompt_ids)
-        unpack_ids(data)
+        check_ids(data)
     except (OverflowError, ProtocolError) as err:
         raise BadRequest(f"prompt: token ids must lie in [0, 2**31): {err}", "prompt") from err
     return data

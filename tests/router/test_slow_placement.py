@@ -48,7 +48,7 @@ class Worlds:
         rng = self.rng
         size = SIZE * rng.choice([1, 1, 1, 2])
         fingerprint = Fingerprint("m", "w", "float32", 1, 1, 1, size, "l")
-        role: Role = rng.choice(["prefill", "decode", "both"])  # type: ignore[assignment]
+        role: Role = rng.choice(["prefill", "decode", "both"])
         longest = rng.choice([2000, 20_000])
         hello = Hello(role, 1, fingerprint, rng.choice([300, 4000]), longest, 64, "", [], rng.choice([2, 64]))
         self.registry.greet(WorkerKey(f"w{number}", f"{rng.randrange(3):016x}"), hello, 0.0)

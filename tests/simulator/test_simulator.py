@@ -249,7 +249,7 @@ def test_forecasts_become_good() -> None:
 
 
 def test_neighbours_slow_each_other_down_by_hand() -> None:
-    """Two chunks of a prompt beside a stream of 100 tokens of 10 ms: what begins beside other work takes twice as long."""
+    """Two chunks of a prompt beside a stream of 100 tokens of 10 ms: what begins beside other work takes double."""
     trace = [TraceRequest(0.0, 100, 101, (1,)), TraceRequest(0.5, 2000, 1, (5, 6, 7, 8))]
     alone, shared = (
         TraceCluster(Shape(1, 1), PLAIN, router_config("least-loaded", TARGETS), slowdown=factor)
