@@ -56,6 +56,14 @@ def register(commands: Commands) -> None:
     parser.add_argument(
         "--tpot", type=number(1e-6, 1e6), default=0.1, metavar="S", help="target, seconds (default: 0.1)"
     )
+    parser.add_argument(
+        "--shared-cores",
+        type=number(1.0, 100.0),
+        default=1.0,
+        metavar="X",
+        help="the first prefill and the first decode worker run on the same cores, and so on: each takes X times as "
+        "long while both compute; 2 where neither gains by the other (default: 1, none share)",
+    )
     parser.add_argument("--seed", type=whole_number(0, 2**31), default=0, metavar="N")
     parser.add_argument("--json", action="store_true", help="print JSON: a list of rows, times in seconds")
 
@@ -79,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         for policy in policies:
             print(f"{shape}, {policy}: {len(trace)} requests", file=sys.stderr)
             targets = Targets(args.ttft, args.tpot)
-            rows.append(simulate(trace, policy, shape, MODELS[args.model], targets, args.seed))
+            rows.append(simulate(trace, policy, shape, MODELS[args.model], targets, args.seed, args.shared_cores))
     print(json.dumps([row.to_dict() for row in rows], indent=2) if args.json else format_rows(rows))
     return 0
 

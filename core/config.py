@@ -68,6 +68,8 @@ class RouterConfig:
     max_attempts: int = setting(4, 1, 100)
     worker_timeout_s: float = setting(0.6, 0.2, 600)  # silence after which a worker counts as lost
     unavailable_s: float = setting(60.0, 1, 86_400)  # wait for a worker; longer than one takes to load the model
+    target_ttft_s: float = setting(10.0, 0.001, 86_400)  # what the policy `auto` tries to keep answers within
+    target_tpot_s: float = setting(0.1, 0.0001, 3600)
 
 
 @dataclass(frozen=True, slots=True)

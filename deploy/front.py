@@ -101,6 +101,8 @@ def router_config(topology: Topology) -> RouterConfig:
         worker_timeout_s=router.worker_timeout_s,
         max_attempts=router.max_attempts,
         unavailable_s=router.unavailable_s,
+        target_ttft_s=router.target_ttft_s,
+        target_tpot_s=router.target_tpot_s,
         expected_workers=len(topology.workers()),
         fixed_roles="the workers share one pool (transfer.one_pool)" if topology.transfer.one_pool else "",
     )

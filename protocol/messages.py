@@ -67,6 +67,7 @@ from .parts import (
     WorkerId,
     WorkerLoad,
     WorkerState,
+    check_ids,
     pack_ids,
     unpack_ids,
 )
@@ -141,6 +142,7 @@ __all__ = [
     "WorkerId",
     "WorkerLoad",
     "WorkerState",
+    "check_ids",
     "pack_ids",
     "unpack_ids",
 ]

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from ..core.errors import ProtocolError
 from .sampling import MAX_CHOICES, MAX_LOGPROBS, TokenId
@@ -48,13 +49,22 @@ def pack_ids(token_ids: list[int]) -> bytes:
 
 def unpack_ids(data: bytes) -> list[int]:
     """Token ids as a list; raises ProtocolError for a torn array or a negative id."""
+    result: list[int] = _checked(data).tolist()
+    return result
+
+
+def check_ids(data: bytes) -> None:
+    """Raises ProtocolError as `unpack_ids` does, in a fraction of the time."""
+    _checked(data)
+
+
+def _checked(data: bytes) -> npt.NDArray[np.int32]:
     if len(data) % 4:
         raise ProtocolError(f"token ids: {len(data)} bytes is not a whole number of int32")
     ids = np.frombuffer(data, dtype="<i4")
     if ids.size and int(ids.min()) < 0:
         raise ProtocolError(f"token ids: {int(ids.min())} is negative")
-    result: list[int] = ids.tolist()
-    return result
+    return ids
 
 
 # ---- pieces ----

@@ -17,6 +17,7 @@ from typing import Literal
 
 from ..core.errors import BadRequest, Cancelled, DeadlineExceeded, NodeLost, Overloaded, ServeError
 from ..core.ids import WorkerKey
+from .registry import WorkerRecord
 
 Leg = Literal["prefill", "decode"]
 BLAMELESS = (BadRequest, Cancelled, DeadlineExceeded, NodeLost, Overloaded)
@@ -38,6 +39,12 @@ class Breakers:
     def __init__(self, max_failures: int, pause_s: float) -> None:
         self._max_failures, self._pause_s = max_failures, pause_s
         self._breakers: dict[tuple[WorkerKey, Leg], _Breaker] = {}
+
+    def allowed(self, workers: list[WorkerRecord], leg: Leg, now: float) -> list[WorkerRecord]:
+        """Those of them that an attempt may go to."""
+        if not self._breakers:
+            return workers
+        return [worker for worker in workers if self.allows(worker.key, leg, now)]
 
     def allows(self, worker: WorkerKey, leg: Leg, now: float) -> bool:
         """Whether an attempt may go there; an open breaker lets one through when its pause is over."""

@@ -23,8 +23,10 @@ class Forecast:
         return self.wait_s + self.prefill_s + self.transfer_s
 
 
-def forecast(model: CostModel, options: Options, decode: WorkerRecord, prefill: WorkerRecord | None) -> Forecast:
-    """For any choice, whoever made it."""
+def forecast(
+    model: CostModel, options: Options, decode: WorkerRecord, prefill: WorkerRecord | None, num_beside: int = 0
+) -> Forecast:
+    """For any choice, whoever made it. `num_beside`: neighbours at work of the worker that computes the prompt."""
     worker = prefill or decode
     held = options.here(worker)
     output = min(float(options.record.request.params.max_tokens), model.expected_output_tokens)
@@ -32,7 +34,7 @@ def forecast(model: CostModel, options: Options, decode: WorkerRecord, prefill: 
     missing = (options.num_tokens - options.held(decode)) * decode.hello.bytes_per_token
     return Forecast(
         wait_s=worker.prompts.wait_s(options.now),
-        prefill_s=model.prefill_s(worker.key, options.num_tokens - held, held, worker.num_running),
+        prefill_s=model.prefill_s(worker.key, options.num_tokens - held, held, worker.num_running, num_beside),
         transfer_s=model.transfer_s(worker.key, decode.key, missing) if prefill else 0.0,
         tpot_s=model.token_s(decode.num_streams + 1, context),
     )

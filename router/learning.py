@@ -19,7 +19,8 @@ class Learner:
         """The attempt's first tokens came. Call before they are added to the request's."""
         decode = self._registry.find(attempt.decode)
         if decode is not None:
-            attempt.pace = Pace(now, decode.num_running, decode.used_blocks, decode.prompts.busy_s(now))
+            busy_s, neighbour_s = decode.prompts.busy_s(now), self._neighbour_s(decode, now)
+            attempt.pace = Pace(now, decode.num_running, decode.used_blocks, busy_s, neighbour_s)
         if phases is None:
             return
         self._prefill(record, attempt, phases)
@@ -31,7 +32,10 @@ class Learner:
         num_new = record.prefill_tokens() - phases.cached_tokens
         if worker is None or num_new < 1 or phases.prefill_s <= 0:
             return
-        self._model.saw_prefill(worker.key, num_new, phases.cached_tokens, worker.num_running, phases.prefill_s)
+        num_beside = self._registry.neighbours_at_work(worker)
+        self._model.saw_prefill(
+            worker.key, num_new, phases.cached_tokens, worker.num_running, phases.prefill_s, num_beside
+        )
 
     def answered(self, record: RequestRecord, attempt: Attempt, now: float) -> None:
         """Every choice has ended by itself, in this attempt."""
@@ -47,4 +51,11 @@ class Learner:
         streams = (pace.num_running + decode.num_running) / 2
         held = (pace.used_blocks + decode.used_blocks) / 2 * decode.block_size
         busy_s = decode.prompts.busy_s(now) - pace.busy_s
-        self._model.saw_tokens(streams, held, busy_s / num_tokens, (now - pace.since) / num_tokens)
+        # A neighbour that left since then took its seconds along.
+        neighbour_s = max(0.0, self._neighbour_s(decode, now) - pace.neighbour_s)
+        tpot_s = (now - pace.since) / num_tokens
+        self._model.saw_tokens(streams, held, busy_s / num_tokens, tpot_s, neighbour_s / num_tokens)
+
+    def _neighbour_s(self, decode: WorkerRecord, now: float) -> float:
+        found = [self._registry.find(key) for key in decode.neighbours]
+        return sum([worker.prompts.busy_s(now) for worker in found if worker is not None])

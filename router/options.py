@@ -39,13 +39,18 @@ class Options:
     may_stay: bool
     must_stay: bool
 
+    @property
+    def most_cached(self) -> int:
+        """The last token of a prompt is always computed."""
+        return max(0, self.num_tokens - 1)
+
     def held(self, worker: WorkerRecord) -> int:
-        """At most all but one: the last token of a prompt is always computed."""
-        return min(self.held_tokens.get(worker.key, 0), max(0, self.num_tokens - 1))
+        """What need not be handed over to it."""
+        return min(self.held_tokens.get(worker.key, 0), self.most_cached)
 
     def here(self, worker: WorkerRecord) -> int:
-        """What it need not compute if it begins now. At most all but one, too."""
-        return min(self.here_tokens.get(worker.key, 0), max(0, self.num_tokens - 1))
+        """What it need not compute if it begins now."""
+        return min(self.here_tokens.get(worker.key, 0), self.most_cached)
 
 
 class Chooser(Protocol):

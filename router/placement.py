@@ -7,10 +7,10 @@ from enum import Enum
 from functools import partial
 
 from ..core.ids import WorkerKey
-from ..core.prefix_hash import BlockHash, hash_key
+from ..core.prefix_hash import hash_key
 from ..protocol.messages import pack_ids
 from .auto import Auto, Targets
-from .breaker import Breakers, Leg
+from .breaker import Breakers
 from .config import RouterConfig
 from .cost_model import CostModel
 from .forecast import Forecast, forecast
@@ -19,6 +19,7 @@ from .prefix_index import PrefixIndex
 from .prefix_ladder import covered_tokens, extend_rung_hashes, rung_sizes
 from .registry import Registry, WorkerRecord
 from .requests import Choice, RequestRecord
+from .rung_hash import RungHash
 from .two_step import TwoStep
 
 LOCAL_AFTER_FAILURES = 2  # in a row: then "auto" stops trying hand-offs
@@ -62,13 +63,14 @@ class Placer:
         able = self._able_to_decode(record)
         if not able:
             return Refusal.NO_WORKER
-        roomy = [worker for worker in able if self._has_room(record, worker)]
+        roomy = self._roomy(record, able)
         if not roomy:
             return Refusal.NO_ROOM
-        options = self._options(record, self._trusted(roomy, "decode", now) or roomy, now)
+        options = self._options(record, self.breakers.allowed(roomy, "decode", now) or roomy, now)
         decode, prefill = self._chooser.choose(options)
         uncached = max(0, options.num_tokens - options.held_tokens.get((prefill or decode).key, 0))
-        return Placement(decode, prefill, uncached, forecast(self.model, options, decode, prefill))
+        num_beside = self._registry.neighbours_at_work(prefill or decode)
+        return Placement(decode, prefill, uncached, forecast(self.model, options, decode, prefill, num_beside))
 
     def is_possible(self, record: RequestRecord) -> bool:
         """Some ready worker could take it, once it has room."""
@@ -95,7 +97,7 @@ class Placer:
         if record.hashes and worker is not None:
             self._insert(record.hashes, worker)
 
-    def _insert(self, hashes: list[BlockHash], worker: WorkerRecord, *, is_here: bool = True) -> None:
+    def _insert(self, hashes: list[RungHash], worker: WorkerRecord, *, is_here: bool = True) -> None:
         size = worker.block_size
         capacity = max(0, worker.hello.total_blocks - worker.used_blocks) * size
         sizes = rung_sizes(len(hashes), size)
@@ -127,8 +129,8 @@ class Placer:
         needed = record.max_sequence_tokens
         able = [
             worker
-            for worker in self._registry.live()
-            if worker.is_ready and worker.can_decode and worker.hello.max_sequence_tokens >= needed
+            for worker in self._registry.ready()
+            if (hello := worker.hello).role != "prefill" and hello.max_sequence_tokens >= needed
         ]
         if self._needs_handoff(record):
             able = [worker for worker in able if self._able_to_prefill(record, worker)]
@@ -138,13 +140,18 @@ class Placer:
         """It may not prefill where it decodes."""
         return self._config.disaggregate == "always" and not record.needs_local_prefill
 
-    def _has_room(self, record: RequestRecord, decode: WorkerRecord) -> bool:
-        """Blocks and a place on the decode worker, and where it must be handed over, a place in a prefill queue."""
-        if self._needs_handoff(record) and not self._free_to_prefill(record, decode):
-            return False
+    def _roomy(self, record: RequestRecord, decodes: list[WorkerRecord]) -> list[WorkerRecord]:
+        """Those with blocks and a place, and where it must be handed over, a place in a prefill queue."""
+        if self._needs_handoff(record):
+            decodes = [worker for worker in decodes if self._free_to_prefill(record, worker)]
+        blocks = {size: record.blocks(size) for size in {worker.block_size for worker in decodes}}
         # An idle worker takes anything that fits its context, so no request can wait for ever behind an estimate.
-        needed = decode.used_blocks + record.blocks(decode.block_size)
-        return not decode.attempts or (decode.has_place and needed <= decode.hello.total_blocks)
+        return [
+            worker
+            for worker in decodes
+            if not worker.attempts
+            or (worker.used_blocks + blocks[worker.block_size] <= worker.hello.total_blocks and worker.has_place)
+        ]
 
     def _able_to_prefill(self, record: RequestRecord, decode: WorkerRecord) -> list[WorkerRecord]:
         needed = record.prefill_tokens()
@@ -161,7 +168,7 @@ class Placer:
 
     def _options(self, record: RequestRecord, roomy: list[WorkerRecord], now: float) -> Options:
         size = roomy[0].block_size
-        matches = self.index.matches(self._hashes(record, size) if self._chooser.reads_prefixes else [])
+        matches = self.index.matches(self.hash_prompt(record, size) if self._chooser.reads_prefixes else [])
         needed = record.prefill_tokens()
         must_stay = self._config.disaggregate == "never" or record.needs_local_prefill
         if self._config.disaggregate == "auto" and record.fruitless >= LOCAL_AFTER_FAILURES:
@@ -182,13 +189,11 @@ class Placer:
     def _free_prefills(self, record: RequestRecord, needed: int, now: float) -> list[WorkerRecord]:
         free = [
             worker
-            for worker in self._registry.live()
-            if worker.can_prefill
-            and worker.is_ready
-            and worker.has_place
-            and worker.hello.max_sequence_tokens >= needed
-            and worker.key not in record.avoid
+            for worker in self._registry.ready()
+            if (hello := worker.hello).role != "decode" and hello.max_sequence_tokens >= needed and worker.has_place
         ]
+        if record.avoid:
+            free = [worker for worker in free if worker.key not in record.avoid]
         return self._trusted_to_prefill(free, now)
 
     def _prefills_of(self, record: RequestRecord, now: float, decode: WorkerRecord) -> list[WorkerRecord]:
@@ -199,13 +204,10 @@ class Placer:
 
     def _trusted_to_prefill(self, workers: list[WorkerRecord], now: float) -> list[WorkerRecord]:
         """Where decode may prefill for itself, nobody has to go to one that fails."""
-        trusted = self._trusted(workers, "prefill", now)
+        trusted = self.breakers.allowed(workers, "prefill", now)
         return trusted or (workers if self._config.disaggregate == "always" else [])
 
-    def _trusted(self, workers: list[WorkerRecord], leg: Leg, now: float) -> list[WorkerRecord]:
-        return [worker for worker in workers if self.breakers.allows(worker.key, leg, now)]
-
-    def _hashes(self, record: RequestRecord, block_size: int) -> list[BlockHash]:
+    def hash_prompt(self, record: RequestRecord, block_size: int) -> list[RungHash]:
         """Hashes of the prompt's full rungs, computed once."""
         if record.hashes is None:
             record.hashes, record.hash_block_size = [], block_size
@@ -218,6 +220,8 @@ class Placer:
 
 def _without(workers: list[WorkerRecord], avoid: tuple[WorkerKey, ...]) -> list[WorkerRecord]:
     """The workers not to avoid, or all when none is left."""
+    if not avoid:
+        return workers
     return [worker for worker in workers if worker.key not in avoid] or workers
 
 

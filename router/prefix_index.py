@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import NamedTuple
 
 from ..core.ids import WorkerKey
-from ..core.prefix_hash import BlockHash
 
 MAX_WORKERS_PER_BLOCK = 512  # who drops out of the head of a common prefix is not found for its tail either
 MAX_HOLDERS = 4  # in all, for each block that the index may know
@@ -25,16 +24,16 @@ class _Holding:
     """The blocks ascribed to one worker, least recently used first, with their tokens."""
 
     def __init__(self) -> None:
-        self.tokens: OrderedDict[BlockHash, int] = OrderedDict()
+        self.tokens: OrderedDict[Hashable, int] = OrderedDict()
         self.total = 0
 
-    def touch(self, block_hash: BlockHash, num_tokens: int) -> None:
+    def touch(self, block_hash: Hashable, num_tokens: int) -> None:
         if block_hash not in self.tokens:
             self.tokens[block_hash] = num_tokens
             self.total += num_tokens
         self.tokens.move_to_end(block_hash)
 
-    def drop(self, block_hash: BlockHash) -> None:
+    def drop(self, block_hash: Hashable) -> None:
         self.total -= self.tokens.pop(block_hash, 0)
 
 
@@ -45,7 +44,7 @@ class PrefixIndex:
 
     def __init__(self, max_blocks: int) -> None:
         self._max_blocks = max_blocks
-        self._holders: OrderedDict[BlockHash, dict[WorkerKey, bool]] = OrderedDict()  # whether it is there already
+        self._holders: OrderedDict[Hashable, dict[WorkerKey, bool]] = OrderedDict()  # whether it is there already
         self._holdings: dict[WorkerKey, _Holding] = {}
         self._num_held = 0
 
@@ -54,7 +53,7 @@ class PrefixIndex:
 
     def insert(
         self,
-        hashes: Sequence[BlockHash],
+        hashes: Sequence[Hashable],
         worker: WorkerKey,
         *,
         is_here: bool = True,
@@ -84,7 +83,7 @@ class PrefixIndex:
             for holder in list(self._holders[oldest]):
                 self._drop(oldest, holder)
 
-    def _drop(self, block_hash: BlockHash, worker: WorkerKey) -> None:
+    def _drop(self, block_hash: Hashable, worker: WorkerKey) -> None:
         holders = self._holders[block_hash]
         del holders[worker]
         self._num_held -= 1
@@ -92,11 +91,11 @@ class PrefixIndex:
         if not holders:
             del self._holders[block_hash]
 
-    def match(self, hashes: Sequence[BlockHash]) -> dict[WorkerKey, int]:
+    def match(self, hashes: Sequence[Hashable]) -> dict[WorkerKey, int]:
         """For each worker that holds any, how many leading blocks it holds without a hole."""
         return self.matches(hashes).expected
 
-    def matches(self, hashes: Sequence[BlockHash]) -> Matches:
+    def matches(self, hashes: Sequence[Hashable]) -> Matches:
         """For each worker that holds any, how many leading blocks it holds without a hole.
 
         Whoever holds a block holds those before it: they are noted together, and the head goes last. So the end of a
@@ -112,7 +111,7 @@ class PrefixIndex:
                 here[worker] = _leading(hashes, depth, partial(self._is_here, worker))
         return Matches(expected, here)
 
-    def _is_here(self, worker: WorkerKey, block_hash: BlockHash) -> bool:
+    def _is_here(self, worker: WorkerKey, block_hash: Hashable) -> bool:
         return self._holders[block_hash][worker]
 
     def forget(self, worker: WorkerKey) -> None:
@@ -128,7 +127,7 @@ class PrefixIndex:
         self._num_held = 0
 
 
-def _leading(hashes: Sequence[BlockHash], stop: int, is_held: Callable[[BlockHash], bool]) -> int:
+def _leading(hashes: Sequence[Hashable], stop: int, is_held: Callable[[Hashable], bool]) -> int:
     """How many of the first `stop` are held, where the first is and no held one follows one that is not."""
     if is_held(hashes[stop - 1]):
         return stop

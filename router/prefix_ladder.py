@@ -7,9 +7,11 @@ guess anyway, so it need not know the last few per cent of a long match. Steps a
 from __future__ import annotations
 
 from functools import lru_cache
-from hashlib import blake2b
 
-from ..core.prefix_hash import BlockHash
+import numpy as np
+import numpy.typing as npt
+
+from .rung_hash import RungHash, extend_sums
 
 FINE_TOKENS = 1024  # up to here, each block
 MIDDLE_TOKENS = 8192  # up to here, steps of at least MIDDLE_STEP tokens, and beyond it of at least COARSE_STEP
@@ -43,18 +45,19 @@ def num_full_rungs(num_tokens: int, block_size: int) -> int:
     return first + (num_tokens - start) // step
 
 
-def extend_rung_hashes(hashes: list[BlockHash], key: bytes, ids: bytes, block_size: int) -> None:
+def extend_rung_hashes(hashes: list[RungHash], key: bytes, ids: bytes, block_size: int) -> None:
     """Append the hash of every full rung of `ids` (packed, four bytes a token) that `hashes` does not have yet.
 
-    Each covers its own tokens and, through its parent, all before them.
+    Each stands for its own tokens and all before them.
     """
-    parent = hashes[-1] if hashes else b""
-    start = 4 * covered_tokens(len(hashes), block_size)
-    for rung in range(len(hashes) + 1, num_full_rungs(len(ids) // 4, block_size) + 1):
-        stop = 4 * covered_tokens(rung, block_size)
-        parent = blake2b(parent + ids[start:stop], key=key, digest_size=32).digest()
-        hashes.append(parent)
-        start = stop
+    num_rungs = num_full_rungs(len(ids) // 4, block_size)
+    extend_sums(hashes, key, ids, _stops(block_size, 1 << num_rungs.bit_length())[:num_rungs])
+
+
+@lru_cache(maxsize=256)
+def _stops(block_size: int, count: int) -> npt.NDArray[np.int64]:
+    """Where each rung ends, in bytes."""
+    return np.array([4 * covered_tokens(rung, block_size) for rung in range(1, count + 1)], np.int64)
 
 
 def rung_sizes(num_rungs: int, block_size: int) -> list[int]:

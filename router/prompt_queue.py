@@ -6,9 +6,12 @@ from ..core.ids import AttemptKey
 
 
 class PromptQueue:
-    """First come, first served, as the worker computes them."""
+    """First come, first served, as the worker computes them. `num_prompts`: how many wait or are being computed."""
+
+    __slots__ = ("_busy_s", "_busy_since", "_head_since", "_seconds", "_total_s", "num_prompts")
 
     def __init__(self) -> None:
+        self.num_prompts = 0
         self._seconds: dict[AttemptKey, float] = {}
         self._total_s = 0.0
         self._head_since = 0.0
@@ -16,7 +19,7 @@ class PromptQueue:
         self._busy_s = 0.0
 
     def __len__(self) -> int:
-        return len(self._seconds)
+        return self.num_prompts
 
     def add(self, key: AttemptKey, seconds: float, now: float) -> None:
         if not self._seconds:
@@ -24,6 +27,7 @@ class PromptQueue:
             self._total_s = 0.0
         self._seconds[key] = seconds
         self._total_s += seconds
+        self.num_prompts = len(self._seconds)
 
     def remove(self, key: AttemptKey, now: float) -> None:
         """Computed, or given up. Unknown ones are ignored."""
@@ -31,6 +35,7 @@ class PromptQueue:
         if seconds is not None:
             self._total_s -= seconds
             self._head_since = now
+            self.num_prompts = len(self._seconds)
             if not self._seconds:
                 self._busy_s += now - self._busy_since
 

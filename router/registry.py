@@ -21,6 +21,7 @@ from .interface import WorkerStatus
 from .prompt_queue import PromptQueue
 
 MAX_WORKERS = 4096
+SAME_MACHINE = frozenset({"shm", "owner", "cuda_ipc"})  # transports that do not leave it
 MAX_PAST_EPOCHS = 16
 MAX_REMEMBERED_ABORTS = 8192
 
@@ -55,6 +56,7 @@ class WorkerRecord:
     state: WorkerState = "starting"
     load: WorkerLoad = field(default_factory=WorkerLoad)
     linked: dict[WorkerKey, str] = field(default_factory=dict)
+    neighbours: tuple[WorkerKey, ...] = ()  # linked workers on the same machine, by the transport
     received: int = 0
     last_number: int = 0
     turn_age_s: float = 0.0  # since its loop began its last turn
@@ -67,7 +69,11 @@ class WorkerRecord:
         0  # open choices of the attempts it decodes, those that still wait for their first token included
     )
     num_running: int = 0  # of them, those that have had it
+    block_size: int = field(init=False)  # tokens
     _aborts: dict[tuple[AttemptKey, int | None], float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.block_size = max(1, self.hello.fingerprint.block_size)
 
     @property
     def is_live(self) -> bool:
@@ -90,13 +96,13 @@ class WorkerRecord:
         return self.hello.role in ("prefill", "both")
 
     @property
+    def is_at_work(self) -> bool:
+        return self.num_running > 0 or self.prompts.num_prompts > 0
+
+    @property
     def has_place(self) -> bool:
         """It would not refuse one more attempt; one at a time is always worth trying."""
         return len(self.attempts) < max(1, self.hello.max_requests)
-
-    @property
-    def block_size(self) -> int:
-        return max(1, self.hello.fingerprint.block_size)
 
     def command(self, router_epoch: str, body: ToWorker) -> Send:
         """The next numbered command to this incarnation."""
@@ -112,7 +118,10 @@ class WorkerRecord:
         self.turn_age_s = beat.turn_age_s
         if beat.role not in (None, self.hello.role):
             self.hello = msgspec.structs.replace(self.hello, role=beat.role)
-        self.linked = {WorkerKey(worker_id, epoch): transport for worker_id, epoch, transport in beat.linked}
+        linked = {WorkerKey(worker_id, epoch): transport for worker_id, epoch, transport in beat.linked}
+        if linked != self.linked:
+            self.linked = linked
+            self.neighbours = tuple([peer for peer, transport in linked.items() if transport in SAME_MACHINE])
 
     def note_abort(self, attempt: AttemptKey, choice: int | None, now: float, repeat_s: float) -> bool:
         """Whether an Abort is due: the same one goes out again only when `repeat_s` have passed."""
@@ -156,6 +165,7 @@ class Registry:
     def __init__(self) -> None:
         self._records: dict[str, WorkerRecord] = {}
         self._past: dict[str, deque[str]] = {}
+        self._ordered: list[WorkerRecord] = []  # by worker id
 
     def __len__(self) -> int:
         return len(self._records)
@@ -164,6 +174,14 @@ class Registry:
         """The record of exactly this incarnation, whatever its standing."""
         record = self._records.get(key.worker_id)
         return record if record is not None and record.key == key else None
+
+    def neighbours_at_work(self, record: WorkerRecord) -> int:
+        """How many workers compute beside it: prefill workers linked to it on the same machine, decode workers so
+        linked to it.
+        """
+        found = [self.find(key) for key in record.neighbours]
+        found += [other for other in self._ordered if other.neighbours and record.key in other.neighbours]
+        return sum([other is not None and other.is_at_work for other in found])
 
     def current(self, worker_id: str) -> WorkerRecord | None:
         return self._records.get(worker_id)
@@ -175,10 +193,14 @@ class Registry:
             record.linked = {peer: transport for peer, transport in record.linked.items() if peer != prefill}
 
     def all(self) -> list[WorkerRecord]:
-        return [self._records[worker_id] for worker_id in sorted(self._records)]
+        return list(self._ordered)
 
     def live(self) -> list[WorkerRecord]:
-        return [record for record in self.all() if record.is_live]
+        return [record for record in self._ordered if record.standing is Standing.LIVE]
+
+    def ready(self) -> list[WorkerRecord]:
+        """Live ones that take work."""
+        return [record for record in self._ordered if record.state == "ready" and record.standing is Standing.LIVE]
 
     def peers_of(self, record: WorkerRecord) -> list[Peer]:
         """Everyone else who is live."""
@@ -240,7 +262,11 @@ class Registry:
             self._past.setdefault(key.worker_id, deque(maxlen=MAX_PAST_EPOCHS)).append(old.key.epoch)
             record.restarts = old.restarts + 1
         self._records[key.worker_id] = record
+        self._reorder()
         return record
+
+    def _reorder(self) -> None:
+        self._ordered = [self._records[worker_id] for worker_id in sorted(self._records)]
 
     def _make_room(self, worker_id: str) -> bool:
         if worker_id in self._records or len(self._records) < MAX_WORKERS:
@@ -250,4 +276,5 @@ class Registry:
             return False
         del self._records[gone.key.worker_id]
         self._past.pop(gone.key.worker_id, None)
+        self._reorder()
         return True

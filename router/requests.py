@@ -17,10 +17,10 @@ import msgspec
 
 from ..core.errors import BadRequest, InternalError, ProtocolError, ServeError
 from ..core.ids import AttemptKey, Ticket, WorkerKey
-from ..core.prefix_hash import BlockHash
-from ..protocol.messages import MAX_PROMPT_BYTES, ChoiceState, Tokens, pack_ids, unpack_ids
+from ..protocol.messages import MAX_PROMPT_BYTES, ChoiceState, Tokens, check_ids, pack_ids
 from ..protocol.sampling import check
 from .interface import Decision, GenerateRequest, Routing
+from .rung_hash import RungHash
 
 MAX_TIMEOUT_S = 1e9
 
@@ -68,6 +68,7 @@ class Pace:
     num_running: int
     used_blocks: int
     busy_s: float  # with prompts, since its start
+    neighbour_s: float  # the same of its neighbours, added up
     num_tokens: int = 0
 
 
@@ -114,7 +115,7 @@ class RequestRecord:
     state: State = State.WAITING
     attempt: Attempt | None = None
     choices: list[Choice] = field(default_factory=list)
-    hashes: list[BlockHash] | None = None  # of the prompt's full blocks; None where nothing reads them
+    hashes: list[RungHash] | None = None  # of the prompt's full rungs; None where nothing reads them
     hash_block_size: int = 0
     num_attempts: int = 0
     num_resumed: int = 0  # attempts that delivered something behind an earlier one's tokens
@@ -240,7 +241,7 @@ def check_request(request: GenerateRequest) -> bytes:
         raise BadRequest(f"sampling parameters: {err}") from err
     try:
         data = pack_ids(request.prompt_ids)
-        unpack_ids(data)
+        check_ids(data)
     except (OverflowError, ProtocolError) as err:
         raise BadRequest(f"prompt: token ids must lie in [0, 2**31): {err}", "prompt") from err
     return data

@@ -105,6 +105,7 @@ class TraceCluster:
     router: RouterConfig
     seed: int = 0
     chooser: Chooser | None = None
+    slowdown: float = 1.0  # above 1: the first prefill and the first decode worker share their cores, and so on
     core: RouterCore = field(init=False)
     workers: dict[WorkerKey, SimulatedWorker] = field(init=False, default_factory=dict)
     journeys: dict[str, Journey] = field(init=False, default_factory=dict)
@@ -155,7 +156,16 @@ class TraceCluster:
                 self._roles[key] = role
                 self._versions[key] = 0
                 self._say(key, self._hello(role))
+        if self.slowdown > 1.0:
+            self._share_cores()
         self._beat_all()
+
+    def _share_cores(self) -> None:
+        prefills = [self.workers[key] for key in self._sources]
+        decodes = [self.workers[key] for key, role in self._roles.items() if role == "decode"]
+        for prefill, decode in zip(prefills, decodes, strict=False):
+            prefill.share_cores(decode, self.slowdown)
+            decode.share_cores(prefill, self.slowdown)
 
     def _hello(self, role: Role) -> Hello:
         costs = self.costs
@@ -164,11 +174,18 @@ class TraceCluster:
         return Hello(role, 1, fingerprint, blocks, costs.kv_tokens, costs.bytes_per_token, "", ["tcp"], 1 << 16)
 
     def _beat_all(self) -> None:
-        sources = [(key.worker_id, key.epoch, "tcp") for key, role in self._roles.items() if role == "prefill"]
         for key, worker in self.workers.items():
-            linked = sources if self._roles[key] != "prefill" else []
+            linked = [] if self._roles[key] == "prefill" else [self._link(source, worker) for source in self._sources]
             active = [(attempt.request_id, attempt.attempt) for attempt in worker.attempts]
             self._say(key, Heartbeat(worker.received, "ready", worker.load(), active, linked))
+
+    @property
+    def _sources(self) -> list[WorkerKey]:
+        return [key for key, role in self._roles.items() if role == "prefill"]
+
+    def _link(self, source: WorkerKey, decode: SimulatedWorker) -> tuple[str, str, str]:
+        is_neighbour = decode.neighbour is not None and decode.neighbour.key == source
+        return source.worker_id, source.epoch, "shm" if is_neighbour else "tcp"
 
     def _say(self, key: WorkerKey, body: ToRouter) -> None:
         self._perform(self.core.on_message(FromWorker(key.worker_id, key.epoch, body)))
@@ -200,11 +217,19 @@ class TraceCluster:
         """Begin the next leap, or cut the one that runs."""
         if worker.leap is None:
             joined = worker.begin(self._clock.now())
+            self._schedule_end(worker)
+            if worker.neighbour is not None:
+                self._cut(worker.neighbour)  # its next steps take longer, or less long
             self._output(worker, joined)
-        elif worker.leap.num_steps > 1:
-            worker.leap.cut(self._clock.now())
         else:
-            return
+            self._cut(worker)
+
+    def _cut(self, worker: SimulatedWorker) -> None:
+        if worker.leap is not None and worker.leap.num_steps > 1:
+            worker.leap.cut(self._clock.now())
+            self._schedule_end(worker)
+
+    def _schedule_end(self, worker: SimulatedWorker) -> None:
         if worker.leap is not None:
             self._versions[worker.key] += 1
             self._schedule(worker.leap.end_s, worker, self._versions[worker.key])

@@ -20,13 +20,22 @@ POLICIES: tuple[str, ...] = (*get_args(PolicyName), *REFERENCES)
 
 
 def simulate(
-    trace: list[TraceRequest], policy: str, shape: Shape, costs: WorkerCosts, targets: Targets, seed: int
+    trace: list[TraceRequest],
+    policy: str,
+    shape: Shape,
+    costs: WorkerCosts,
+    targets: Targets,
+    seed: int,
+    slowdown: float = 1.0,
 ) -> Summary:
-    """Raises ConfigError for a policy that does not exist or a request that no worker could hold."""
+    """`slowdown`: of a prefill and a decode worker on the same cores, while both compute; 1: none share any.
+
+    Raises ConfigError for a policy that does not exist or a request that no worker could hold.
+    """
     longest = max(request.num_prompt_tokens + max(2048, request.num_output_tokens) for request in trace)
     if longest > costs.kv_tokens:
         raise ConfigError(f"trace: its longest request needs {longest} tokens, a worker holds {costs.kv_tokens}")
-    cluster = TraceCluster(shape, costs, router_config(policy, targets), seed, _reference(policy, costs))
+    cluster = TraceCluster(shape, costs, router_config(policy, targets), seed, _reference(policy, costs), slowdown)
     return summarize(policy, str(shape), cluster.run(trace), targets)
 
 

@@ -96,6 +96,8 @@ class SimulatedWorker:
         self.query_tokens = 0
         self.hit_tokens = 0
         self.busy_s = 0.0
+        self.neighbour: SimulatedWorker | None = None  # on the same cores; both slow down while both compute
+        self.slowdown = 1.0
         self._is_prefill_only = is_prefill_only
         self._prompts: deque[Prompt] = deque()
         self._arrived: deque[Stream] = deque()  # handed over, without a place in the batch yet
@@ -137,7 +139,14 @@ class SimulatedWorker:
             steps = min(MAX_LEAP, min(stream.num_left for stream in self._streams.values()))
             count = len(self._streams)
             self.leap = Leap(now, steps, self.costs.step_s(count, self._held), count * self.costs.step_held_s)
+        if self.leap is not None and self.neighbour is not None and self.neighbour.leap is not None:
+            self.leap.first_s *= self.slowdown
+            self.leap.growth_s *= self.slowdown
         return joined
+
+    def share_cores(self, neighbour: SimulatedWorker, slowdown: float) -> None:
+        """From now on a step or chunk that begins while the other computes takes `slowdown` times as long."""
+        self.neighbour, self.slowdown = neighbour, slowdown
 
     def end(self) -> StepResult:
         """The leap is over: its tokens, and the prompts it finished."""
@@ -182,7 +191,7 @@ class SimulatedWorker:
             self.hit_tokens += prompt.num_cached
             self.query_tokens += request.num_prompt_tokens
         left = request.num_prompt_tokens - prompt.num_computed
-        if self._is_prefill_only:
+        if self._is_prefill_only and self.neighbour is None:
             return Leap(now, 1, costs.prefill_s(left, prompt.num_computed), prompt=prompt, num_tokens=left)
         chunk = min(left, costs.chunk_tokens)
         seconds = costs.chunk_cost_s(chunk, prompt.num_computed)

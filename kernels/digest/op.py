@@ -33,6 +33,22 @@ def digests(region: memoryview, places: Sequence[Place]) -> bytes:
     return found.astype(_BIG_ENDIAN).tobytes()
 
 
+def digests_at(data: bytes, starts: Places, sizes: Places) -> npt.NDArray[np.uint64]:
+    """The digests as numbers, of pieces of more than 240 bytes that may overlap. Raises InternalError."""
+    if not len(sizes):
+        return np.empty(0, np.uint64)
+    if int(starts.min()) < 0 or int(sizes.min()) < _SHORTEST or int((starts + sizes).max()) > len(data):
+        raise InternalError(f"a piece outside of {len(data)} bytes, or shorter than {_SHORTEST} bytes")
+    native = _native()
+    if native is None:
+        return reference.numbers(data, starts.tolist(), sizes.tolist())
+    found = np.empty(len(sizes), np.uint64)
+    places = np.concatenate((starts, sizes))
+    begin = places.ctypes.data
+    native(len(sizes), _address(memoryview(data)), begin, None, None, begin + 8 * len(sizes), found.ctypes.data)
+    return found
+
+
 def copied(source: memoryview, places: Sequence[Place], target: memoryview, to: Sequence[Place]) -> bytes:
     """Copy the blocks at `places` of `source` to those of `target`; the digests of what was read, and so written.
 

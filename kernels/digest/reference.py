@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
 
 DIGEST_BYTES = 8
@@ -19,6 +21,13 @@ def block_digest(block: memoryview | bytes) -> bytes:
 def digests(region: memoryview, places: Sequence[Place]) -> bytes:
     """As `op.digests`."""
     return b"".join(block_digest(region[offset : offset + nbytes]) for offset, nbytes in places)
+
+
+def numbers(data: bytes, starts: Sequence[int], sizes: Sequence[int]) -> npt.NDArray[np.uint64]:
+    """As `op.digests_at`."""
+    view = memoryview(data)
+    found = [xxhash.xxh3_64_intdigest(view[start : start + size]) for start, size in zip(starts, sizes, strict=True)]
+    return np.array(found, np.uint64)
 
 
 def copied(source: memoryview, places: Sequence[Place], target: memoryview, to: Sequence[Place]) -> bytes:

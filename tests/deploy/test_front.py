@@ -53,11 +53,15 @@ def test_readiness_is_reported_each_time_it_comes_back() -> None:
 
 def test_router_settings_come_from_the_topology() -> None:
     topology = replace(
-        Topology(), router=RouterConfig("round-robin", max_attempts=2, worker_timeout_s=9, unavailable_s=7)
+        Topology(),
+        router=RouterConfig(
+            "round-robin", max_attempts=2, worker_timeout_s=9, unavailable_s=7, target_ttft_s=0.5, target_tpot_s=0.03
+        ),
     )
     config = router_config(topology)
     assert (config.policy, config.max_attempts, config.worker_timeout_s) == ("round-robin", 2, 9)
     assert config.unavailable_s == 7
+    assert (config.target_ttft_s, config.target_tpot_s) == (0.5, 0.03)
     assert config.expected_workers == 2
 
 

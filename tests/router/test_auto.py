@@ -22,25 +22,12 @@ SIZE = 16
 class Costs(CostModel):
     """0.1 ms a prompt token, 1 ms a hand-off, 10 ms an output token whatever the batch; answers of 100 tokens."""
 
-    def __init__(self, *, transfer_s: float = 0.001, stall: float = 1.0) -> None:
+    def __init__(self, *, transfer_s: float = 0.001, stall: float = 1.0, neighbour_stall: float = 0.0) -> None:
         super().__init__()
-        self._wire_s, self._stall, self.expected_output_tokens = transfer_s, stall, 100.0
-
-    def prefill_s(self, worker: WorkerKey, num_new: int, num_cached: int, num_streams: int = 0) -> float:
-        return num_new * 1e-4
-
-    def transfer_s(self, source: WorkerKey, target: WorkerKey, num_bytes: int) -> float:
-        return self._wire_s
-
-    def token_s(self, num_streams: float, num_held: float) -> float:
-        return 0.01
-
-    def slowdown_s(self, num_held: int) -> float:
-        return 0.0
-
-    @property
-    def stall(self) -> float:
-        return self._stall
+        self._prefill.coefficients = [0.0, 1e-4, 0.0, 0.0, 0.0]
+        self._transfer.coefficients = [transfer_s, 0.0]
+        self._token.coefficients = [0.01, 0.0, 0.0, stall, neighbour_stall]
+        self.expected_output_tokens = 100.0
 
 
 def worker(name: str, role: str, *, waiting_s: float = 0.0, streams: int = 0, links: tuple[WorkerRecord, ...] = ()):
@@ -129,6 +116,34 @@ def test_orders_are_kept_whatever_they_cost():
     idle = worker("d", "decode", links=(prefill,))
     assert decide([idle], [prefill], may_stay=False) == ("d", "p")
     assert decide([worker("d", "decode", streams=9, links=(prefill,))], [prefill], must_stay=True) == ("d", None)
+
+
+def test_prompt_stays_where_handing_it_over_holds_up_the_same_streams_and_more(make_neighbours) -> None:
+    """1 s of prefill anywhere stops 4 streams by 0.5 s a second; the hand-off costs 1 ms more."""
+    decode, prefill = make_neighbours(streams=4)
+    model = Costs(stall=0.5, neighbour_stall=0.6)
+    assert decide([decode], [prefill], model=model) == ("d", None)
+    decode.neighbours = ()
+    assert decide([decode], [prefill], model=model) == ("d", "p")
+
+
+def test_neighbour_at_work_makes_a_prompt_dearer(make_neighbours) -> None:
+    decode, prefill = make_neighbours(streams=4)
+    model = Costs(stall=0.0)
+    model._transfer.coefficients = [0.0, 0.0]
+    model._prefill.coefficients = [0.0, 1e-4, 0.0, 0.0, 1e-4]
+    assert decide([decode], [prefill], model=model) == ("d", None)  # where decode streams, a neighbour is slowed down
+
+
+@pytest.fixture
+def make_neighbours():
+    def make(*, streams: int) -> tuple[WorkerRecord, WorkerRecord]:
+        prefill = worker("p", "prefill")
+        decode = worker("d", "decode", streams=streams, links=(prefill,))
+        decode.neighbours = (prefill.key,)
+        return decode, prefill
+
+    return make
 
 
 def test_colocated_workers_share_prompts_by_cost_alone():

@@ -165,3 +165,27 @@ def test_prompt_queue_by_hand() -> None:
     assert queue.busy_s(99.0) == pytest.approx(6.0)
     queue.add(first, 1.0, now=100.0)
     assert queue.busy_s(100.5) == pytest.approx(6.5)
+
+
+def test_neighbours_are_told_apart_from_what_a_worker_does_to_itself() -> None:
+    model, rng = CostModel(), random.Random(8)
+    for _ in range(800):
+        new, beside = rng.randint(50, 3000), rng.randint(0, 1)
+        model.saw_prefill(A, new, 0, 0, new * 1e-4 * (1 + beside), beside)
+        streams, own, other = rng.randint(1, 9), rng.random() / 50, rng.random() / 50
+        model.saw_tokens(streams, 300.0 * streams, own, 0.01 + 1e-4 * streams + 0.9 * own + 0.5 * other, other)
+    assert model.prefill_s(A, 1000, 0, 0, 0) == pytest.approx(0.1, rel=0.1)
+    assert model.prefill_s(A, 1000, 0, 0, 1) == pytest.approx(0.2, rel=0.1)
+    assert model.neighbour_stall == pytest.approx(0.5, rel=0.15)
+    assert model.stall == pytest.approx(0.9, rel=0.15)
+
+
+def test_first_observations_of_a_worker_count_most_once_the_line_is_settled() -> None:
+    settled: Factors[int] = Factors()
+    settled.learn(1, 1.0, 3.0, is_settled=True)
+    assert settled.get(1) == 2.0
+    settled.learn(1, 1.0, 3.5, is_settled=True)
+    assert settled.get(1) == pytest.approx(2.5)
+    new: Factors[int] = Factors()
+    new.learn(1, 1.0, 3.0)
+    assert new.get(1) == pytest.approx(1.2)

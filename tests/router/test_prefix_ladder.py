@@ -4,7 +4,6 @@ from itertools import pairwise
 
 import pytest
 
-from penstock.core.prefix_hash import block_hashes
 from penstock.protocol.messages import pack_ids
 from penstock.router.prefix_ladder import (
     COARSE_STEP,
@@ -41,12 +40,12 @@ def test_long_prompts_have_few_rungs() -> None:
     assert num_full_rungs(100_000, 16) == 64 + (8192 - 1024) // MIDDLE_STEP + (100_000 - 8192) // COARSE_STEP
 
 
-def test_hashes_are_those_of_blocks_near_the_head_and_extend_in_steps() -> None:
+def test_hashes_extend_in_steps() -> None:
     ids = list(range(20_000))
-    whole: list[bytes] = []
+    whole: list[int] = []
     extend_rung_hashes(whole, KEY, pack_ids(ids), 16)
-    assert whole[:64] == block_hashes(KEY, ids, 16)[:64]
-    grown: list[bytes] = []
+    assert len(set(whole)) == num_full_rungs(20_000, 16)
+    grown: list[int] = []
     for length in (10, 500, 1030, 9000, 9001, 20_000):
         extend_rung_hashes(grown, KEY, pack_ids(ids[:length]), 16)
     assert grown == whole
@@ -54,8 +53,8 @@ def test_hashes_are_those_of_blocks_near_the_head_and_extend_in_steps() -> None:
 
 def test_a_difference_changes_its_rung_and_all_after_it() -> None:
     ids = list(range(3000))
-    first: list[bytes] = []
-    second: list[bytes] = []
+    first: list[int] = []
+    second: list[int] = []
     extend_rung_hashes(first, KEY, pack_ids(ids), 16)
     extend_rung_hashes(second, KEY, pack_ids([*ids[:1100], 9, *ids[1101:]]), 16)
     same = [a == b for a, b in zip(first, second, strict=True)]

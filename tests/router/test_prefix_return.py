@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 
 from penstock.core.ids import WorkerKey
-from penstock.core.prefix_hash import BlockHash, block_hashes, hash_key
-from penstock.protocol.messages import Output, Tokens
+from penstock.core.prefix_hash import hash_key
+from penstock.protocol.messages import Output, Tokens, pack_ids
 from penstock.protocol.sampling import SamplingParams
 from penstock.router import placement
 from penstock.router.interface import GenerateRequest
 from penstock.router.placement import Placer
+from penstock.router.prefix_ladder import extend_rung_hashes
 
 from .conftest import Rig
 
@@ -38,7 +39,8 @@ def turn(rig: Rig, request_id: str, prompt_ids: list[int], *, max_tokens: int = 
 def held_blocks(rig: Rig, token_ids: list[int], worker: WorkerKey) -> int:
     """Leading blocks of these tokens that the index ascribes to `worker`."""
     placer = placer_of(rig)
-    hashes: list[BlockHash] = block_hashes(hash_key("", placer._secret, "router"), token_ids, SIZE)
+    hashes: list[int] = []
+    extend_rung_hashes(hashes, hash_key("", placer._secret, "router"), pack_ids(token_ids), SIZE)
     return placer.index.match(hashes).get(worker, 0)
 
 

@@ -243,3 +243,39 @@ def test_forecasts_become_good() -> None:
     late = summarize("auto", "", journeys[150:], TARGETS)
     assert late.ttft_forecast_error < 0.2
     assert late.tpot_forecast_error < 0.1
+
+
+# ---- shared cores
+
+
+def test_neighbours_slow_each_other_down_by_hand() -> None:
+    """Two chunks of a prompt beside a stream of 100 tokens of 10 ms: what begins beside other work takes double."""
+    trace = [TraceRequest(0.0, 100, 101, (1,)), TraceRequest(0.5, 2000, 1, (5, 6, 7, 8))]
+    alone, shared = (
+        TraceCluster(Shape(1, 1), PLAIN, router_config("least-loaded", TARGETS), slowdown=factor)
+        for factor in (1.0, 2.0)
+    )
+    (_, first), (stream, second) = alone.run(trace), shared.run(trace)
+    assert first.ttft_s == pytest.approx(2.05, abs=0.01)
+    # Its first chunk takes 2 s; the stream's last 70 tokens take 1.4 s of them, and the second chunk is alone.
+    assert second.ttft_s == pytest.approx(2.0 + 1.0 + 0.05, abs=0.03)
+    assert stream.end_s == pytest.approx(0.15 + 0.35 + 1.3, abs=0.1)
+
+
+def test_router_learns_that_a_prefill_worker_on_the_same_cores_is_no_faster() -> None:
+    trace = requests(400, gap_s=0.4, tokens=1200, output=150)
+    costs = MODELS["8b"]
+    cluster = TraceCluster(Shape(1, 1), costs, router_config("auto", TARGETS), slowdown=2.0)
+    cluster.run(trace)
+    model = cluster.core._life.placer.model
+    assert model.neighbour_stall == pytest.approx(0.5, abs=0.15)
+
+
+@pytest.mark.parametrize("slowdown", [1.0, 2.0])
+def test_one_request_at_a_time_is_answered_as_soon_as_by_a_colocated_worker(slowdown: float) -> None:
+    trace = [TraceRequest(6.0 * n, 700 + 97 * (n % 13), 200, tuple(range(9 * n, 9 * n + 4))) for n in range(200)]
+    split = simulate(trace, "auto", Shape(1, 1), MODELS["8b"], TARGETS, 0, slowdown)
+    colocated = simulate(trace, "auto", Shape(num_both=1), MODELS["8b"], TARGETS, 0)
+    assert split.ttft_mean_s <= 1.05 * colocated.ttft_mean_s
+    assert split.ttft_p50_s <= 1.05 * colocated.ttft_p50_s
+    assert split.local_rate < 1  # the other way has been tried
