@@ -94,6 +94,11 @@ class CostModel:
         """Seconds by which a stream is held up by each second of prefill on its worker."""
         return self._token.coefficients[3]
 
+    @property
+    def num_prefills(self) -> int:
+        """Prompts whose cost was seen."""
+        return self._prefill.num_observed
+
     # ---- observations
 
     def saw_prefill(self, worker: WorkerKey, num_new: int, num_cached: int, num_streams: int, seconds: float) -> None:

@@ -6,13 +6,15 @@ from ..protocol.messages import Phases
 from .cost_model import CostModel
 from .registry import Registry, WorkerRecord
 from .requests import Attempt, Pace, RequestRecord
+from .stream_limit import StreamLimit
 
 MIN_PACED_TOKENS = 4  # after the first: fewer say more about chance than about pace
 
 
 class Learner:
-    def __init__(self, model: CostModel, registry: Registry) -> None:
+    def __init__(self, model: CostModel, streams: StreamLimit, registry: Registry) -> None:
         self._model = model
+        self._streams = streams
         self._registry = registry
 
     def first_token(self, record: RequestRecord, attempt: Attempt, phases: Phases | None, now: float) -> None:
@@ -47,4 +49,6 @@ class Learner:
         streams = (pace.num_running + decode.num_running) / 2
         held = (pace.used_blocks + decode.used_blocks) / 2 * decode.block_size
         busy_s = decode.prompts.busy_s(now) - pace.busy_s
-        self._model.saw_tokens(streams, held, busy_s / num_tokens, (now - pace.since) / num_tokens)
+        tpot_s = (now - pace.since) / num_tokens
+        self._model.saw_tokens(streams, held, busy_s / num_tokens, tpot_s)
+        self._streams.learn(streams, tpot_s)
