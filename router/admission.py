@@ -95,12 +95,12 @@ class Door:
 
     def _check_forecast(self, record: RequestRecord, now: float) -> None:
         target_s = record.promise.ttft_s
-        if target_s is None:
+        if target_s is None or self._placer.model.num_prefills < MIN_PREFILLS:
             return
         outlook = look_out(self._placer, self._table, record, now)
         record.foreseen_ttft_s, record.foreseen_wait_s = outlook.ttft_s, outlook.wait_s
         ttft_s = outlook.ttft_s * self._accuracy.ratio
-        if outlook.wait_s <= 0 or ttft_s <= SAFETY * target_s or self._placer.model.num_prefills < MIN_PREFILLS:
+        if outlook.wait_s <= 0 or ttft_s <= SAFETY * target_s:
             return
         raise self._refusal(
             record,

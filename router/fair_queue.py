@@ -197,9 +197,9 @@ class FairQueue(Generic[K]):
         return line
 
     def _forget_idle(self) -> None:
-        """Flows whose turn would begin anew anyway."""
-        idle = [flow for flow, line in self._lines.items() if not line.entries and line.start <= self._served]
-        for flow in idle:
+        """First those whose turn would begin anew anyway, then those that are ahead of others by least."""
+        idle = [(line.start, line.number, flow) for flow, line in self._lines.items() if not line.entries]
+        for _, _, flow in sorted(idle)[: max(0, len(idle) - MAX_IDLE_FLOWS // 2)]:
             del self._lines[flow]
 
     def check_invariants(self) -> None:
