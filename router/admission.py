@@ -27,7 +27,7 @@ from .request_table import RequestTable
 from .requests import RequestRecord, State
 
 MIN_PREFILLS = 16  # prompts whose cost must have been seen before a forecast refuses anything
-SAFETY = 0.9  # of a target, that a forecast may reach
+SAFETY = 0.8  # of a target, that a forecast may reach
 MAX_RETRY_AFTER_S = 60
 
 

@@ -1,6 +1,6 @@
 """How many streams a decode worker may carry before they fall behind their time per token.
 
-    streams = n + (target - t) / slope     for a target above t, the time per token lately, with n streams beside it
+    streams = n + (target - t) / slope     for a target above t, the time per token of most answers lately, of n streams
     streams = n · target / t               for one below
 
 The slope is the fitted model's, at most t / n: from where the cluster has been, so that a model that is far off
@@ -18,6 +18,7 @@ from .requests import RequestRecord
 
 MIN_PACES = 16  # answers whose pace must have been seen before anything is limited
 WEIGHT = 0.1
+NUM_SPREADS = 1.5  # by which most answers are slower than the mean: targets are kept by each, not on average
 
 
 class StreamLimit:
@@ -30,7 +31,8 @@ class StreamLimit:
         self._shared: Counter[float] = Counter()  # targets of classes → their requests that have not ended
         self._num_paces = 0
         self._streams = 1.0
-        self._pace_s = 0.0
+        self._mean_s = 0.0
+        self._spread_s = 0.0
 
     # ---- who is here
 
@@ -52,12 +54,13 @@ class StreamLimit:
         weight = max(WEIGHT, 1.0 / (self._num_paces + 1))
         self._num_paces += 1
         self._streams += weight * (max(1.0, num_streams) - self._streams)
-        self._pace_s += weight * (tpot_s - self._pace_s)
+        self._mean_s += weight * (tpot_s - self._mean_s)
+        self._spread_s += weight * (abs(tpot_s - self._mean_s) - self._spread_s)
 
     def pace_s(self, worker: WorkerRecord) -> float:
         """Time per token, as it has been lately; by the model alone before anything was seen."""
         if self._num_paces:
-            return self._pace_s
+            return self._mean_s
         return self._model.token_s(worker.num_streams, worker.used_blocks * worker.block_size)
 
     def tpot_s(self, record: RequestRecord) -> float | None:
@@ -69,10 +72,11 @@ class StreamLimit:
 
     def room(self, record: RequestRecord, worker: WorkerRecord, tpot_s: float) -> float:
         """Streams that may join `worker`; below 1 there is no room. One alone always may."""
-        if tpot_s < self._pace_s:
-            most = self._streams * tpot_s / self._pace_s
+        pace_s = self._mean_s + NUM_SPREADS * self._spread_s
+        if tpot_s < pace_s:
+            most = self._streams * tpot_s / pace_s
         else:
             tokens = record.prefill_tokens() + int(self._model.expected_output_tokens / 2)
-            slope_s = min(self._model.slowdown_s(tokens), self._pace_s / self._streams)
-            most = self._streams + (tpot_s - self._pace_s) / max(slope_s, 1e-9)
+            slope_s = min(self._model.slowdown_s(tokens), pace_s / self._streams)
+            most = self._streams + (tpot_s - pace_s) / max(slope_s, 1e-9)
         return max(most, 1.0) - worker.num_streams
