@@ -42,7 +42,7 @@ class Turn(Enum):
 class _Entry(Generic[K]):
     item: K
     cost: float
-    rank: tuple[float, int]  # deadline, order of coming
+    due: tuple[float, int]  # deadline, order of coming
 
 
 @dataclass(slots=True)
@@ -55,8 +55,8 @@ class _Line(Generic[K]):
     entries: list[_Entry[K]] = field(default_factory=list)
 
 
-def _rank(entry: _Entry[K]) -> tuple[float, int]:
-    return entry.rank
+def _due(entry: _Entry[K]) -> tuple[float, int]:
+    return entry.due
 
 
 class FairQueue(Generic[K]):
@@ -92,13 +92,13 @@ class FairQueue(Generic[K]):
         assert item not in self._where
         line = self._line(flow, weight)
         self._count += 1
-        insort(line.entries, _Entry(item, cost, (deadline, self._count)), key=_rank)
+        insort(line.entries, _Entry(item, cost, (deadline, self._count)), key=_due)
         self._where[item] = flow
 
     def add_first(self, item: K, order: int) -> None:
         """One that is tried again: before all flows, and among its like by `order`. It has been paid for."""
         assert item not in self._where
-        insort(self._first, _Entry(item, 0.0, (0.0, order)), key=_rank)
+        insort(self._first, _Entry(item, 0.0, (0.0, order)), key=_due)
         self._where[item] = None
 
     def remove(self, item: K) -> None:
@@ -161,7 +161,7 @@ class FairQueue(Generic[K]):
         for name, line in self._lines.items():
             entries: list[_Entry[K | None]] = list(line.entries)  # type: ignore[arg-type]
             if name == flow and probe is not None:
-                insort(entries, probe, key=_rank)
+                insort(entries, probe, key=_due)
             if entries:
                 start = line.start if line.entries else max(line.start, self._served)
                 lines.append((start, line.number, 0, line.weight, entries))
@@ -208,4 +208,4 @@ class FairQueue(Generic[K]):
         found |= {entry.item: flow for flow, line in self._lines.items() for entry in line.entries}
         assert found == self._where, "items that wait are in the lines they are said to be in"
         for entries in (self._first, *(line.entries for line in self._lines.values())):
-            assert [entry.rank for entry in entries] == sorted(entry.rank for entry in entries), "a line is in order"
+            assert [entry.due for entry in entries] == sorted(entry.due for entry in entries), "a line is in order"

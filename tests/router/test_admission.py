@@ -7,9 +7,7 @@ import pytest
 from penstock.core.config import ClassConfig
 from penstock.core.errors import BadRequest, ConfigError, Overloaded, TooManyRequests
 from penstock.protocol.messages import Output, Phases, SampledToken, Tokens
-from penstock.protocol.sampling import SamplingParams
 from penstock.router.config import RouterConfig
-from penstock.router.interface import GenerateRequest
 from penstock.router.outlook import Accuracy, even_level
 
 CLASSES = (
@@ -19,12 +17,8 @@ CLASSES = (
 )
 
 
-def ask(rig, name, *, prompt=10, max_tokens=4, timeout_s=600.0, **fields):
-    request = GenerateRequest(name, list(range(prompt)), SamplingParams(max_tokens=max_tokens), timeout_s, **fields)
-    effects = rig.core.submit(request)
-    rig.tokens[name] = {0: []}
-    rig.finished[name] = {}
-    return rig.do(effects)
+def ask(rig, name, **fields):
+    return rig.submit(name, **{"timeout_s": 600.0, **fields})
 
 
 def book(rig, name):

@@ -23,7 +23,8 @@ def poisson(
     rate: float, *, seed: int = 1, class_name: str = "", tenant: str = "", seconds: float = SECONDS, first_id: int = 0
 ) -> list[TraceRequest]:
     """Prompts of 200 to 4,000 tokens that share nothing, answers of 20 to 400."""
-    rng, now, made = random.Random(seed), 0.0, []
+    made: list[TraceRequest] = []
+    rng, now = random.Random(seed), 0.0
     while (now := now + rng.expovariate(rate)) < seconds:
         tokens = rng.randint(200, 4000)
         ids = tuple(first_id + 8 * len(made) + block for block in range(-(-tokens // 512)))
