@@ -99,14 +99,14 @@ class Door:
             return
         outlook = look_out(self._placer, self._table, record, now)
         record.foreseen_ttft_s, record.foreseen_wait_s = outlook.ttft_s, outlook.wait_s
-        ttft_s = outlook.ttft_s * self._accuracy.ratio
+        ttft_s = self._accuracy.most_s(outlook.ttft_s)
         if outlook.wait_s <= 0 or ttft_s <= SAFETY * target_s:
             return
         raise self._refusal(
             record,
             "forecast",
             ttft_s - SAFETY * target_s,
-            f"the first token is expected in {ttft_s:.3g} s, the target is {target_s:g} s",
+            f"the first token is expected within {ttft_s:.3g} s, the target is {target_s:g} s",
         )
 
     def _note_flow(self, record: RequestRecord) -> None:

@@ -20,6 +20,7 @@ from .requests import RequestRecord
 
 KEEP = 0.95  # of what was learned, with each first token
 LOW, HIGH = 0.5, 4.0
+NUM_ERRORS = 1.5  # mean errors that a request is given on top: targets are kept by each, not on average
 
 
 class Outlook(NamedTuple):
@@ -35,18 +36,25 @@ class Outlook(NamedTuple):
 
 
 class Accuracy:
-    """Measured over foreseen time to the first token, of late. Long waits weigh more than short ones."""
+    """How measured times to the first token compare with foreseen ones, of late. Long waits weigh more than short."""
 
     def __init__(self) -> None:
         self._foreseen_s = self._measured_s = 1e-3
+        self._error_s = 0.0
 
     def learn(self, foreseen_s: float, measured_s: float) -> None:
+        error_s = abs(measured_s - foreseen_s * self.ratio)
+        self._error_s = KEEP * self._error_s + (1.0 - KEEP) * error_s
         self._foreseen_s = KEEP * self._foreseen_s + foreseen_s
         self._measured_s = KEEP * self._measured_s + measured_s
 
     @property
     def ratio(self) -> float:
         return min(HIGH, max(LOW, self._measured_s / self._foreseen_s))
+
+    def most_s(self, foreseen_s: float) -> float:
+        """Most requests have their first token by then."""
+        return foreseen_s * self.ratio + NUM_ERRORS * self._error_s
 
 
 def look_out(placer: Placer, table: RequestTable, record: RequestRecord, now: float) -> Outlook:
