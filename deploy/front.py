@@ -103,6 +103,11 @@ def router_config(topology: Topology) -> RouterConfig:
         unavailable_s=router.unavailable_s,
         target_ttft_s=router.target_ttft_s,
         target_tpot_s=router.target_tpot_s,
+        classes=router.classes,
+        default_class=router.default_class,
+        refuse_late=router.refuse_late,
+        max_queued_tokens=router.max_queued_tokens,
+        max_promised_blocks=router.max_promised_blocks,
         expected_workers=len(topology.workers()),
         fixed_roles="the workers share one pool (transfer.one_pool)" if topology.transfer.one_pool else "",
     )

@@ -46,7 +46,6 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "moderation": (),
     "parallel_tool_calls": (True, False),
     "prediction": (),
-    "priority": (0,),
     "prompt_embeds": (),
     "prompt_logprobs": (),
     "reasoning_effort": ("none",),
@@ -98,6 +97,8 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True):
     stream_options: StreamOptions | None = None
     cache_salt: Annotated[str, msgspec.Meta(min_length=1, max_length=256)] | None = None
     user: Annotated[str, msgspec.Meta(max_length=1 << 20)] | None = None  # keeps a conversation on its worker
+    priority: Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)] | None = None  # lower is sooner
+    service_tier: Literal["auto", "default", "flex", "priority", "scale"] | None = None
 
 
 class CompletionBody(SamplingFields, frozen=True, kw_only=True):

@@ -16,6 +16,9 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 REQUEST_ID_HEADER = "X-Request-Id"
 SESSION_HEADER = "X-Session-Id"
+CLASS_HEADER = "X-Penstock-Class"
+TTFT_HEADER = "X-Penstock-TTFT-Target"
+TPOT_HEADER = "X-Penstock-TPOT-Target"
 MAX_REQUEST_ID_CHARS = 128
 _NOT_IN_IDS = re.compile(r"[^A-Za-z0-9._:-]")
 
@@ -28,6 +31,9 @@ class Call:
     tenant: str = ""  # empty: one cache for all
     is_spent: bool = False  # tokens may have been produced
     session: str = ""  # the client's name of its conversation; a label too
+    class_name: str = ""  # what the headers say of its urgency, unchecked
+    ttft_target: str = ""
+    tpot_target: str = ""
 
 
 _call: ContextVar[Call] = ContextVar("penstock_call")
@@ -51,6 +57,9 @@ def call_middleware(ids: IdSource) -> Middleware:
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         call = Call(request_label(request.headers.get(REQUEST_ID_HEADER), ids))
         call.session = request.headers.get(SESSION_HEADER, "")
+        call.class_name = request.headers.get(CLASS_HEADER, "")
+        call.ttft_target = request.headers.get(TTFT_HEADER, "")
+        call.tpot_target = request.headers.get(TPOT_HEADER, "")
         token = _call.set(call)
         try:
             response = await handler(request)

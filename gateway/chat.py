@@ -25,6 +25,7 @@ from .requests import (
     session_key,
 )
 from .responses import ChatShape
+from .urgency import urgency_of
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
@@ -54,4 +55,4 @@ async def _job(gateway: Gateway, data: bytes) -> GenerationJob:
     call = current_call()
     salt = scoped_salt(call.tenant, body.cache_salt)
     session = session_key(call.tenant, call.session, body.user)
-    return GenerationJob([ids], params, options, salt, body.seed is not None, session)
+    return GenerationJob([ids], params, options, salt, body.seed is not None, session, urgency_of(call, body))

@@ -23,6 +23,7 @@ from .requests import (
     session_key,
 )
 from .responses import CompletionShape
+from .urgency import urgency_of
 
 
 async def completions(request: web.Request) -> web.StreamResponse:
@@ -52,4 +53,4 @@ async def _job(gateway: Gateway, data: bytes) -> GenerationJob:
     call = current_call()
     salt = scoped_salt(call.tenant, body.cache_salt)
     session = session_key(call.tenant, call.session, body.user)
-    return GenerationJob(prompts, params, options, salt, body.seed is not None, session)
+    return GenerationJob(prompts, params, options, salt, body.seed is not None, session, urgency_of(call, body))

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Middleware
 
-from .call import REQUEST_ID_HEADER, Handler
+from .call import CLASS_HEADER, REQUEST_ID_HEADER, TPOT_HEADER, TTFT_HEADER, Handler
 
 MAX_AGE_S = 600
 
@@ -25,7 +25,9 @@ def cors_headers(origin: str) -> dict[str, str]:
 def _preflight(origin: str) -> web.Response:
     allowed = {
         hdrs.ACCESS_CONTROL_ALLOW_METHODS: "GET, POST",
-        hdrs.ACCESS_CONTROL_ALLOW_HEADERS: f"Authorization, Content-Type, {REQUEST_ID_HEADER}",
+        hdrs.ACCESS_CONTROL_ALLOW_HEADERS: ", ".join(
+            ("Authorization", "Content-Type", REQUEST_ID_HEADER, CLASS_HEADER, TTFT_HEADER, TPOT_HEADER)
+        ),
         hdrs.ACCESS_CONTROL_MAX_AGE: str(MAX_AGE_S),
     }
     return web.Response(status=204, headers=cors_headers(origin) | allowed)

@@ -13,7 +13,7 @@ from typing import ClassVar
 import msgspec
 from aiohttp import web
 
-from ..core.errors import BadRequest, DeadlineExceeded, InternalError, ServeError
+from ..core.errors import BadRequest, DeadlineExceeded, InternalError, ServeError, TooManyRequests
 from .call import Handler, current_call
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,8 @@ def error_response(error: ServeError, was_spent: bool) -> web.Response:
     status = http_status(error)
     response = web.Response(status=status, body=msgspec.json.encode(error_body(error)), content_type="application/json")
     if status in (429, 503):
-        response.headers["Retry-After"] = str(RETRY_AFTER_S)
+        after_s = error.retry_after_s if isinstance(error, TooManyRequests) else RETRY_AFTER_S
+        response.headers["Retry-After"] = str(after_s)
     if was_spent or isinstance(error, DeadlineExceeded):
         response.headers["x-should-retry"] = "false"
     if status == 401:

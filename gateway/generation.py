@@ -119,11 +119,21 @@ class Generation:
         return reports[0] if len(reports) == 1 else {"prompts": reports}
 
     def _submit(self) -> None:
-        job, timeout_s = self.job, self._gateway.config.timeout_s
+        job, timeout_s, urgency = self.job, self._gateway.config.timeout_s, self.job.urgency
         for i, prompt_ids in enumerate(job.prompts):
             params = job.params if job.has_own_seed or i == 0 else self._reseeded(i)
             request = GenerateRequest(
-                f"{self.answer_id}-{i}", prompt_ids, params, timeout_s, job.cache_salt, job.session
+                f"{self.answer_id}-{i}",
+                prompt_ids,
+                params,
+                timeout_s,
+                job.cache_salt,
+                job.session,
+                class_name=urgency.class_name,
+                priority=urgency.priority,
+                tenant=current_call().tenant,
+                target_ttft_s=urgency.target_ttft_s,
+                target_tpot_s=urgency.target_tpot_s,
             )
             self._timings[i].mark_submitted()
             self._streams.append(self._gateway.router.submit(request))

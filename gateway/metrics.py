@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from ..protocol.messages import WorkerLoad
 from ..router.interface import ClusterStatus, Decision, Router, WorkerStatus
+from .class_metrics import class_metrics
 from .explain.parts import ITL_PARTS, TTFT_PARTS
 from .timing import RequestTiming
 
@@ -207,6 +208,7 @@ class ClusterCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         status = self._router.status()
         yield from _cluster_metrics(status)
+        yield from class_metrics(status.classes)
         for name, (text, field) in _WORKER_GAUGES.items():
             gauge = GaugeMetricFamily(name, text, labels=_WORKER_LABELS)
             _add_workers(gauge, status.workers, field)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import TypeVar
 
@@ -15,6 +15,7 @@ from ..protocol.sampling import MAX_TOKENS, SamplingParams, check
 from .bodies import ChatBody, SamplingFields, shorten
 from .config import GatewayConfig
 from .errors import ContextLengthExceeded, Unsupported
+from .urgency import Urgency
 
 DEFAULT_COMPLETION_TOKENS = 16
 _SEED_MASK = 2**63 - 1
@@ -46,6 +47,7 @@ class GenerationJob:
     cache_salt: str
     has_own_seed: bool  # the client gave the seed
     session: str = ""  # whose conversation it is, for the router
+    urgency: Urgency = field(default_factory=Urgency)
 
 
 def check_model(name: str, config: GatewayConfig) -> None:

@@ -75,13 +75,14 @@ class RouterCore:
     # ---- callers
 
     def submit(self, request: GenerateRequest) -> list[Effect]:
-        """Accept a request; raises BadRequest, Overloaded or Unavailable when it is refused, and then nothing has
-        changed.
+        """Accept a request; raises BadRequest, Overloaded, TooManyRequests or Unavailable when it is refused, and then
+        it has left nothing behind.
         """
         table = self._life.table
         if self._is_draining:
             raise Unavailable("the router is draining and takes no new requests")
         if len(table.active) >= self.config.max_active_requests:
+            self._life.door.note_refused(request, "active")
             raise Overloaded(f"{len(table.active)} requests are active, the bound is {self.config.max_active_requests}")
         record = table.add(request, self._clock.now())
         try:
@@ -89,6 +90,8 @@ class RouterCore:
         except ServeError:
             table.discard(record)
             raise
+        self._life.door.accept(record)
+        table.enqueue(record)
         record.unavailable_at = record.submitted_at + self.config.unavailable_s
         self._life.counters.accepted += 1
         self._life.blame.note_request()
@@ -215,6 +218,7 @@ class RouterCore:
             queued_requests=len(self._life.table.waiting),
             bytes_per_token=live[0].hello.bytes_per_token if live else 0,
             max_sequence_tokens=self._registry.max_sequence_tokens(),
+            classes=self._life.door.status(),
         )
 
     def check_invariants(self) -> None:
@@ -232,9 +236,11 @@ class RouterCore:
                 f"this model serves at most {longest}; shorten the prompt or lower max_tokens",
                 "max_tokens",
             )
-        queued = len(self._life.table.waiting) - 1
+        queued = len(self._life.table.waiting)
         if queued >= self.config.max_queued_requests:
+            self._life.door.note_refused(record.request, "queued")
             raise Overloaded(f"{queued} requests wait for a worker, the bound is {self.config.max_queued_requests}")
+        self._life.door.introduce(record, self._clock.now())
 
     def _flush(self) -> list[Effect]:
         self._life.place_waiting()

@@ -131,6 +131,11 @@ class CostModel:
         """Seconds by which a stream is held up by each second of prefill on a neighbour of its worker."""
         return self._token.coefficients[4]
 
+    @property
+    def num_prefills(self) -> int:
+        """Prompts whose cost was seen."""
+        return self._prefill.num_observed
+
     # ---- observations
 
     def saw_prefill(

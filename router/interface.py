@@ -21,6 +21,11 @@ class GenerateRequest(msgspec.Struct, frozen=True):
     timeout_s: float
     cache_salt: str = ""
     session: str = ""  # whose conversation it is, where the client says so: session-affinity keeps it on one worker
+    class_name: str = ""  # empty: the one that `priority` says
+    priority: int = 0  # places behind the default class in the list of classes; below 0: before it
+    tenant: str = ""  # whose request it is: tenants share what there is
+    target_ttft_s: float | None = None  # instead of the class's
+    target_tpot_s: float | None = None
 
 
 class Decision(msgspec.Struct, frozen=True):
@@ -34,11 +39,13 @@ class Decision(msgspec.Struct, frozen=True):
     wait_s: float
     prefill_s: float
     transfer_s: float
+    class_name: str = ""
 
     def report(self) -> dict[str, object]:
         """The vendor part of an answer; times in milliseconds."""
         return {
             "policy": self.policy,
+            "class": self.class_name,
             "decode": self.decode,
             "prefill": self.prefill or self.decode,
             "predicted_ttft_ms": round(self.ttft_s * 1e3, 3),
@@ -130,6 +137,18 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     block_size: int = 0  # tokens in one of its blocks
 
 
+class ClassStatus(msgspec.Struct, frozen=True):
+    """A class of requests: who waits, and counts since the start. Targets are those of requests that have any."""
+
+    name: str
+    queued: int = 0
+    refused: dict[str, int] = {}  # reason → requests
+    ttft_met: int = 0
+    ttft_missed: int = 0
+    tpot_met: int = 0
+    tpot_missed: int = 0
+
+
 class ClusterStatus(msgspec.Struct, frozen=True):
     ready: bool
     why_not_ready: str
@@ -139,13 +158,14 @@ class ClusterStatus(msgspec.Struct, frozen=True):
     queued_requests: int
     bytes_per_token: int = 0
     max_sequence_tokens: int = 0  # longest prompt + output any live worker can hold
+    classes: list[ClassStatus] = []
 
 
 class Router(Protocol):
     """The router as the gateway sees it."""
 
     def submit(self, request: GenerateRequest) -> GenerateStream:
-        """Accept a request; raises BadRequest, Overloaded or Unavailable when it is refused at the door."""
+        """Accept a request; raises BadRequest, Overloaded, TooManyRequests or Unavailable when it is refused."""
         ...
 
     def status(self) -> ClusterStatus: ...

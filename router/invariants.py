@@ -17,7 +17,9 @@ def check_invariants(
     table, counters = life.table, life.counters
     assert counters.accepted == counters.ended + len(table.active), "accepted requests are ended or active"
     assert len(table.active) <= config.max_active_requests
-    assert [record.order for record in table.waiting] == sorted(record.order for record in table.waiting)
+    table.waiting.check_invariants()
+    life.door.check_invariants()
+    assert table.waiting_tokens == sum(record.num_prompt_tokens for record in table.waiting), "waiting tokens add up"
     waiting = {record.request_id for record in table.waiting}
     assert waiting == {name for name, record in table.active.items() if record.state is State.WAITING}
     for name, record in table.active.items():

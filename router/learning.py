@@ -6,13 +6,15 @@ from ..protocol.messages import Phases
 from .cost_model import CostModel
 from .registry import Registry, WorkerRecord
 from .requests import Attempt, Pace, RequestRecord
+from .stream_limit import StreamLimit
 
 MIN_PACED_TOKENS = 4  # after the first: fewer say more about chance than about pace
 
 
 class Learner:
-    def __init__(self, model: CostModel, registry: Registry) -> None:
+    def __init__(self, model: CostModel, streams: StreamLimit, registry: Registry) -> None:
         self._model = model
+        self._streams = streams
         self._registry = registry
 
     def first_token(self, record: RequestRecord, attempt: Attempt, phases: Phases | None, now: float) -> None:
@@ -55,6 +57,7 @@ class Learner:
         neighbour_s = max(0.0, self._neighbour_s(decode, now) - pace.neighbour_s)
         tpot_s = (now - pace.since) / num_tokens
         self._model.saw_tokens(streams, held, busy_s / num_tokens, tpot_s, neighbour_s / num_tokens)
+        self._streams.learn(streams, tpot_s)
 
     def _neighbour_s(self, decode: WorkerRecord, now: float) -> float:
         found = [self._registry.find(key) for key in decode.neighbours]

@@ -11,10 +11,12 @@ from ..core.errors import DeadlineExceeded, NodeLost, ProtocolError, ServeError,
 from ..core.ids import AttemptKey, IdSource, WorkerKey, new_ticket
 from ..protocol.messages import StepTime, Tokens
 from .accounts import Accounts
+from .admission import Door
 from .blame import Blame
 from .commands import proof_of, start_decode, start_prefill
 from .config import RouterConfig, RouterCounters
 from .effects import Deliver, Effect, End
+from .fair_queue import Turn
 from .interface import Decision, EndEvent, TokensEvent
 from .learning import Learner
 from .options import Chooser
@@ -26,6 +28,8 @@ from .timers import Timers
 
 MAX_BACKOFF_S = 1.0
 MIN_TIMEOUT_S = 0.001
+MAX_BYPASSED = 16  # requests that go before one that finds no room; then the workers have to empty for it
+MAX_TRIED = 8  # flows in a row that find no room
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +56,8 @@ class Lifecycle:
         self._cluster_key = cluster_key
         self.table = RequestTable()
         self.placer = Placer(config, registry, index_secret=ids.token(16).hex(), chooser=chooser)
-        self.learner = Learner(self.placer.model, registry)
+        self.door = Door(config, registry, self.placer, self.table)
+        self.learner = Learner(self.placer.model, self.placer.streams, registry)
         self.counters = RouterCounters()
         self.blame = Blame(self.placer.breakers, self.counters, clock.now())
         self.effects: list[Effect] = []
@@ -62,20 +67,36 @@ class Lifecycle:
     # ---- placing
 
     def place_waiting(self) -> None:
-        """Dispatch waiting requests, oldest first, until one finds no room."""
+        """Dispatch waiting requests in their turn, until the workers have enough or nobody finds room."""
         if not self.has_news:
             return
         self.has_news = False
         now = self._clock.now()
-        for record in list(self.table.waiting):
-            if record.not_before > now or record.deadline <= now:
-                continue
-            placement = self.placer.place(record, now)
-            if placement is Refusal.NO_ROOM:
-                return
-            if isinstance(placement, Placement):
-                self.table.waiting.remove(record)
-                self._dispatch(record, placement, now)
+        without_room: list[RequestRecord] = []
+
+        def take(record: RequestRecord) -> Turn:
+            turn = self._try(record, now)
+            if turn is Turn.TAKEN:
+                for other in without_room:
+                    other.bypassed += 1
+            elif turn is Turn.BLOCKED:
+                without_room.append(record)
+                is_over = record.bypassed >= MAX_BYPASSED or len(without_room) >= MAX_TRIED
+                return Turn.OVER if is_over else turn
+            return turn
+
+        self.table.offer(take)
+
+    def _try(self, record: RequestRecord, now: float) -> Turn:
+        if record.not_before > now or record.deadline <= now:
+            return Turn.SKIPPED
+        if self.door.is_shared and not record.num_attempts and self.placer.is_supplied(record, now):
+            return Turn.OVER  # it waits here, where others may still go before it
+        placement = self.placer.place(record, now)
+        if isinstance(placement, Placement):
+            self._dispatch(record, placement, now)
+            return Turn.TAKEN
+        return Turn.BLOCKED if placement is Refusal.NO_ROOM else Turn.SKIPPED
 
     def _dispatch(self, record: RequestRecord, placement: Placement, now: float) -> None:
         decode, prefill = placement.decode, placement.prefill
@@ -123,6 +144,7 @@ class Lifecycle:
             expected.wait_s,
             expected.prefill_s,
             expected.transfer_s,
+            record.promise.flow.class_name,
         )
 
     # ---- tokens
@@ -155,6 +177,9 @@ class Lifecycle:
             record.to_running()
             self.books.prompt_computed(attempt)
             self.learner.first_token(record, attempt, item.phases, self._clock.now())
+            if not record.num_output_tokens:
+                record.first_token_at = self._clock.now()
+                self.door.first_token(record)
             self.books.count_running(attempt, attempt.streams)
             self.blame.note_success(attempt)
             if attempt.prefill is not None:
@@ -250,11 +275,12 @@ class Lifecycle:
     def end(self, record: RequestRecord, error: ServeError | None) -> None:
         """The one terminal event of a request."""
         if record.state is State.WAITING:
-            self.table.waiting.remove(record)
+            self.table.leave(record)
         for choice in record.open_choices:
             self._note_answer(record, choice)
         self.books.release(record)
         record.to_ended()
+        self.door.end(record, self._clock.now(), is_whole=error is None)
         self.table.end(record, self._clock.now())
         self._timers.disarm(record.request_id)
         self.effects.append(
@@ -312,6 +338,8 @@ class Lifecycle:
         now, when = self._clock.now(), record.deadline
         if record.state is State.WAITING:
             when = min(when, record.unavailable_at)
+            if (late_at := self.door.late_at(record)) > now:
+                when = min(when, late_at)
             if record.not_before > now:
                 when = min(when, record.not_before)
         elif record.state is State.DISPATCHED and record.attempt and self.books.unacknowledged(record.attempt):
@@ -338,6 +366,9 @@ class Lifecycle:
 
     def _on_waiting_timer(self, record: RequestRecord, now: float) -> None:
         self.has_news = True
+        if (late := self.door.too_late(record, now)) is not None:
+            self.end(record, late)
+            return
         if now < record.unavailable_at:
             return
         if self.placer.is_possible(record):

@@ -20,11 +20,13 @@ from .prefix_ladder import covered_tokens, extend_rung_hashes, rung_sizes
 from .registry import Registry, WorkerRecord
 from .requests import Choice, RequestRecord
 from .rung_hash import RungHash
+from .stream_limit import StreamLimit
 from .two_step import TwoStep
 
 LOCAL_AFTER_FAILURES = 2  # in a row: then "auto" stops trying hand-offs
 MAX_ANSWER_BLOCKS = 1024  # of one answer, that are hashed
 MAX_ANSWERS = 8  # remembered of one request
+SUPPLY_S = 0.1  # of prompts that a worker has before it; more would only wait there in an order of their own
 
 
 class Refusal(Enum):
@@ -55,12 +57,13 @@ class Placer:
         self._registry = registry
         self._secret = index_secret
         self.model = CostModel()
+        self.streams = StreamLimit(self.model)
         self._chooser = chooser or _make_chooser(config, self.model, index_secret)
         self.index = PrefixIndex(config.max_prefix_blocks)
 
     def place(self, record: RequestRecord, now: float) -> Placement | Refusal:
         """Workers for the next attempt of `record`."""
-        able = self._able_to_decode(record)
+        able = self.able_to_decode(record)
         if not able:
             return Refusal.NO_WORKER
         roomy = self._roomy(record, able)
@@ -74,7 +77,40 @@ class Placer:
 
     def is_possible(self, record: RequestRecord) -> bool:
         """Some ready worker could take it, once it has room."""
-        return bool(self._able_to_decode(record))
+        return bool(self.able_to_decode(record))
+
+    def computing(self) -> list[WorkerRecord]:
+        """The workers that compute prompts: those for prefill where there are any, else those that decode."""
+        ready = [worker for worker in self._registry.live() if worker.is_ready]
+        able = [worker for worker in ready if worker.can_prefill] if self._config.disaggregate != "never" else []
+        return able or [worker for worker in ready if worker.can_decode]
+
+    def is_supplied(self, record: RequestRecord, now: float) -> bool:
+        """Each of them has enough to do for now, those prompts not counted that are handed over meanwhile."""
+        workers = self.computing()
+        return bool(workers) and all(self._has_supply(record, worker, now) for worker in workers)
+
+    def _has_supply(self, record: RequestRecord, worker: WorkerRecord, now: float) -> bool:
+        if len(worker.prompts) < 2:
+            return False
+        supply_s = SUPPLY_S
+        if not worker.can_decode:
+            num_bytes = record.num_prompt_tokens * worker.hello.bytes_per_token
+            supply_s += self.model.transfer_s(worker.key, worker.key, num_bytes)
+        return worker.prompts.wait_s(now) > supply_s
+
+    def least_prefill_s(self, record: RequestRecord) -> float:
+        """Where it takes least time, apart from waiting."""
+        workers = self.computing()
+        if not workers:
+            return 0.0
+        num_tokens, size = record.num_prompt_tokens, workers[0].block_size
+        held = self.index.matches(self._hashes(record, size) if self._chooser.reads_prefixes else []).here
+        here = {key: min(covered_tokens(depth, size), num_tokens - 1) for key, depth in held.items()}
+        cached = [(worker, here.get(worker.key, 0)) for worker in workers]
+        return min(
+            self.model.prefill_s(worker.key, num_tokens - count, count, worker.num_running) for worker, count in cached
+        )
 
     def note_dispatch(self, record: RequestRecord, placement: Placement) -> None:
         """From now on the workers of this placement hold the prompt's blocks, as a guess."""
@@ -125,7 +161,7 @@ class Placer:
             self._linked_prefill(decode) for decode in self._registry.live() if decode.is_ready and decode.can_decode
         )
 
-    def _able_to_decode(self, record: RequestRecord) -> list[WorkerRecord]:
+    def able_to_decode(self, record: RequestRecord) -> list[WorkerRecord]:
         needed = record.max_sequence_tokens
         able = [
             worker
@@ -141,17 +177,23 @@ class Placer:
         return self._config.disaggregate == "always" and not record.needs_local_prefill
 
     def _roomy(self, record: RequestRecord, decodes: list[WorkerRecord]) -> list[WorkerRecord]:
-        """Those with blocks and a place, and where it must be handed over, a place in a prefill queue."""
+        """Those with blocks, a place and time for another stream, and where it must be handed over, a place in a prefill
+        queue.
+        """
         if self._needs_handoff(record):
             decodes = [worker for worker in decodes if self._free_to_prefill(record, worker)]
         blocks = {size: record.blocks(size) for size in {worker.block_size for worker in decodes}}
         # An idle worker takes anything that fits its context, so no request can wait for ever behind an estimate.
-        return [
+        roomy = [
             worker
             for worker in decodes
             if not worker.attempts
             or (worker.used_blocks + blocks[worker.block_size] <= worker.hello.total_blocks and worker.has_place)
         ]
+        tpot_s = None if record.num_output_tokens else self.streams.tpot_s(record)
+        if tpot_s is None:
+            return roomy
+        return [w for w in roomy if not w.attempts or self.streams.room(record, w, tpot_s) >= 1]
 
     def _able_to_prefill(self, record: RequestRecord, decode: WorkerRecord) -> list[WorkerRecord]:
         needed = record.prefill_tokens()

@@ -19,6 +19,7 @@ from ..core.errors import BadRequest, InternalError, ProtocolError, ServeError
 from ..core.ids import AttemptKey, Ticket, WorkerKey
 from ..protocol.messages import MAX_PROMPT_BYTES, ChoiceState, Tokens, check_ids, pack_ids
 from ..protocol.sampling import check
+from .classes import UNPROMISED, Promise
 from .interface import Decision, GenerateRequest, Routing
 from .rung_hash import RungHash
 
@@ -129,6 +130,14 @@ class RequestRecord:
     queue_s: float = 0.0  # submission to the first dispatch
     has_phases: bool = False  # the caller has had them
     decision: Decision | None = None  # of the last attempt
+    promise: Promise = UNPROMISED
+    cost_tokens: float = 1.0  # prompt and expected answer, as its flow pays for them
+    prefill_s: float = 0.0  # expected at the door
+    foreseen_ttft_s: float | None = None  # at the door; None where nothing is to be kept
+    foreseen_wait_s: float = 0.0
+    promised_blocks: int = 0
+    bypassed: int = 0  # later ones that went before it, since it found no room
+    first_token_at: float = 0.0  # of the whole request
 
     def __post_init__(self) -> None:
         self.choices = [Choice(number) for number in range(self.request.params.n)]

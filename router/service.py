@@ -147,7 +147,7 @@ class RouterService:
     # ---- what the gateway asks
 
     def submit(self, request: GenerateRequest) -> RequestStream:
-        """Accept a request; raises BadRequest, Overloaded or Unavailable when it is refused at the door."""
+        """Accept a request; raises BadRequest, Overloaded, TooManyRequests or Unavailable when it is refused."""
         if self._receiver is None or self._failure is not None:
             raise Unavailable("the router is not running")
         stream = RequestStream(request.request_id, self._max_stream_events, self._cancel)

@@ -7,6 +7,7 @@ import itertools
 from collections import deque
 from dataclasses import dataclass, field
 
+from ..core.errors import ServeError, TooManyRequests
 from ..core.ids import AttemptKey, SeededIds, WorkerKey
 from ..protocol.messages import (
     Abort,
@@ -53,7 +54,9 @@ class Shape:
 
 @dataclass(slots=True)
 class Journey:
-    """One request: seconds of virtual time. `error` is empty for a whole answer."""
+    """One request: seconds of virtual time. `error` is empty for a whole answer; a request may be refused at once or
+    after it has waited.
+    """
 
     request: TraceRequest
     first_s: float | None = None
@@ -61,6 +64,7 @@ class Journey:
     num_tokens: int = 0
     num_cached: int = 0
     error: str = ""
+    retry_after_s: int = 0  # where it was refused so that it comes again
     decision: Decision | None = None
 
     @property
@@ -211,7 +215,20 @@ class TraceCluster:
         name = str(number)
         self.journeys[name] = Journey(request)
         params = SamplingParams(max_tokens=max(BOUND_TOKENS, request.num_output_tokens))
-        self._perform(self.core.submit(GenerateRequest(name, request.prompt_ids(), params, FOREVER_S)))
+        asked = GenerateRequest(
+            name,
+            request.prompt_ids(),
+            params,
+            FOREVER_S,
+            class_name=request.class_name,
+            tenant=request.tenant,
+        )
+        try:
+            effects = self.core.submit(asked)
+        except ServeError as error:
+            self._end(name, error)
+        else:
+            self._perform(effects)
 
     def _go_on(self, worker: SimulatedWorker) -> None:
         """Begin the next leap, or cut the one that runs."""
@@ -293,11 +310,16 @@ class TraceCluster:
                     journey.first_s = self._clock.now()
                     journey.num_cached = (event.phases or Phases()).cached_tokens
             case End(name, ended):
-                journey = self.journeys[name]
-                assert journey.end_s is None, f"request {name} ended twice"
-                journey.end_s = self._clock.now()
-                journey.error = "" if ended.error is None else str(ended.error)
-                self._num_open -= 1
+                self._end(name, ended.error)
+
+    def _end(self, name: str, error: ServeError | None) -> None:
+        journey = self.journeys[name]
+        assert journey.end_s is None, f"request {name} ended twice"
+        journey.end_s = self._clock.now()
+        journey.error = "" if error is None else str(error) or error.code
+        if isinstance(error, TooManyRequests):
+            journey.retry_after_s = error.retry_after_s
+        self._num_open -= 1
 
     def _command(self, worker: SimulatedWorker, body: object) -> None:
         now = self._clock.now()

@@ -33,6 +33,8 @@ class TraceRequest:
     num_prompt_tokens: int
     num_output_tokens: int
     prefix_ids: tuple[int, ...]
+    class_name: str = ""  # as in the router's GenerateRequest
+    tenant: str = ""
 
     def prompt_ids(self) -> list[int]:
         """Token ids with the same sharing: a block is named by its first token."""

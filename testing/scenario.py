@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import msgspec
+
 from ..core.policy import PolicyName
 from ..protocol.sampling import SamplingParams
 from ..router.config import RouterConfig
@@ -22,6 +24,7 @@ LIMIT_S = 150.0  # by now every deadline has passed
 REST_S = 8.0  # longer than any lease and early-offer memory
 MAX_EVENTS = 400_000
 ONE_POOL_SHARE = 0.25
+URGENCY_SHARE = 0.25
 CALM_EVERY = 10  # one seed in so many meets a perfect network and immortal workers; another one drains them, in peace
 IMPOSSIBLE_ID = 5000  # a token that no worker of the simulation has in its vocabulary
 
@@ -62,7 +65,7 @@ def draw_scenario(seed: int) -> Scenario:
     if profile.is_perfect:  # by chance: no fault of the swarm is on
         shape = _with_room(shape)
     within_s = rng.choice([0.02, 0.2, 2.0])  # from a burst to one after the other
-    requests = tuple(_draw_request(rng, i, within_s) for i in range(rng.randint(3, 12)))
+    requests = _with_urgency(tuple(_draw_request(rng, i, within_s) for i in range(rng.randint(3, 12))), seed)
     cancels = tuple(_draw_cancel(rng, request, within_s) for _, request in requests if rng.random() < 0.2)
     names = [name for name in shape.roles() if not name.startswith("foreign")]
     num_drains = profile.drains or int(seed % CALM_EVERY == CALM_EVERY // 2)
@@ -166,6 +169,19 @@ def _draw_request(rng: random.Random, number: int, within_s: float) -> tuple[flo
         prompt[-1] = IMPOSSIBLE_ID
     timeout_s = rng.choice([0.02, 0.3]) if rng.random() < 0.1 else 100.0
     return rng.random() * within_s, GenerateRequest(f"r{number}", prompt, params, timeout_s)
+
+
+def _with_urgency(
+    requests: tuple[tuple[float, GenerateRequest], ...], seed: int
+) -> tuple[tuple[float, GenerateRequest], ...]:
+    """In some clusters requests are of several classes and tenants."""
+    rng = random.Random(f"urgency {seed}")
+    if rng.random() >= URGENCY_SHARE:
+        return requests
+    return tuple(
+        (when, msgspec.structs.replace(request, priority=rng.choice([-1, 0, 1]), tenant=rng.choice(["", "other"])))
+        for when, request in requests
+    )
 
 
 def _draw_cancel(rng: random.Random, request: GenerateRequest, within_s: float) -> tuple[float, str, int | None]:

@@ -137,10 +137,17 @@ class Rig:
         return prefill, self.join("d0", "decode")
 
     def submit(
-        self, request_id: str = "r", *, prompt: int = 10, max_tokens: int = 4, n: int = 1, timeout_s: float = 60.0
+        self,
+        request_id: str = "r",
+        *,
+        prompt: int = 10,
+        max_tokens: int = 4,
+        n: int = 1,
+        timeout_s: float = 60.0,
+        **fields: object,
     ) -> list[Effect]:
         params = SamplingParams(max_tokens=max_tokens, n=n)
-        request = GenerateRequest(request_id, list(range(prompt)), params, timeout_s)
+        request = GenerateRequest(request_id, list(range(prompt)), params, timeout_s, **fields)  # type: ignore[arg-type]
         effects = self.core.submit(request)
         self.tokens[request_id] = {choice: [] for choice in range(n)}
         self.finished[request_id] = {}

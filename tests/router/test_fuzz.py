@@ -144,6 +144,8 @@ class Fuzz:
         for worker_id in self.roles:
             self.boot(worker_id)
         self.count = 0
+        self.urgency = random.Random(f"urgency {seed}")
+        self.is_mixed = self.urgency.random() < 0.5
 
     def boot(self, worker_id):
         self.generation += 1
@@ -189,12 +191,19 @@ class Fuzz:
                     max_tokens=rng.randint(1, 9),
                     n=rng.choice([1, 1, 2, 3]),
                     timeout_s=rng.choice([2.0, 60.0, 600.0]),
+                    **(self.draw_urgency() if self.is_mixed else {}),
                 )
             except ServeError:
                 return
         open_ids = [name for name in rig.tokens if name not in rig.ends]
         if open_ids and rng.random() < 0.03:
             rig.cancel(rng.choice(open_ids), rng.choice([None, 0, 1]))
+
+    def draw_urgency(self):
+        """Some classes, two tenants, and targets that cannot always be kept."""
+        draw = self.urgency.choice
+        target_s = draw([None, None, 0.2, 1.0, 30.0])
+        return {"priority": draw([-1, 0, 0, 1]), "tenant": draw(["", "other"]), "target_ttft_s": target_s}
 
     def mischief(self):
         rng = self.rng
@@ -251,8 +260,9 @@ def test_every_request_ends_once_with_the_right_tokens_whatever_happens(make_rig
             raise AssertionError(f"seed {seed}, policy {policy}: {type(error).__name__}: {error}") from error
         rig = fuzz.rig
         codes = {end.error.code for end in rig.ends.values() if end.error}
-        assert codes <= EXPECTED_CODES, f"seed {seed}: {codes}"
+        refusals = {"rate_limit_exceeded"} if fuzz.is_mixed else set()
+        assert codes <= EXPECTED_CODES | refusals, f"seed {seed}: {codes}"
         if not fuzz.had_trouble:
-            assert codes <= {"deadline_exceeded"}, f"seed {seed}: {codes} without a fault"
+            assert codes <= {"deadline_exceeded"} | refusals, f"seed {seed}: {codes} without a fault"
         assert rig.core.counters.accepted == rig.core.counters.ended == len(rig.ends)
         assert all(not worker.attempts and not worker.used_blocks for worker in rig.core._registry.all())
