@@ -15,6 +15,7 @@ from typing import Annotated
 
 import msgspec
 
+from ..core.ids import MAIN_ROUTER
 from .handoff_messages import (
     Ack,
     Cancel,
@@ -52,6 +53,7 @@ from .parts import (
     Mac,
     Message,
     Ordinals,
+    OthersLoad,
     Part,
     Peer,
     Phases,
@@ -111,6 +113,7 @@ __all__ = [
     "Message",
     "Offer",
     "Ordinals",
+    "OthersLoad",
     "Output",
     "Part",
     "Peer",
@@ -223,11 +226,14 @@ class FromRouter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Envelope.
 
     `number` counts the commands to this worker from 1; a new `router_epoch` voids all attempts of the old one.
+    `router` names the router among those that a worker serves. The worker goes by the connection that a frame came
+    over, and overwrites what a frame says of it.
     """
 
     router_epoch: Epoch
     number: Sequence64
     body: ToWorker
+    router: WorkerId = MAIN_ROUTER
 
 
 # ---- worker → router ----
@@ -248,11 +254,12 @@ class Hello(Message, frozen=True):
 
 
 class Heartbeat(Message, frozen=True):
-    """Sent from a thread that no forward pass can starve.
+    """Sent from a thread that no forward pass can starve, to each router for itself.
 
     `received` is the highest command number handled, `active` the attempts that live here: an attempt whose command
     is covered by `received` and that is not in `active` has ended or was never taken. `turn_age_s` tells how long ago
     the worker's loop began its last turn: it grows while a step computes, and without end when the engine hangs.
+    `received` and `active` speak of this router's commands, `load` of the whole worker.
     """
 
     received: Sequence64
@@ -263,6 +270,7 @@ class Heartbeat(Message, frozen=True):
     linked: Annotated[list[tuple[WorkerId, Epoch, Code]], msgspec.Meta(max_length=4096)]
     turn_age_s: Seconds = 0.0
     role: Role | None = None  # None: that of the Hello
+    others: OthersLoad | None = None  # None: no other router has anything here
 
 
 class Tokens(Part, frozen=True):

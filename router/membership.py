@@ -77,7 +77,10 @@ class Membership:
             self._life.counters.stale_messages += 1
             return
         was_ready, was_stalled, links, role = worker.is_ready, worker.is_stalled, worker.linked, worker.hello.role
+        others = worker.others
         worker.note_heartbeat(beat, self._clock.now())
+        if worker.others != others:
+            self._on_others(worker)
         if worker.is_ready != was_ready or worker.linked != links:
             self._life.has_news = True
             self._readiness.note_change()
@@ -127,6 +130,13 @@ class Membership:
         self._life.placer.forget(worker.key)
         self._life.move_away(worker, NodeLost(f"worker {worker.key.worker_id} was lost: {reason}"))
         self.introduce_all()
+
+    def _on_others(self, worker: WorkerRecord) -> None:
+        """Other routers have more or less there than before: their prompts take time, their ends make room."""
+        self._life.has_news = True
+        num_tokens = worker.others.queued_tokens
+        prefill_s = self._life.placer.model.prefill_s(worker.key, num_tokens, 0, worker.num_running)
+        worker.prompts.others_s = prefill_s if num_tokens else 0.0
 
     def _on_stall_change(self, worker: WorkerRecord) -> None:
         """Its threads live and its loop does not turn: nothing it runs can be waited for. It keeps its links and its

@@ -144,7 +144,7 @@ class Placer:
             return False
         # An idle worker takes anything that fits its context, so no request can wait for ever behind an estimate.
         needed = decode.used_blocks + record.blocks(decode.block_size)
-        return not decode.attempts or (decode.has_place and needed <= decode.hello.total_blocks)
+        return decode.is_idle or (decode.has_place and needed <= decode.hello.total_blocks)
 
     def _able_to_prefill(self, record: RequestRecord, decode: WorkerRecord) -> list[WorkerRecord]:
         needed = record.prefill_tokens()

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..core.errors import ServeError, Unavailable
-from ..core.ids import SeededIds, WorkerKey, new_epoch
+from ..core.ids import MAIN_ROUTER, SeededIds, WorkerKey, new_epoch
 from ..engine.block_pool import BlockPool
 from ..engine.interface import ScheduledSeq
 from ..engine.kv_memory import KVMemory
@@ -144,7 +144,8 @@ class SimCluster:
             self.make_engine(role, "foreign" if worker_id.startswith("foreign") else "fake"),
             self.events,
             self.network,
-            lambda frame: self._to_router(key, frame),
+            lambda router, frame: self._to_router(key, frame),
+            lambda: [MAIN_ROUTER],
             self.watch,
             self._on_exit,
             self.shape,

@@ -24,6 +24,8 @@ from ..router.core import RouterCore
 from ..router.effects import Effect, Send
 from ..router.interface import GenerateRequest
 from ..worker.core import CoreEffect
+from ..worker.routers import RouterGone
+from ..worker.within_step import Item
 from .chaos import ChaosProfile
 from .clock import FakeClock
 from .invariants import InvariantBroken, broken, guarded
@@ -103,8 +105,11 @@ class Watch:
     def arrived(self, worker: SimWorker, frame: FromRouter) -> None:
         self.deadlines.arrived(worker, frame)
 
-    def hears(self, worker: SimWorker, item: FromRouter | LinkEvent) -> list[CoreEffect]:
+    def hears(self, worker: SimWorker, item: Item) -> list[CoreEffect]:
         """Let the worker handle `item`; its effects."""
+        if isinstance(item, RouterGone):
+            with guarded("I9", worker.key, "the end of a router is fatal"):
+                return worker.core.on_router_gone(item)
         if isinstance(item, FromRouter):
             self.deadlines.handled(worker, item)
             try:

@@ -27,8 +27,9 @@ from ..protocol.messages import Role as RoleName
 from .background import in_background
 from .core import ROLES_OF, WorkerCore
 from .membership import Membership
-from .process import Incarnation, run_worker
+from .process import run_worker
 from .role import Role
+from .router_links import Incarnation
 from .turn_watch import TurnWatch
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ def launch(topology: Topology, name: str, make_role: MakeRole) -> int:
         topology.router_address,
         drain_s=topology.gateway.drain_s,
         heartbeat_s=topology.liveness.heartbeat_s,
+        runtime_dir=topology.runtime_dir,
     )
     membership = Membership(topology, spec, os.environ) if topology.transfer.one_pool else None
     engine = in_background(partial(load_engine, topology, spec, membership))

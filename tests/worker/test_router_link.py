@@ -12,7 +12,7 @@ from penstock.protocol.messages import FromRouter, Heartbeat, Hello, Welcome
 from penstock.protocol.sockets import RouterSocket
 from penstock.testing.clock import FakeClock
 from penstock.testing.fake_engine import FakeEngine
-from penstock.worker.process import Inbox, Incarnation, RouterLink
+from penstock.worker.router_links import Inbox, Incarnation, RouterLink
 from penstock.worker.turn_watch import TurnWatch
 
 KEY = WorkerKey("decode-0", "0" * 16)
