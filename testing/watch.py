@@ -40,10 +40,11 @@ FULL_ROUTER_AUDIT_EVERY = 16
 
 
 class Watch:
-    """One for a cluster. Every check raises InvariantBroken at the event that broke the promise, or soon behind it.
+    """One for a cluster and a router of it. Every check raises InvariantBroken at the event that broke the promise, or
+    soon behind it.
 
     `silent_ends` names the hand-offs that a worker has given up without a word: of all that it has offered, given those
-    that are alive there.
+    that are alive there. `blocks`: those of the workers, where another router's watch sees them already.
     """
 
     def __init__(
@@ -56,9 +57,10 @@ class Watch:
         *,
         lease_s: float,
         max_step_s: float,
+        blocks: BlockWatch | None = None,
     ) -> None:
-        self._journal, self._silent_ends = journal, silent_ends
-        self.blocks = BlockWatch()
+        self.journal, self._silent_ends = journal, silent_ends
+        self.blocks = blocks or BlockWatch()
         self.leases = LeaseWatch(clock, lease_s)
         self.deadlines = DeadlineWatch(clock)
         self.health = HealthWatch(clock, config.worker_timeout_s, max_step_s)
@@ -82,9 +84,9 @@ class Watch:
         """Let the router handle `frame`; its effects."""
         self.health.heard(WorkerKey(frame.worker_id, frame.epoch))
         before, counted_before = self.routing.before(router, frame), counted(router)
-        is_late_frame = is_late_at_router(frame, self._journal)
+        is_late_frame = is_late_at_router(frame, self.journal)
         kind = type(frame.body).__name__
-        is_over = self._journal.is_over(getattr(frame.body, "request_id", ""))
+        is_over = self.journal.is_over(getattr(frame.body, "request_id", ""))
         try:
             effects = router.on_message(frame)
         except Exception as error:
@@ -172,7 +174,7 @@ class Watch:
 
     def check_at_rest(self, router: RouterCore, workers: list[SimWorker]) -> None:
         """Every request has ended, every block and seat is back (I4, I8), and nothing is in the tables."""
-        self._journal.check_finished()
+        self.journal.check_finished()
         self.router_turned(router, is_audit=True)
         for worker in workers:
             self.blocks.audit(worker)

@@ -20,7 +20,7 @@ from penstock.testing.serving import Serving, free_port, serving, stop
 from penstock.worker.routers import ROUTER_GONE_S
 
 MODEL = "smollm2-135m-instruct"
-LONG = 1200  # tokens: more than are drawn while the tests look on
+LONG = 500  # tokens: more than are drawn while the tests look on
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(400)]
 
 
@@ -103,7 +103,7 @@ def test_streams_of_one_gateway_go_on_when_the_other_is_killed(first: Serving, t
         mine, lost = Stream(first, 0, LONG), Stream(second, 2, LONG)
         assert mine.has_begun.wait(60)
         assert lost.has_begun.wait(60)
-        assert running_of(first) == running_of(second) == 2, "each sees what both cause"
+        eventually(lambda: running_of(first) == running_of(second) == 2, 5)  # each sees what both cause
         os.kill(second.process.pid, signal.SIGKILL)
         second.process.wait()
         eventually(lambda: running_of(first) == 1 or not mine.is_alive(), ROUTER_GONE_S + 10)
