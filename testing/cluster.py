@@ -141,12 +141,16 @@ class SimCluster:
             SeededIds(self._seed + 1),
             lambda: Wire(self.events, self.profile, rng, self.faults),
             self._to_worker,
-            lambda name: [worker.on_router_gone(name) for worker in self.workers.values()],
+            self._tell_gone,
             self.events.after,
             self.say,
             self.faults,
         )
         return self.second
+
+    def _tell_gone(self, router: str) -> None:
+        for worker in self.workers.values():
+            worker.on_router_gone(router)
 
     def _router_names(self) -> list[str]:
         return [MAIN_ROUTER, SECOND] if self.second is not None else [MAIN_ROUTER]
