@@ -29,7 +29,6 @@ LevelName = Literal["debug", "info", "warning", "error"]
 QuantizationName = Literal["auto", "none", "int8"]
 DRAFT_METHODS = ("off", "auto", "ngram", "suffix", "eagle")  # and draft:MODEL, eagle:PATH
 WorkerRole = Literal["prefill", "decode", "both"]
-RefuseLate = Literal["auto", "always", "never"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,25 +56,10 @@ class GatewayConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class ClassConfig:
-    """A class of requests: its share of the cluster beside others, and its targets in seconds, where it has any."""
-
-    name: str
-    weight: float = setting(1.0, 0.001, 1000)
-    target_ttft_s: float | None = setting(None, 0.001, 86_400)
-    target_tpot_s: float | None = setting(None, 0.0001, 3600)
-
-
-DEFAULT_CLASSES = (ClassConfig("interactive", 8.0), ClassConfig("standard", 4.0), ClassConfig("batch", 1.0))
-
-
-@dataclass(frozen=True, slots=True)
 class RouterConfig:
     """disaggregate: auto uses a prefill worker when there is one, always waits for one, never does without.
 
     With auto, prompts of at most `local_prefill_max_tokens` uncached tokens are prefilled where they decode.
-    refuse_late: auto refuses what cannot keep a target that its client or its class names; always takes the targets
-    below for those of every class without its own; never refuses for that.
     """
 
     policy: PolicyName = "prefix-affinity"
@@ -84,15 +68,10 @@ class RouterConfig:
     max_active_requests: int = setting(4096, 1, 1 << 20)
     max_queued_requests: int = setting(1024, 1, 1 << 20)
     max_attempts: int = setting(4, 1, 100)
+    exact_index: bool = False  # workers tell of their prefix caches; else the router guesses from what it has sent
+    max_exact_blocks: int = setting(262_144, 1, 1 << 24)  # of that index
     worker_timeout_s: float = setting(0.6, 0.2, 600)  # silence after which a worker counts as lost
     unavailable_s: float = setting(60.0, 1, 86_400)  # wait for a worker; longer than one takes to load the model
-    target_ttft_s: float = setting(10.0, 0.001, 86_400)  # what the policy `auto` tries to keep answers within
-    target_tpot_s: float = setting(0.1, 0.0001, 3600)
-    classes: tuple[ClassConfig, ...] = DEFAULT_CLASSES  # the most urgent first
-    default_class: str = "standard"  # of requests that name none
-    refuse_late: RefuseLate = "auto"
-    max_queued_tokens: int = setting(1 << 24, 1, 1 << 40)  # prompt tokens not yet computed, of all requests
-    max_promised_blocks: int | None = setting(None, 1, 1 << 40)  # KV blocks of prompts and expected answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,25 +238,12 @@ def check_topology(topology: Topology) -> Topology:
             f"router.worker_timeout_s: {topology.router.worker_timeout_s:g} is less than three heartbeats of "
             f"liveness.heartbeat_s: {topology.liveness.heartbeat_s:g}; one late heartbeat would look like a lost worker"
         )
-    check_classes(topology.router.classes, topology.router.default_class)
     check_method(topology.speculation.method)
     _check_tls(topology.transfer)
     _check_one_pool(topology)
     if topology.router.disaggregate == "always" and (topology.colocated or topology.prefill.replicas == 0):
         raise ConfigError("router.disaggregate: always needs a prefill worker, and this topology has none; use auto")
     return topology
-
-
-def check_classes(classes: tuple[ClassConfig, ...], default: str) -> None:
-    """Raises ConfigError for names that are no names, not unique, or not there."""
-    names = [one.name for one in classes]
-    for name in names:
-        if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,31}", name):
-            raise ConfigError(f"router.classes: name {name!r}: give 1 to 32 of a-z, 0-9, _ and -")
-        if names.count(name) > 1:
-            raise ConfigError(f"router.classes: {name} is there twice; give each class a name of its own")
-    if default not in names:
-        raise ConfigError(f"router.default_class: {default!r} is not one of {', '.join(names) or 'no classes'}")
 
 
 def check_method(method: str) -> None:

@@ -5,7 +5,6 @@
     │   └── ModelNotFound
     ├── Unauthorized
     ├── Overloaded            a queue is at its bound; retry after a while
-    ├── TooManyRequests       it would be served too late, or its share of a bound is used up; retry after so long
     ├── Unavailable           no worker can take the request now
     ├── DeadlineExceeded
     ├── Cancelled             the client went away or asked to stop
@@ -58,17 +57,6 @@ class Unauthorized(ServeError):
 class Overloaded(ServeError):
     code = "overloaded"
     status = 503
-
-
-class TooManyRequests(ServeError):
-    """Refused for what is under way before it. `retry_after_s`: when the same request is expected to be taken."""
-
-    code = "rate_limit_exceeded"
-    status = 429
-
-    def __init__(self, message: str, retry_after_s: int = 1) -> None:
-        super().__init__(message)
-        self.retry_after_s = max(1, retry_after_s)
 
 
 class Unavailable(ServeError):

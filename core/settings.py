@@ -44,7 +44,7 @@ def to_mapping(value: object) -> Any:
     """The inverse of `build`, in plain types that YAML can hold."""
     if is_dataclass(value):
         return {f.name: to_mapping(getattr(value, f.name)) for f in fields(value)}
-    return [to_mapping(item) for item in value] if isinstance(value, tuple) else value
+    return list(value) if isinstance(value, tuple) else value
 
 
 def nearest(word: str, known: list[str]) -> str:
@@ -74,8 +74,7 @@ def _value(hint: Any, value: object, path: str, bounds: Mapping[str, Any]) -> An
         hint, optional = next(arg for arg in get_args(hint) if arg is not NoneType), value is None
         return None if optional else _value(hint, value, path, bounds)
     if origin is tuple:
-        item = get_args(hint)[0]
-        return _sections(item, value, path) if is_dataclass(item) else _strings(value, path)
+        return _strings(value, path)
     return _scalar(hint, value, path, bounds)
 
 
@@ -90,12 +89,6 @@ def _strings(value: object, path: str) -> tuple[str, ...]:
     if isinstance(value, (list, tuple)) and all(isinstance(item, str) and item for item in value):
         return tuple(value)
     raise ConfigError(f"{path}: must be a list of non-empty strings")  # the value may be a secret: not shown
-
-
-def _sections(cls: Any, value: object, path: str) -> tuple[object, ...]:
-    if isinstance(value, (list, tuple)):
-        return tuple(build(cls, item, f"{path}[{place}]") for place, item in enumerate(value))
-    raise ConfigError(f"{path}: must be a list of mappings, got {value!r}")
 
 
 def _scalar(kind: type, value: object, path: str, bounds: Mapping[str, Any]) -> object:

@@ -84,6 +84,7 @@ __all__ = [
     "Abort",
     "Ack",
     "AttemptFailed",
+    "BlockNews",
     "Cancel",
     "ChoiceState",
     "Code",
@@ -140,6 +141,7 @@ __all__ = [
     "ToWorker",
     "TokenLogprob",
     "Tokens",
+    "WatchBlocks",
     "Welcome",
     "WorkerId",
     "WorkerLoad",
@@ -219,7 +221,15 @@ class SetRole(Message, frozen=True):
     role: Role
 
 
-ToWorker = Welcome | Peers | StartPrefill | StartDecode | Abort | Drain | ResetPrefixCache | SetRole
+class WatchBlocks(Message, frozen=True):
+    """Tell this router which prefix blocks can be found on the worker: all of them, then what changes. A higher number
+    begins anew.
+    """
+
+    watch: Sequence64
+
+
+ToWorker = Welcome | Peers | StartPrefill | StartDecode | Abort | Drain | ResetPrefixCache | SetRole | WatchBlocks
 
 
 class FromRouter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -271,6 +281,7 @@ class Heartbeat(Message, frozen=True):
     turn_age_s: Seconds = 0.0
     role: Role | None = None  # None: that of the Hello
     others: OthersLoad | None = None  # None: no other router has anything here
+    news: tuple[Sequence64, Sequence64] | None = None  # watch and number of the last BlockNews for this router
 
 
 class Tokens(Part, frozen=True):
@@ -322,11 +333,22 @@ class AttemptFailed(Message, frozen=True):
     retriable: bool = False
 
 
+class BlockNews(Message, frozen=True):
+    """Prefix blocks that can be found since the news before, and those that no longer can; 8 bytes each
+    (`core.block_names`). Numbered from 1 within a watch; the first names all that are there.
+    """
+
+    watch: Sequence64
+    number: Sequence64
+    stored: Digests = b""
+    removed: Digests = b""
+
+
 class Goodbye(Message, frozen=True):
     """Clean end of a worker after a drain."""
 
 
-ToRouter = Hello | Heartbeat | Output | PrefillEnded | AttemptFailed | Goodbye
+ToRouter = Hello | Heartbeat | Output | PrefillEnded | AttemptFailed | BlockNews | Goodbye
 
 
 class FromWorker(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 
 from ..core.errors import ProtocolError
+from ..core.prefix_hash import hash_key
 from .sampling import MAX_CHOICES, MAX_LOGPROBS, TokenId
 
 PROTOCOL_VERSION = 4
@@ -86,6 +87,10 @@ class Fingerprint(Part, frozen=True):
             if mine != theirs and not self._bridges(field, other):
                 return f"{field} differs: {mine!r} here, {theirs!r} there"
         return None
+
+    def cache_key(self, salt: str) -> bytes:
+        """The prefix-cache key of one tenant: the salt, and everything that changes the bytes of a block."""
+        return hash_key(salt, f"{self.model}/{self.weights}", f"{self.layout}/{self.dtype}/{self.block_size}")
 
     def is_same_format(self, other: Fingerprint) -> bool:
         """Blocks of one are blocks of the other, byte by byte."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import get_args
 
-from ..core.config import DEFAULT_CLASSES, ClassConfig, Disaggregate, RefuseLate, check_classes
+from ..core.config import Disaggregate
 from ..core.errors import ConfigError
 from ..core.policy import PolicyName
 
@@ -35,12 +35,8 @@ class RouterConfig:
     max_imbalance_tokens: int = 8192  # prefix-affinity gives way when its pick carries this much more than the idlest
     target_ttft_s: float = 10.0  # what `auto` tries to keep answers within
     target_tpot_s: float = 0.1
-    classes: tuple[ClassConfig, ...] = DEFAULT_CLASSES  # the most urgent first
-    default_class: str = "standard"
-    refuse_late: RefuseLate = "auto"
-    max_queued_tokens: int = 1 << 24  # prompt tokens not yet computed
-    max_promised_blocks: int | None = None  # of prompts and expected answers; None: no bound
     max_prefix_blocks: int = 65536  # of the prefix index
+    max_exact_blocks: int = 0  # of the exact index, which workers tell of their caches; 0: there is none
     expected_workers: int = 0
     fixed_roles: str = ""  # why no worker may be given another role; empty: it may
 
@@ -49,13 +45,11 @@ class RouterConfig:
             raise ConfigError(f"policy {self.policy!r}: choose one of {', '.join(get_args(PolicyName))}")
         if self.disaggregate not in get_args(Disaggregate):
             raise ConfigError(f"disaggregate {self.disaggregate!r}: choose one of {', '.join(get_args(Disaggregate))}")
-        if self.refuse_late not in get_args(RefuseLate):
-            raise ConfigError(f"refuse_late {self.refuse_late!r}: choose one of {', '.join(get_args(RefuseLate))}")
-        check_classes(self.classes, self.default_class)
-        zero_allowed = ("local_prefill_max_tokens", "max_imbalance_tokens", "expected_workers", "retry_backoff_s")
+        zero_allowed = {"local_prefill_max_tokens", "max_imbalance_tokens", "expected_workers", "retry_backoff_s"}
+        zero_allowed.add("max_exact_blocks")
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is None or isinstance(value, (str, tuple)):
+            if isinstance(value, str):
                 continue
             if value < 0 or (value == 0 and field.name not in zero_allowed):
                 raise ConfigError(

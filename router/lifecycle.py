@@ -51,7 +51,7 @@ class Lifecycle:
         self._timers = timers
         self._cluster_key = cluster_key
         self.table = RequestTable()
-        self.placer = Placer(config, registry, index_secret=ids.token(16).hex(), chooser=chooser)
+        self.placer = Placer(config, registry, ids.token(16).hex(), chooser, cluster_key)
         self.learner = Learner(self.placer.model, registry)
         self.counters = RouterCounters()
         self.blame = Blame(self.placer.breakers, self.counters, clock.now())

@@ -7,7 +7,17 @@ import logging
 from ..core.clock import Clock
 from ..core.errors import NodeLost
 from ..core.ids import WorkerKey
-from ..protocol.messages import FromRouter, Heartbeat, Hello, Peers, ResetPrefixCache, SetRole, Welcome
+from ..protocol.messages import (
+    BlockNews,
+    FromRouter,
+    Heartbeat,
+    Hello,
+    Peers,
+    ResetPrefixCache,
+    SetRole,
+    WatchBlocks,
+    Welcome,
+)
 from .config import RouterConfig
 from .effects import Send
 from .lifecycle import Lifecycle
@@ -58,6 +68,8 @@ class Membership:
                 log.warning("worker %s (%s) refused: %s", key, hello.role, worker.refusal)
             return
         self.command(worker, Welcome())
+        if greeting is Greeting.JOINED:
+            self._watch_blocks(worker)
         if greeting is Greeting.AGAIN:
             self._introduce(worker)
             return
@@ -93,11 +105,26 @@ class Membership:
         if not worker.is_stalled:
             self._reports.settle(worker, beat)
         self._repeat_introduction(worker)
+        if self._life.placer.blocks.is_late(key, beat.news, self._clock.now(), self._config.unacknowledged_s):
+            self._watch_blocks(worker)
+
+    def on_block_news(self, key: WorkerKey, news: BlockNews) -> None:
+        worker = self._registry.find(key)
+        if worker is None or not worker.is_live:
+            self._life.counters.stale_messages += 1
+        elif not self._life.placer.blocks.on_news(key, news):
+            self._watch_blocks(worker)
+
+    def _watch_blocks(self, worker: WorkerRecord) -> None:
+        blocks = self._life.placer.blocks
+        if blocks.is_on:
+            self.command(worker, WatchBlocks(blocks.begin(worker.key)))
 
     def _take_back(self, worker: WorkerRecord) -> bool:
         if not self._registry.take_back(worker, self._clock.now()):
             return False
         log.warning("worker %s speaks again", worker.key)
+        self._watch_blocks(worker)
         self._timers.arm(worker.key, self._clock.now() + self._config.worker_timeout_s)
         self.introduce_all()
         return True
@@ -167,6 +194,6 @@ class Membership:
         if any(peer.hello.role == "prefill" and peer.key not in worker.linked for peer in self._registry.live()):
             self._introduce(worker)
 
-    def command(self, worker: WorkerRecord, body: Welcome | Peers | ResetPrefixCache | SetRole) -> None:
+    def command(self, worker: WorkerRecord, body: Welcome | Peers | ResetPrefixCache | SetRole | WatchBlocks) -> None:
         """Send it the next numbered command."""
         self._life.effects.append(worker.command(self._epoch, body))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..core.block_names import name_key
 from ..core.clock import Clock, MonotonicClock
 from ..core.errors import ServeError
 from ..core.ids import MAIN_ROUTER, SeededIds, WorkerKey, new_epoch
@@ -102,7 +103,18 @@ class _Worker:
             return self.decode
 
         roles = [host(name) for name in ROLES_OF[role]]
-        self.core = WorkerCore(key, role, engine, pool, roles, clock, **sizes, make_role=host)
+        self.core = WorkerCore(
+            key,
+            role,
+            engine,
+            pool,
+            roles,
+            clock,
+            max_batch_tokens=sizes["max_batch_tokens"],
+            max_batch_seqs=sizes["max_batch_seqs"],
+            make_role=host,
+            block_secret=name_key(CLUSTER_KEY),
+        )
         self.inbox: queue.SimpleQueue[Item] = queue.SimpleQueue()
         self.mesh: Mesh | None = None
         self.received = 0

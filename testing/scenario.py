@@ -115,6 +115,7 @@ def _draw_shape(rng: random.Random, seed: int) -> ClusterShape:
         local_prefill_max_tokens=rng.choice([0, 0, 8]),
         max_queued_requests=rng.choice([1024, 1024, 4]),
         max_prefix_blocks=rng.choice([65536, 8]),
+        max_exact_blocks=random.Random(f"exact index {seed}").choice([0, 0, 65536, 65536, 8]),
         max_attempts=8,
         unavailable_s=20.0,
     )

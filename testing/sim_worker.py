@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from ..core.block_names import name_key
 from ..core.ids import WorkerKey
 from ..decode_node.role import DecodeRole
 from ..engine.block_pool import BlockPool
@@ -114,7 +115,14 @@ class SimWorker:
         self.proposer: SeededProposer | None = None
         roles = self._roles(sizes, make_parking)
         self.core = WorkerCore(
-            key, role, engine, self.pool, roles, events.clock, max_batch_tokens=sizes.max_batch_tokens
+            key,
+            role,
+            engine,
+            self.pool,
+            roles,
+            events.clock,
+            max_batch_tokens=sizes.max_batch_tokens,
+            block_secret=name_key(CLUSTER_KEY),
         )
         self.mesh = InprocMesh(key, role, engine.spec.fingerprint, engine.memory, self._on_link, network)
         if share is not None:

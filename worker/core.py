@@ -35,11 +35,13 @@ from ..protocol.messages import (
     StartDecode,
     StartPrefill,
     ToWorker,
+    WatchBlocks,
     Welcome,
     WorkerLoad,
     WorkerState,
 )
 from ..protocol.messages import Role as RoleName
+from .block_news import BlockNewsDesk
 from .role import Budget, Computed, Effect, Role, Tell
 from .routers import RouterGone, Routers, Tallies
 from .usage import Usage
@@ -64,6 +66,7 @@ class Snapshot:
     active: tuple[AttemptKey, ...]
     role: RoleName | None = None
     tallies: Tallies = field(default_factory=dict)  # what the attempts of each take; empty where one router asks alone
+    news: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # router → watch and number of its last news
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +102,14 @@ class WorkerCore:
         max_batch_tokens: int = 512,
         max_batch_seqs: int = 64,
         make_role: MakeRole = lambda name: None,
+        block_secret: bytes = b"",
     ) -> None:
         self._make_role = make_role
         self.key, self.role_name, self.engine, self.pool, self.roles = key, role_name, engine, pool, roles
         self._clock = clock
         self._max_tokens, self._max_seqs = max_batch_tokens, max_batch_seqs
         self._routers = Routers()
+        self._news = BlockNewsDesk(pool, block_secret)
         self._is_draining = False
         self._steps = 0
         self._usage = Usage()
@@ -130,6 +135,7 @@ class WorkerCore:
         return peers + self._collect()
 
     def _abort_all(self, router: str, now: float) -> None:
+        self._news.forget(router)
         for role in self.roles:
             role.abort_all(now, router)
 
@@ -141,6 +147,8 @@ class WorkerCore:
                 return [SetPeers(self._routers.set_peers(router, peers))]
             case Drain():
                 self.drain()
+            case WatchBlocks(watch=watch):
+                self._news.watch(router, watch)
             case ResetPrefixCache():
                 self.pool.reset_prefix_cache()
             case SetRole(role=role_name):
@@ -192,7 +200,7 @@ class WorkerCore:
         now = self._clock.now()
         for role in self.roles:
             role.tick(now)
-        return self._collect()
+        return self._collect() + [Tell(news, router) for router, news in self._news.take()]
 
     def _collect(self) -> list[CoreEffect]:
         return [effect for role in self.roles for effect in role.take_effects()]
@@ -287,6 +295,7 @@ class WorkerCore:
             tuple(active),
             self.role_name,
             self._tallies(),
+            self._news.told(),
         )
 
     def _tallies(self) -> Tallies:

@@ -50,6 +50,7 @@ class HeartbeatBuilder:
             turn_age_s=self._turns.age_s(),
             role=snapshot.role if snapshot else None,
             others=others_load(snapshot.tallies, self._router) if snapshot else None,
+            news=snapshot.news.get(self._router) if snapshot else None,
         )
 
     def _state(self, snapshot: Snapshot | None) -> WorkerState:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from ..core.block_names import name_key
 from ..core.clock import Clock, MonotonicClock
 from ..core.cluster_key import cluster_key
 from ..core.config import Topology, TransferConfig, WorkerSpec
@@ -124,6 +125,7 @@ def _make_core(
         max_batch_tokens=spec.config.max_num_batched_tokens or engine.spec.saturation_tokens,
         max_batch_seqs=spec.config.max_num_seqs,
         make_role=host,
+        block_secret=name_key(cluster_key(topology)),
     )
 
 

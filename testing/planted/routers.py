@@ -8,6 +8,7 @@ from ...core.ids import MAIN_ROUTER
 from ...decode_node.role import DecodeRole
 from ...prefill_node.role import PrefillRole
 from ...router.registry import WorkerRecord
+from ...worker.block_news import BlockNewsDesk
 from ...worker.core import WorkerCore
 from .bug import Bug, Seeds, plants
 from .handoffs import ANY, CALM
@@ -36,6 +37,10 @@ def count_twice(original: Any) -> Any:
     return note_others
 
 
+def keep_quiet(original: Any) -> Any:
+    return lambda self, block_hash: None
+
+
 ROUTER_BUGS = [
     Bug(
         "void-all",
@@ -57,5 +62,12 @@ ROUTER_BUGS = [
         "what other routers hold on a worker is counted twice when it changes",
         plants((WorkerRecord, "_note_others", count_twice)),
         Seeds("I11", ANY),
+    ),
+    Bug(
+        "silent-eviction",
+        "of our own",
+        "a worker does not tell that a block is no longer in its prefix cache",
+        plants((BlockNewsDesk, "removed", keep_quiet)),
+        Seeds("I13", ANY),
     ),
 ]

@@ -37,7 +37,12 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Topology, str]]:
     calls: list[tuple[Topology, str]] = []
-    monkeypatch.setattr(front, "main", lambda topology, name: calls.append((topology, name)) or 0)
+
+    def note(topology: Topology, name: str) -> int:
+        calls.append((topology, name))
+        return 0
+
+    monkeypatch.setattr(front, "main", note)
     return calls
 
 
