@@ -25,8 +25,10 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 @pytest.fixture(scope="module")
-def first(model_path: Path) -> Iterator[Serving]:
-    with serving("--prefill", "1", "--decode", "2", "--kv-cache-mib", "128") as running:
+def first(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    file = tmp_path_factory.mktemp("exact") / "topology.yaml"
+    file.write_text("router: {exact_index: true}\n", encoding="utf-8")
+    with serving("--topology", str(file), "--prefill", "1", "--decode", "2", "--kv-cache-mib", "128") as running:
         yield running
 
 
@@ -131,6 +133,23 @@ def test_streams_of_a_later_gateway_go_on_when_the_first_is_killed(first: Servin
         assert (mine.text, mine.error) == (expected, "")
         first.wait_ready()
         assert text_of(first, 1) == text_of(second, 1)
+
+
+def test_later_gateway_knows_what_the_caches_hold(first: Serving, tmp_path: Path) -> None:
+    held = Stream(first, 10, 150)
+    assert held.has_begun.wait(60)
+    elsewhere = decode_of(first, 11)
+    held.join(120)
+    first.wait_rest()
+    with gateway(first, tmp_path, free_port()) as second:
+        time.sleep(1.0)  # the workers' news come
+        assert decode_of(second, 11) == elsewhere
+        assert decode_of(second, 10) != elsewhere
+
+
+def decode_of(cluster: Serving, number: int) -> str:
+    """Where the prompt of this number is decoded."""
+    return str(cluster.post("/v1/completions", body(number, 1))["penstock"]["decision"]["decode"])
 
 
 def is_front(pid: int, parent: int) -> bool:
