@@ -13,7 +13,22 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..core.errors import ConfigError, ServeError
-from . import bench, chat, doctor, explain, generate, models, role, roles, serve, simulate, status, top, train_draft
+from . import (
+    bench,
+    chat,
+    doctor,
+    explain,
+    gateway,
+    generate,
+    models,
+    role,
+    roles,
+    serve,
+    simulate,
+    status,
+    top,
+    train_draft,
+)
 from .arguments import Parser
 from .errors import FAILURE, INTERRUPTED, USAGE, CliError, print_error
 
@@ -28,7 +43,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"penstock {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     everyday = (serve, chat, generate, models, status, top, explain, role, doctor)
-    for module in (*everyday, bench, simulate, train_draft, roles):
+    for module in (*everyday, bench, simulate, train_draft, gateway, roles):
         module.register(commands)
     return parser
 

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from .errors import ConfigError
+from .ids import MAIN_ROUTER
 from .policy import PolicyName
 from .settings import build, setting, to_mapping
 
 VERSION = 1
+ROUTER_NAME = "[a-z0-9-]{1,14}"  # of a further router; its socket's name must fit (`deploy.runtime_dir`)
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 TransportName = Literal["auto", "shm", "tcp", "nixl", "ucx", "gloo", "nccl", "cuda_ipc"]
@@ -82,6 +84,8 @@ class RouterConfig:
     max_active_requests: int = setting(4096, 1, 1 << 20)
     max_queued_requests: int = setting(1024, 1, 1 << 20)
     max_attempts: int = setting(4, 1, 100)
+    exact_index: bool = False  # workers tell of their prefix caches; else the router guesses from what it has sent
+    max_exact_blocks: int = setting(262_144, 1, 1 << 24)  # of that index
     worker_timeout_s: float = setting(0.6, 0.2, 600)  # silence after which a worker counts as lost
     unavailable_s: float = setting(60.0, 1, 86_400)  # wait for a worker; longer than one takes to load the model
     target_ttft_s: float = setting(10.0, 0.001, 86_400)  # what the policy `auto` tries to keep answers within
@@ -205,9 +209,16 @@ class Topology:
     @property
     def router_address(self) -> str:
         """Where workers reach the router: a Unix socket in the runtime folder."""
+        return self.address_of(MAIN_ROUTER)
+
+    def address_of(self, router: str) -> str:
+        """Where workers reach the router of this name; they find it there while they run (`worker.router_links`)."""
         if not self.runtime_dir:
             raise ConfigError("runtime_dir: not set; start through the `penstock` command, or name a private folder")
-        return f"ipc://{os.path.join(self.runtime_dir, 'router.sock')}"
+        if router != MAIN_ROUTER and not re.fullmatch(ROUTER_NAME, router):
+            raise ConfigError(f"router name {router!r}: use 1 to 14 small letters, digits and hyphens")
+        leaf = "router.sock" if router == MAIN_ROUTER else f"router-{router}.sock"
+        return f"ipc://{os.path.join(self.runtime_dir, leaf)}"
 
 
 def is_loopback(host: str) -> bool:

@@ -11,6 +11,7 @@ import secrets
 from typing import NamedTuple, NewType, Protocol
 
 BlockId = NewType("BlockId", int)
+MAIN_ROUTER = "router"  # the router that a cluster starts with; others on the same workers have names of their own
 Ticket = NewType("Ticket", bytes)  # 16 bytes, single use, names one hand-off of one attempt
 
 
@@ -25,13 +26,19 @@ class WorkerKey(NamedTuple):
 
 
 class AttemptKey(NamedTuple):
-    """One try at one request. A retry has the same request_id and the next attempt number."""
+    """One try at one request. A retry has the same request_id and the next attempt number.
+
+    `router`: on a worker, the name of the router that asked for it, whose ids may be those of another one too. A router
+    only speaks of its own.
+    """
 
     request_id: str
     attempt: int
+    router: str = MAIN_ROUTER
 
     def __str__(self) -> str:
-        return f"{self.request_id}#{self.attempt}"
+        whose = "" if self.router == MAIN_ROUTER else f"@{self.router}"
+        return f"{self.request_id}#{self.attempt}{whose}"
 
 
 class IdSource(Protocol):

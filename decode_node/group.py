@@ -52,9 +52,8 @@ class Group:
         self.state = state
 
 
-def build_group(message: StartDecode, spec: EngineSpec, now: float) -> Group:
+def build_group(key: AttemptKey, message: StartDecode, spec: EngineSpec, now: float) -> Group:
     """The group a StartDecode asks for; raises BadRequest when it can never run here."""
-    key = AttemptKey(message.request_id, message.attempt)
     prompt_ids, hash_key = unpack_ids(message.prompt_ids), cache_key(message.cache_salt, spec.fingerprint)
     seqs: dict[int, Sequence] = {}
     for choice in message.choices:

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ..core.errors import DeadlineExceeded, NodeLost, Overloaded, ProtocolError, ServeError
-from ..core.ids import AttemptKey, BlockId, Ticket, WorkerKey
+from ..core.ids import MAIN_ROUTER, AttemptKey, BlockId, Ticket, WorkerKey
 from ..core.recent import RecentSet
 from ..core.tickets import TicketFacts, check_proof
 from ..engine.block_pool import BlockPool
@@ -63,6 +63,7 @@ from ..protocol.messages import (
 )
 from ..worker.admission import release
 from ..worker.role import Budget, Computed, Effect, Tell
+from ..worker.routers import Tallies, blocks_to_go_on, tally_of
 from ..worker.usage import prefill_phases
 from .drafting import Drafting
 from .finish import append
@@ -108,7 +109,7 @@ class DecodeRole:
         self._by_ticket: dict[Ticket, Group] = {}  # receiving, and cut short but not yet safe to free
         self._peers: set[WorkerKey] = set()
         self._recent = RecentSet[AttemptKey](4096)
-        self._items: list[Tokens] = []
+        self._items: dict[str, list[Tokens]] = {}  # router → what its requests have drawn
         self._effects: list[Effect] = []
         self._stale = 0
         self._failed_handoffs = 0
@@ -116,26 +117,25 @@ class DecodeRole:
 
     # ---- commands ----
 
-    def on_command(self, message: ToWorker, now: float) -> None:
+    def on_command(self, message: ToWorker, now: float, router: str = MAIN_ROUTER) -> None:
         match message:
-            case StartDecode():
-                self._start(message, now)
-            case Abort(choice=None):
-                self._abort(AttemptKey(message.request_id, message.attempt), now)
-            case Abort(choice=int() as choice):
-                self._abort_choice(AttemptKey(message.request_id, message.attempt), choice, now)
+            case StartDecode(request_id=request_id, attempt=attempt):
+                self._start(AttemptKey(request_id, attempt, router), message, now)
+            case Abort(request_id=request_id, attempt=attempt, choice=None):
+                self._abort(AttemptKey(request_id, attempt, router), now)
+            case Abort(request_id=request_id, attempt=attempt, choice=int() as choice):
+                self._abort_choice(AttemptKey(request_id, attempt, router), choice, now)
             case _:
                 return
 
-    def _start(self, message: StartDecode, now: float) -> None:
-        key = AttemptKey(message.request_id, message.attempt)
+    def _start(self, key: AttemptKey, message: StartDecode, now: float) -> None:
         if not self._recent.add(key):
             self._stale += 1
             return
         try:
             if len(self._groups) >= self.max_requests:
                 raise Overloaded(f"this worker holds {len(self._groups)} requests, its bound")
-            group = build_group(message, self._spec, now)
+            group = build_group(key, message, self._spec, now)
             if group.source is not None and group.source not in self._peers:
                 raise NodeLost(f"no link to prefill worker {group.source}")
             expected = self._expect(group, message, now)
@@ -158,7 +158,8 @@ class DecodeRole:
         return self._destination.expect(group.ticket, group.source, now, message.proof)
 
     def _tell_failed(self, key: AttemptKey, code: str, message: str, retriable: bool) -> None:
-        self._effects.append(Tell(AttemptFailed(*key, code=code, message=message[:1000], retriable=retriable)))
+        failed = AttemptFailed(key.request_id, key.attempt, code, message[:1000], retriable)
+        self._effects.append(Tell(failed, key.router))
 
     def _abort(self, key: AttemptKey, now: float) -> None:
         group = self._groups.get(key)
@@ -338,8 +339,9 @@ class DecodeRole:
             drafted, accepted = len(entry.draft), min(len(tokens) - 1, len(taken))
             self._scheduler.advance(entry, accepted)
         wait_s = self._steps.wait_s(seq, now)
-        self._items.append(
-            Tokens(*seq.key, seq.choice, index, taken, reason, stop_token, group.phases, drafted, accepted, wait_s)
+        (request_id, attempt, router), phases = seq.key, group.phases
+        self._items.setdefault(router, []).append(
+            Tokens(request_id, attempt, seq.choice, index, taken, reason, stop_token, phases, drafted, accepted, wait_s)
         )
         group.phases = None
         if reason is not None:
@@ -381,14 +383,14 @@ class DecodeRole:
         self._take(self._destination.tick(now), now)
         self._settle()
 
-    def abort_all(self, now: float) -> None:
-        for group in list(self._groups.values()):
+    def abort_all(self, now: float, router: str = MAIN_ROUTER) -> None:
+        for group in [group for group in self._groups.values() if group.key.router == router]:
             self._end(group, "cancelled", "the router that asked for it is gone", now)
 
     def _flush(self) -> None:
-        if self._items:
-            self._effects.append(Tell(Output(self._items, self._steps.told())))
-            self._items = []
+        for router, items in self._items.items():
+            self._effects.append(Tell(Output(items, self._steps.told()), router))
+        self._items = {}
 
     # ---- views ----
 
@@ -428,6 +430,17 @@ class DecodeRole:
             accepted_tokens=drafts.accepted,
             accepted_at=drafts.positions,
         )
+
+    def tally(self, tallies: Tallies) -> None:
+        for group in self._groups.values():
+            tally, seqs = tally_of(tallies, group.key.router), list(group.seqs.values())
+            tally.attempts += 1
+            tally.streams += len(seqs)
+            tally.running += sum(bool(seq.output_ids) for seq in seqs)
+            lengths = [seq.num_tokens for seq in seqs]
+            tally.blocks += blocks_to_go_on(lengths, group.lead.num_prompt_tokens, self._pool.block_size)
+            if group.ticket is None:
+                tally.queued_tokens += sum(seq.num_uncomputed_tokens for seq in seqs if seq.is_prefilling)
 
     def owners(self) -> Iterable[list[BlockId]]:
         return self._scheduler.owners()

@@ -12,8 +12,9 @@ from typing import Protocol
 from ..core.clock import Clock
 from ..core.config import Topology, dump_topology
 from ..engine.shared_files import SharedFiles
-from .launch import TOPOLOGY_FILE, child_specs
+from .launch import child_specs
 from .reports import ClusterReady, Listening, Report, decode_report
+from .runtime_dir import TOPOLOGY_FILE
 from .supervisor import Supervisor
 
 _log = logging.getLogger(__name__)

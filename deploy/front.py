@@ -22,7 +22,7 @@ from ..core.clock import MonotonicClock
 from ..core.cluster_key import cluster_key
 from ..core.config import Topology, read_api_keys
 from ..core.errors import ConfigError, ModelFileError
-from ..core.ids import SecureIds
+from ..core.ids import MAIN_ROUTER, SecureIds
 from ..gateway.app import create_app
 from ..gateway.config import GatewayConfig, Limits
 from ..gateway.server import ServeOptions, serve
@@ -40,10 +40,10 @@ REPORT_S = 0.25  # as often as workers speak up
 _log = logging.getLogger(__name__)
 
 
-def main(topology: Topology) -> int:
-    """Serve until SIGTERM or SIGINT; the exit status."""
+def main(topology: Topology, router: str = MAIN_ROUTER) -> int:
+    """Serve until SIGTERM or SIGINT; the exit status. `router`: its name among those on the same workers."""
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(run_front(topology, sys.stdout))
+        runner.run(run_front(topology, sys.stdout, router))
     return 0
 
 
@@ -56,15 +56,14 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvloop.new_event_loop
 
 
-async def run_front(topology: Topology, reports: TextIO) -> None:
+async def run_front(topology: Topology, reports: TextIO, router: str = MAIN_ROUTER) -> None:
     """Router and gateway until a signal. Raises ConfigError when the port cannot be bound."""
+    address = topology.address_of(router)
     clock, ids = MonotonicClock(), SecureIds()
     tokenizer = load_tokenizer(Path(topology.model.source))
     gateway = topology.gateway
     options = ServeOptions(gateway.host, gateway.port, grace_s=gateway.drain_s)
-    service = RouterService(
-        router_config(topology), topology.router_address, clock=clock, ids=ids, cluster_key=cluster_key(topology)
-    )
+    service = RouterService(router_config(topology), address, clock=clock, ids=ids, cluster_key=cluster_key(topology))
     await service.start()
     try:
         app = create_app(gateway_config(topology), service, tokenizer, clock, ids)
@@ -82,12 +81,12 @@ async def run_front(topology: Topology, reports: TextIO) -> None:
         raise ConfigError(f"cannot listen on {gateway.host}:{gateway.port}: {failures.exceptions[0]}") from failures
     finally:
         await service.stop()
-        _remove_socket(topology)
+        _remove_socket(address)
 
 
-def _remove_socket(topology: Topology) -> None:
+def _remove_socket(address: str) -> None:
     """ZeroMQ may leave the file of its Unix socket when the process ends at once."""
-    Path(topology.router_address.removeprefix("ipc://")).unlink(missing_ok=True)
+    Path(address.removeprefix("ipc://")).unlink(missing_ok=True)
 
 
 def router_config(topology: Topology) -> RouterConfig:
@@ -98,6 +97,7 @@ def router_config(topology: Topology) -> RouterConfig:
         local_prefill_max_tokens=router.local_prefill_max_tokens,
         max_queued_requests=router.max_queued_requests,
         max_active_requests=router.max_active_requests,
+        max_exact_blocks=router.max_exact_blocks if router.exact_index else 0,
         worker_timeout_s=router.worker_timeout_s,
         max_attempts=router.max_attempts,
         unavailable_s=router.unavailable_s,

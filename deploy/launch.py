@@ -12,9 +12,9 @@ from ..core.config import Topology, WorkerSpec
 from ..engine.shared_files import SharedFiles
 from ..engine.threads import thread_environment
 from .child import child_environment
+from .runtime_dir import TOPOLOGY_FILE
 from .supervisor import ChildSpec
 
-TOPOLOGY_FILE = "topology.yaml"
 _ROLE_COMMANDS = {"prefill": "prefill", "decode": "decode", "both": "decode"}
 
 

@@ -20,6 +20,7 @@ from ..core.cluster_key import KEY_FILE
 from ..core.errors import ConfigError
 
 PREFIX = "penstock-"
+TOPOLOGY_FILE = "topology.yaml"
 LONGEST_SOCKET_NAME = "kv-prefill-63.sock.partial"
 _MAX_SOCKET_PATH = 107 if sys.platform == "linux" else 103
 
@@ -112,6 +113,15 @@ def check_socket_room(path: Path) -> None:
         raise ConfigError(
             f"runtime_dir: {path} is too long for Unix sockets in it ({_MAX_SOCKET_PATH} bytes); use a shorter path"
         )
+
+
+def running_folders(base: Path) -> list[Path]:
+    """Folders of living clusters of ours in `base`, by name."""
+    return [
+        folder
+        for folder in sorted(base.glob(f"{PREFIX}*"))
+        if (folder / TOPOLOGY_FILE).is_file() and (folder / "lock").is_file() and not _is_abandoned(folder)
+    ]
 
 
 def remove_stale(base: Path) -> list[Path]:

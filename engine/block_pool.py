@@ -16,11 +16,20 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 from ..core.errors import InternalError, Overloaded
 from ..core.ids import BlockId
 from ..core.prefix_hash import BlockHash
 from .sequence import blocks_for
+
+
+class PoolListener(Protocol):
+    """Hears what becomes findable by its hash, and what no longer is."""
+
+    def stored(self, block_hash: BlockHash) -> None: ...
+
+    def removed(self, block_hash: BlockHash) -> None: ...
 
 
 class OutOfBlocks(Overloaded):
@@ -32,6 +41,7 @@ class BlockPool:
 
     def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_cache: bool = True) -> None:
         self.block_size, self.enable_prefix_cache = block_size, enable_prefix_cache
+        self.listener: PoolListener | None = None
         # A stack: what was freed last is warm in the processor's caches.
         self._free: list[BlockId] = []
         self._cached: OrderedDict[BlockId, None] = OrderedDict()  # unreferenced and findable, least recently used first
@@ -76,6 +86,10 @@ class BlockPool:
     def is_published(self, block_id: BlockId) -> bool:
         """The block can be found by its hash."""
         return block_id in self._hash_of
+
+    def published(self) -> list[BlockHash]:
+        """The hash of every block that can be found."""
+        return list(self._block_of)
 
     def generation(self, block_id: BlockId) -> int:
         """How often the block was allocated. 0 means never."""
@@ -164,6 +178,8 @@ class BlockPool:
         holder = self._block_of.setdefault(block_hash, block_id)
         if holder != block_id:
             return False
+        if self.listener is not None and block_id not in self._hash_of:
+            self.listener.stored(block_hash)
         self._hash_of[block_id] = block_hash
         return True
 
@@ -243,6 +259,8 @@ class BlockPool:
         block_hash = self._hash_of.pop(block_id, None)
         if block_hash is not None:
             del self._block_of[block_hash]
+            if self.listener is not None:
+                self.listener.removed(block_hash)
 
     def _check_hashes(self) -> None:
         inverse = {block_id: block_hash for block_hash, block_id in self._block_of.items()}

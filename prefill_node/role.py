@@ -16,8 +16,8 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..core.errors import BadRequest, DeadlineExceeded, NodeLost, ProtocolError, ServeError
-from ..core.ids import AttemptKey, BlockId, Ticket, WorkerKey
+from ..core.errors import BadRequest, DeadlineExceeded, NodeLost, Overloaded, ProtocolError, ServeError
+from ..core.ids import MAIN_ROUTER, AttemptKey, BlockId, Ticket, WorkerKey
 from ..core.recent import RecentSet
 from ..core.tickets import TicketFacts, check_proof
 from ..engine.block_pool import BlockPool
@@ -43,6 +43,7 @@ from ..protocol.messages import (
 )
 from ..worker.admission import cache_key, next_chunk, publish_computed, refuse, release, try_admit
 from ..worker.role import Budget, Computed, Effect, Tell
+from ..worker.routers import Tallies, tally_of
 from ..worker.usage import note_chunks, prefill_phases
 
 
@@ -100,24 +101,23 @@ class PrefillRole:
 
     # ---- commands ----
 
-    def on_command(self, message: ToWorker, now: float) -> None:
+    def on_command(self, message: ToWorker, now: float, router: str = MAIN_ROUTER) -> None:
         match message:
-            case StartPrefill():
-                self._start(message, now)
-            case Abort(choice=None):
-                self._abort(AttemptKey(message.request_id, message.attempt), now)
+            case StartPrefill(request_id=request_id, attempt=attempt):
+                self._start(AttemptKey(request_id, attempt, router), message, now)
+            case Abort(request_id=request_id, attempt=attempt, choice=None):
+                self._abort(AttemptKey(request_id, attempt, router), now)
             case _:
                 return
 
-    def _start(self, message: StartPrefill, now: float) -> None:
-        key = AttemptKey(message.request_id, message.attempt)
+    def _start(self, key: AttemptKey, message: StartPrefill, now: float) -> None:
         if not self._recent.add(key):
             self._stale += 1
             return
         try:
             task = self._task(key, message, now)
         except ServeError as error:
-            self._effects.append(Tell(PrefillEnded(*key, ok=False, code=error.code, message=str(error)[:1000])))
+            self._tell_ended(key, error.code, str(error))
             return
         self._tasks[key] = self._by_ticket[task.ticket] = task
         self._enqueue(task)
@@ -134,7 +134,7 @@ class PrefillRole:
         if reason is not None:
             raise BadRequest(reason)
         if len(self._waiting) >= self.max_requests:
-            raise NodeLost(f"the prefill queue holds {len(self._waiting)} requests, its bound")
+            raise Overloaded(f"the prefill queue holds {len(self._waiting)} requests, its bound")
         if decode not in self._peers:
             raise NodeLost(f"no link to decode worker {decode}")
         if Ticket(message.ticket) in self._by_ticket:
@@ -223,7 +223,12 @@ class PrefillRole:
             self._computing.remove(task)
         release(task.seq, self._pool)
         self._failed_handoffs += bool(code)
-        self._effects.append(Tell(PrefillEnded(*task.seq.key, ok=not code, code=code, message=message[:1000])))
+        self._tell_ended(task.seq.key, code, message)
+
+    def _tell_ended(self, key: AttemptKey, code: str, message: str) -> None:
+        self._effects.append(
+            Tell(PrefillEnded(key.request_id, key.attempt, not code, code, message[:1000]), key.router)
+        )
 
     # ---- steps ----
 
@@ -319,8 +324,8 @@ class PrefillRole:
         self._take(self._source.tick(now))
         self._settle()
 
-    def abort_all(self, now: float) -> None:
-        for task in list(self._tasks.values()):
+    def abort_all(self, now: float, router: str = MAIN_ROUTER) -> None:
+        for task in [task for task in self._tasks.values() if task.seq.key.router == router]:
             self._fail(task, "cancelled", "the router that asked for it is gone", now)
 
     # ---- views ----
@@ -346,6 +351,13 @@ class PrefillRole:
             failed_handoffs=self._failed_handoffs,
             stale_messages=self._stale + self._source.stale,
         )
+
+    def tally(self, tallies: Tallies) -> None:
+        """Prompts take a place and the time to compute them. Their blocks are not what decoding needs room for."""
+        for task in self._tasks.values():
+            tally = tally_of(tallies, task.seq.key.router)
+            tally.attempts += 1
+            tally.queued_tokens += task.seq.num_uncomputed_tokens
 
     def owners(self) -> Iterable[list[BlockId]]:
         return [t.seq.block_table for t in self._tasks.values() if t.seq.block_table]

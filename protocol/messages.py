@@ -15,6 +15,7 @@ from typing import Annotated
 
 import msgspec
 
+from ..core.ids import MAIN_ROUTER
 from .handoff_messages import (
     Ack,
     Cancel,
@@ -52,6 +53,7 @@ from .parts import (
     Mac,
     Message,
     Ordinals,
+    OthersLoad,
     Part,
     Peer,
     Phases,
@@ -83,6 +85,7 @@ __all__ = [
     "Abort",
     "Ack",
     "AttemptFailed",
+    "BlockNews",
     "Cancel",
     "ChoiceState",
     "Code",
@@ -112,6 +115,7 @@ __all__ = [
     "Message",
     "Offer",
     "Ordinals",
+    "OthersLoad",
     "Output",
     "Part",
     "Peer",
@@ -138,6 +142,7 @@ __all__ = [
     "ToWorker",
     "TokenLogprob",
     "Tokens",
+    "WatchBlocks",
     "Welcome",
     "WorkerId",
     "WorkerLoad",
@@ -218,18 +223,29 @@ class SetRole(Message, frozen=True):
     role: Role
 
 
-ToWorker = Welcome | Peers | StartPrefill | StartDecode | Abort | Drain | ResetPrefixCache | SetRole
+class WatchBlocks(Message, frozen=True):
+    """Tell this router which prefix blocks can be found on the worker: all of them, then what changes. A higher number
+    begins anew.
+    """
+
+    watch: Sequence64
+
+
+ToWorker = Welcome | Peers | StartPrefill | StartDecode | Abort | Drain | ResetPrefixCache | SetRole | WatchBlocks
 
 
 class FromRouter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Envelope.
 
     `number` counts the commands to this worker from 1; a new `router_epoch` voids all attempts of the old one.
+    `router` names the router among those that a worker serves. The worker goes by the connection that a frame came
+    over, and overwrites what a frame says of it.
     """
 
     router_epoch: Epoch
     number: Sequence64
     body: ToWorker
+    router: WorkerId = MAIN_ROUTER
 
 
 # ---- worker → router ----
@@ -250,11 +266,12 @@ class Hello(Message, frozen=True):
 
 
 class Heartbeat(Message, frozen=True):
-    """Sent from a thread that no forward pass can starve.
+    """Sent from a thread that no forward pass can starve, to each router for itself.
 
     `received` is the highest command number handled, `active` the attempts that live here: an attempt whose command
     is covered by `received` and that is not in `active` has ended or was never taken. `turn_age_s` tells how long ago
     the worker's loop began its last turn: it grows while a step computes, and without end when the engine hangs.
+    `received` and `active` speak of this router's commands, `load` of the whole worker.
     """
 
     received: Sequence64
@@ -265,6 +282,8 @@ class Heartbeat(Message, frozen=True):
     linked: Annotated[list[tuple[WorkerId, Epoch, Code]], msgspec.Meta(max_length=4096)]
     turn_age_s: Seconds = 0.0
     role: Role | None = None  # None: that of the Hello
+    others: OthersLoad | None = None  # None: no other router has anything here
+    news: tuple[Sequence64, Sequence64] | None = None  # watch and number of the last BlockNews for this router
 
 
 class Tokens(Part, frozen=True):
@@ -316,11 +335,22 @@ class AttemptFailed(Message, frozen=True):
     retriable: bool = False
 
 
+class BlockNews(Message, frozen=True):
+    """Prefix blocks that can be found since the news before, and those that no longer can; 8 bytes each
+    (`core.block_names`). Numbered from 1 within a watch; the first names all that are there.
+    """
+
+    watch: Sequence64
+    number: Sequence64
+    stored: Digests = b""
+    removed: Digests = b""
+
+
 class Goodbye(Message, frozen=True):
     """Clean end of a worker after a drain."""
 
 
-ToRouter = Hello | Heartbeat | Output | PrefillEnded | AttemptFailed | Goodbye
+ToRouter = Hello | Heartbeat | Output | PrefillEnded | AttemptFailed | BlockNews | Goodbye
 
 
 class FromWorker(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

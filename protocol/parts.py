@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..core.errors import ProtocolError
+from ..core.prefix_hash import hash_key
 from .sampling import MAX_CHOICES, MAX_LOGPROBS, TokenId
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_PROMPT_BYTES = 4 * (1 << 20)
 MAX_BLOCKS = 1 << 20
 MAX_REQUESTS = 1024  # attempts that a worker takes at a time, unless its Hello says otherwise
@@ -97,6 +98,10 @@ class Fingerprint(Part, frozen=True):
                 return f"{field} differs: {mine!r} here, {theirs!r} there"
         return None
 
+    def cache_key(self, salt: str) -> bytes:
+        """The prefix-cache key of one tenant: the salt, and everything that changes the bytes of a block."""
+        return hash_key(salt, f"{self.model}/{self.weights}", f"{self.layout}/{self.dtype}/{self.block_size}")
+
     def is_same_format(self, other: Fingerprint) -> bool:
         """Blocks of one are blocks of the other, byte by byte."""
         return self.dtype == other.dtype and self.block_size == other.block_size
@@ -179,6 +184,16 @@ class WorkerLoad(Part, frozen=True):
     drafted_tokens: Sequence64 = 0
     accepted_tokens: Sequence64 = 0  # of the drafted ones
     accepted_at: Annotated[tuple[Sequence64, ...], msgspec.Meta(max_length=64)] = ()  # by place in the draft
+
+
+class OthersLoad(Part, frozen=True):
+    """What attempts of other routers take on a worker, reckoned as a router reckons its own (`router.registry`)."""
+
+    attempts: Count = 0
+    blocks: Count = 0  # that those decoding here need for their next tokens
+    streams: Count = 0  # open choices that decode here, those that wait for their first token included
+    running: Count = 0  # of them, those that have had it
+    queued_tokens: Count = 0  # prompt tokens to be computed here
 
 
 class Peer(Part, frozen=True):

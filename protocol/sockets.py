@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import zmq
 import zmq.asyncio
+from zmq.utils.monitor import recv_monitor_message
 
 from ..core.errors import ConfigError
 from ..core.ids import WorkerKey
@@ -167,6 +168,8 @@ class WorkerSocket:
         self._socket.setsockopt(zmq.IDENTITY, name)
         self._socket.setsockopt(zmq.RECONNECT_IVL, 50)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        self._is_connected = False
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
         self._socket.connect(address)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
@@ -178,6 +181,13 @@ class WorkerSocket:
         if self._wake_reader in events:
             os.read(self._wake_reader, 65536)
         return self._socket in events
+
+    @property
+    def is_connected(self) -> bool:
+        """The other end has an open socket. It may still be one whose process sleeps."""
+        while self._monitor.poll(0):
+            self._is_connected = recv_monitor_message(self._monitor)["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
+        return self._is_connected
 
     def wake(self) -> None:
         """End a `poll` now or the next one at once. Any thread, any time."""
@@ -216,6 +226,8 @@ class WorkerSocket:
             return
         self._is_closed = True
         # Goodbye is the last frame: with linger 0 it would be dropped before the I/O thread has it.
+        self._socket.disable_monitor()
+        self._monitor.close(linger=0)
         self._socket.close(linger=200)
         self._context.term()
         os.close(self._wake_reader)

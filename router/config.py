@@ -41,6 +41,7 @@ class RouterConfig:
     max_queued_tokens: int = 1 << 24  # prompt tokens not yet computed
     max_promised_blocks: int | None = None  # of prompts and expected answers; None: no bound
     max_prefix_blocks: int = 65536  # of the prefix index
+    max_exact_blocks: int = 0  # of the exact index, which workers tell of their caches; 0: there is none
     expected_workers: int = 0
     fixed_roles: str = ""  # why no worker may be given another role; empty: it may
 
@@ -52,7 +53,8 @@ class RouterConfig:
         if self.refuse_late not in get_args(RefuseLate):
             raise ConfigError(f"refuse_late {self.refuse_late!r}: choose one of {', '.join(get_args(RefuseLate))}")
         check_classes(self.classes, self.default_class)
-        zero_allowed = ("local_prefill_max_tokens", "max_imbalance_tokens", "expected_workers", "retry_backoff_s")
+        zero_allowed = {"local_prefill_max_tokens", "max_imbalance_tokens", "expected_workers", "retry_backoff_s"}
+        zero_allowed.add("max_exact_blocks")
         for field in fields(self):
             value = getattr(self, field.name)
             if value is None or isinstance(value, (str, tuple)):

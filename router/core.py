@@ -23,6 +23,7 @@ from ..core.errors import (
 from ..core.ids import IdSource, WorkerKey, new_epoch
 from ..protocol.messages import (
     AttemptFailed,
+    BlockNews,
     FromWorker,
     Goodbye,
     Heartbeat,
@@ -159,6 +160,8 @@ class RouterCore:
                 self._reports.on_prefill_ended(key, ended)
             case AttemptFailed() as failed:
                 self._reports.on_attempt_failed(key, failed)
+            case BlockNews() as news:
+                self._members.on_block_news(key, news)
             case Goodbye():
                 self._members.on_goodbye(key)
             case _:

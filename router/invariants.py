@@ -52,12 +52,13 @@ def _check_worker(worker: WorkerRecord, life: Lifecycle) -> None:
     mine = [r.attempt for r in life.table.active.values() if r.attempt and worker.key in r.attempt.workers]
     expected = {a.key for a in mine if worker.key == a.decode or not a.is_prefill_over}
     assert set(worker.attempts) == expected, f"worker {worker.key}: attempts"
-    assert worker.used_blocks == sum(a.blocks for a in mine if a.decode == worker.key), f"worker {worker.key}: blocks"
-    decoding = [a for a in mine if a.decode == worker.key]
-    assert worker.num_streams == sum(a.streams for a in decoding), f"worker {worker.key}: streams"
-    running = sum(a.streams for a in decoding if a.is_running)
+    decoding, others = [a for a in mine if a.decode == worker.key], worker.others
+    blocks = others.blocks + sum(a.blocks for a in decoding)
+    assert worker.used_blocks == blocks, f"worker {worker.key}: blocks"
+    assert worker.num_streams == others.streams + sum(a.streams for a in decoding), f"worker {worker.key}: streams"
+    running = others.running + sum(a.streams for a in decoding if a.is_running)
     assert worker.num_running == running, f"worker {worker.key}: running streams"
     assert len(worker.prompts) <= len(worker.attempts), f"worker {worker.key}: prompts"
-    queued = sum(a.queued_tokens for a in mine if a.queue == worker.key)
+    queued = others.queued_tokens + sum(a.queued_tokens for a in mine if a.queue == worker.key)
     assert worker.queued_tokens == queued, f"worker {worker.key}: queued tokens"
     assert worker.is_live or not worker.attempts, f"worker {worker.key} is {worker.standing.value} and has attempts"

@@ -55,7 +55,7 @@ class Lifecycle:
         self._timers = timers
         self._cluster_key = cluster_key
         self.table = RequestTable()
-        self.placer = Placer(config, registry, index_secret=ids.token(16).hex(), chooser=chooser)
+        self.placer = Placer(config, registry, ids.token(16).hex(), chooser, cluster_key)
         self.door = Door(config, registry, self.placer, self.table)
         self.learner = Learner(self.placer.model, self.placer.streams, registry)
         self.counters = RouterCounters()

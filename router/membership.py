@@ -7,7 +7,17 @@ import logging
 from ..core.clock import Clock
 from ..core.errors import NodeLost
 from ..core.ids import WorkerKey
-from ..protocol.messages import FromRouter, Heartbeat, Hello, Peers, ResetPrefixCache, SetRole, Welcome
+from ..protocol.messages import (
+    BlockNews,
+    FromRouter,
+    Heartbeat,
+    Hello,
+    Peers,
+    ResetPrefixCache,
+    SetRole,
+    WatchBlocks,
+    Welcome,
+)
 from .config import RouterConfig
 from .effects import Send
 from .lifecycle import Lifecycle
@@ -58,6 +68,8 @@ class Membership:
                 log.warning("worker %s (%s) refused: %s", key, hello.role, worker.refusal)
             return
         self.command(worker, Welcome())
+        if greeting is Greeting.JOINED:
+            self._watch_blocks(worker)
         if greeting is Greeting.AGAIN:
             self._introduce(worker)
             return
@@ -77,7 +89,10 @@ class Membership:
             self._life.counters.stale_messages += 1
             return
         was_ready, was_stalled, links, role = worker.is_ready, worker.is_stalled, worker.linked, worker.hello.role
+        others = worker.others
         worker.note_heartbeat(beat, self._clock.now())
+        if worker.others != others:
+            self._on_others(worker)
         if worker.is_ready != was_ready or worker.linked != links:
             self._life.has_news = True
             self._readiness.note_change()
@@ -90,11 +105,26 @@ class Membership:
         if not worker.is_stalled:
             self._reports.settle(worker, beat)
         self._repeat_introduction(worker)
+        if self._life.placer.blocks.is_late(key, beat.news, self._clock.now(), self._config.unacknowledged_s):
+            self._watch_blocks(worker)
+
+    def on_block_news(self, key: WorkerKey, news: BlockNews) -> None:
+        worker = self._registry.find(key)
+        if worker is None or not worker.is_live:
+            self._life.counters.stale_messages += 1
+        elif not self._life.placer.blocks.on_news(key, news):
+            self._watch_blocks(worker)
+
+    def _watch_blocks(self, worker: WorkerRecord) -> None:
+        blocks = self._life.placer.blocks
+        if blocks.is_on:
+            self.command(worker, WatchBlocks(blocks.begin(worker.key)))
 
     def _take_back(self, worker: WorkerRecord) -> bool:
         if not self._registry.take_back(worker, self._clock.now()):
             return False
         log.warning("worker %s speaks again", worker.key)
+        self._watch_blocks(worker)
         self._timers.arm(worker.key, self._clock.now() + self._config.worker_timeout_s)
         self.introduce_all()
         return True
@@ -128,6 +158,13 @@ class Membership:
         self._life.move_away(worker, NodeLost(f"worker {worker.key.worker_id} was lost: {reason}"))
         self.introduce_all()
 
+    def _on_others(self, worker: WorkerRecord) -> None:
+        """Other routers have more or less there than before: their prompts take time, their ends make room."""
+        self._life.has_news = True
+        num_tokens = worker.others.queued_tokens
+        prefill_s = self._life.placer.model.prefill_s(worker.key, num_tokens, 0, worker.num_running)
+        worker.prompts.others_s = prefill_s if num_tokens else 0.0
+
     def _on_stall_change(self, worker: WorkerRecord) -> None:
         """Its threads live and its loop does not turn: nothing it runs can be waited for. It keeps its links and its
         memory; when it turns again it finds the Aborts and is used as before.
@@ -157,6 +194,6 @@ class Membership:
         if any(peer.hello.role == "prefill" and peer.key not in worker.linked for peer in self._registry.live()):
             self._introduce(worker)
 
-    def command(self, worker: WorkerRecord, body: Welcome | Peers | ResetPrefixCache | SetRole) -> None:
+    def command(self, worker: WorkerRecord, body: Welcome | Peers | ResetPrefixCache | SetRole | WatchBlocks) -> None:
         """Send it the next numbered command."""
         self._life.effects.append(worker.command(self._epoch, body))

@@ -10,6 +10,7 @@ from ..core.ids import WorkerKey
 from ..core.prefix_hash import hash_key
 from ..protocol.messages import pack_ids
 from .auto import Auto, Targets
+from .block_watch import BlockWatch
 from .breaker import Breakers
 from .config import RouterConfig
 from .cost_model import CostModel
@@ -50,7 +51,12 @@ class Placer:
     """Looks at the registry and changes nothing in it; remembers whose turn it is and which prompts went where."""
 
     def __init__(
-        self, config: RouterConfig, registry: Registry, index_secret: str, chooser: Chooser | None = None
+        self,
+        config: RouterConfig,
+        registry: Registry,
+        index_secret: str,
+        chooser: Chooser | None = None,
+        cluster_key: bytes = b"",
     ) -> None:
         self._config = config
         self.breakers = Breakers(config.breaker_failures, config.breaker_pause_s)
@@ -60,6 +66,7 @@ class Placer:
         self.streams = StreamLimit(self.model)
         self._chooser = chooser or _make_chooser(config, self.model, index_secret)
         self.index = PrefixIndex(config.max_prefix_blocks)
+        self.blocks = BlockWatch(config.max_exact_blocks, cluster_key)
 
     def place(self, record: RequestRecord, now: float) -> Placement | Refusal:
         """Workers for the next attempt of `record`."""
@@ -114,6 +121,7 @@ class Placer:
 
     def note_dispatch(self, record: RequestRecord, placement: Placement) -> None:
         """From now on the workers of this placement hold the prompt's blocks, as a guess."""
+        self.blocks.note_sent(record, placement.decode, placement.prefill)
         if not record.hashes:
             return
         # Prompts are computed in turn, so what is sent to the same worker later finds these blocks. What decode is to
@@ -125,6 +133,7 @@ class Placer:
     def forget(self, worker: WorkerKey) -> None:
         """This incarnation is gone: it holds nothing and nothing is held against it."""
         self.index.forget(worker)
+        self.blocks.forget(worker)
         self.breakers.forget(worker)
 
     def note_arrival(self, record: RequestRecord, decode: WorkerKey) -> None:
@@ -187,13 +196,13 @@ class Placer:
         roomy = [
             worker
             for worker in decodes
-            if not worker.attempts
+            if worker.is_idle
             or (worker.used_blocks + blocks[worker.block_size] <= worker.hello.total_blocks and worker.has_place)
         ]
         tpot_s = None if record.num_output_tokens else self.streams.tpot_s(record)
         if tpot_s is None:
             return roomy
-        return [w for w in roomy if not w.attempts or self.streams.room(record, w, tpot_s) >= 1]
+        return [w for w in roomy if w.is_idle or self.streams.room(record, w, tpot_s) >= 1]
 
     def _able_to_prefill(self, record: RequestRecord, decode: WorkerRecord) -> list[WorkerRecord]:
         needed = record.prefill_tokens()
@@ -211,6 +220,10 @@ class Placer:
     def _options(self, record: RequestRecord, roomy: list[WorkerRecord], now: float) -> Options:
         size = roomy[0].block_size
         matches = self.index.matches(self.hash_prompt(record, size) if self._chooser.reads_prefixes else [])
+        held_tokens = {key: covered_tokens(depth, size) for key, depth in matches.expected.items()}
+        here_tokens = {key: covered_tokens(depth, size) for key, depth in matches.here.items()}
+        if self.blocks.is_on and self._chooser.reads_prefixes:
+            self.blocks.correct(record, self._registry.live(), held_tokens, here_tokens, now)
         needed = record.prefill_tokens()
         must_stay = self._config.disaggregate == "never" or record.needs_local_prefill
         if self._config.disaggregate == "auto" and record.fruitless >= LOCAL_AFTER_FAILURES:
@@ -222,8 +235,8 @@ class Placer:
             decodes=_without(roomy, record.avoid),
             prefills=[] if must_stay else self._free_prefills(record, needed, now),
             prefills_of=partial(self._prefills_of, record, now),
-            held_tokens={key: covered_tokens(depth, size) for key, depth in matches.expected.items()},
-            here_tokens={key: covered_tokens(depth, size) for key, depth in matches.here.items()},
+            held_tokens=held_tokens,
+            here_tokens=here_tokens,
             may_stay=must_stay or self._config.disaggregate != "always",
             must_stay=must_stay,
         )

@@ -17,6 +17,7 @@ class PromptQueue:
         self._head_since = 0.0
         self._busy_since = 0.0
         self._busy_s = 0.0
+        self.others_s = 0.0  # what other routers have sent there, as of its last heartbeat
 
     def __len__(self) -> int:
         return self.num_prompts
@@ -46,6 +47,6 @@ class PromptQueue:
     def wait_s(self, now: float) -> float:
         """Until a prompt that comes now would begin. What overruns its prediction is expected to end at once."""
         if not self._seconds:
-            return 0.0
+            return self.others_s
         head_s = next(iter(self._seconds.values()))
-        return max(0.0, self._total_s - min(max(0.0, now - self._head_since), head_s))
+        return self.others_s + max(0.0, self._total_s - min(max(0.0, now - self._head_since), head_s))

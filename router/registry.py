@@ -15,7 +15,7 @@ import msgspec
 
 from ..core.errors import NodeLost, ServeError
 from ..core.ids import AttemptKey, WorkerKey
-from ..protocol.messages import FromRouter, Heartbeat, Hello, Peer, ToWorker, WorkerLoad, WorkerState
+from ..protocol.messages import FromRouter, Heartbeat, Hello, OthersLoad, Peer, ToWorker, WorkerLoad, WorkerState
 from .effects import Send
 from .interface import WorkerStatus
 from .prompt_queue import PromptQueue
@@ -62,6 +62,8 @@ class WorkerRecord:
     turn_age_s: float = 0.0  # since its loop began its last turn
     peers_sent_at: float = 0.0
     attempts: dict[AttemptKey, None] = field(default_factory=dict)  # in order of dispatch
+    # What it carries: by the router's own books, and beside these `others`, as its last heartbeat says.
+    others: OthersLoad = OthersLoad()  # noqa: RUF009  # frozen
     used_blocks: int = 0  # of the attempts it decodes
     queued_tokens: int = 0  # prompt tokens sent here whose first token has not come
     prompts: PromptQueue = field(default_factory=PromptQueue)  # sent here to be computed
@@ -102,7 +104,12 @@ class WorkerRecord:
     @property
     def has_place(self) -> bool:
         """It would not refuse one more attempt; one at a time is always worth trying."""
-        return len(self.attempts) < max(1, self.hello.max_requests)
+        return len(self.attempts) + self.others.attempts < max(1, self.hello.max_requests)
+
+    @property
+    def is_idle(self) -> bool:
+        """No router has an attempt here."""
+        return not self.attempts and not self.others.attempts
 
     def command(self, router_epoch: str, body: ToWorker) -> Send:
         """The next numbered command to this incarnation."""
@@ -122,6 +129,15 @@ class WorkerRecord:
         if linked != self.linked:
             self.linked = linked
             self.neighbours = tuple([peer for peer, transport in linked.items() if transport in SAME_MACHINE])
+        self._note_others(beat.others or OthersLoad())
+
+    def _note_others(self, others: OthersLoad) -> None:
+        """Another router's attempts weigh like this one's own, for whoever looks for room or for the least load."""
+        before, self.others = self.others, others
+        self.used_blocks += others.blocks - before.blocks
+        self.queued_tokens += others.queued_tokens - before.queued_tokens
+        self.num_streams += others.streams - before.streams
+        self.num_running += others.running - before.running
 
     def note_abort(self, attempt: AttemptKey, choice: int | None, now: float, repeat_s: float) -> bool:
         """Whether an Abort is due: the same one goes out again only when `repeat_s` have passed."""

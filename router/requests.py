@@ -118,6 +118,7 @@ class RequestRecord:
     choices: list[Choice] = field(default_factory=list)
     hashes: list[RungHash] | None = None  # of the prompt's full rungs; None where nothing reads them
     hash_block_size: int = 0
+    block_names: dict[tuple[str, int], list[int]] = field(default_factory=dict)  # of its full blocks, by cache format
     num_attempts: int = 0
     num_resumed: int = 0  # attempts that delivered something behind an earlier one's tokens
     fruitless: int = 0  # attempts in a row without a new token

@@ -283,7 +283,7 @@ class TraceCluster:
             decode.add_stream(arrival.stream)
             decode.retain(prompt.request)
             self._go_on(decode)
-        self._say(arrival.source, PrefillEnded(*prompt.key, True))
+        self._say(arrival.source, PrefillEnded(prompt.key.request_id, prompt.key.attempt, True))
 
     # ---- what the router says
 

@@ -245,7 +245,8 @@ class SimulatedWorker:
             self.attempts.pop(stream.key, None)
             self._leave(stream)
         return Tokens(
-            *stream.key,
+            stream.key.request_id,
+            stream.key.attempt,
             0,
             index,
             _TOKENS[num_tokens],

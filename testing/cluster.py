@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..core.errors import ServeError, Unavailable
-from ..core.ids import SeededIds, WorkerKey, new_epoch
+from ..core.ids import MAIN_ROUTER, SeededIds, WorkerKey, new_epoch
 from ..engine.block_pool import BlockPool
 from ..engine.interface import ScheduledSeq
 from ..engine.kv_memory import KVMemory
@@ -31,6 +31,8 @@ from .fake_engine import FakeEngine
 from .history import HistoryWriter
 from .invariants import InvariantBroken, guarded
 from .journal import Journal
+from .second_router import NAME as SECOND
+from .second_router import SecondPlan, SecondRouter
 from .sim_memory import SimMemory
 from .sim_network import SimNetwork
 from .sim_parking import SimParking
@@ -122,9 +124,36 @@ class SimCluster:
         if shape.one_pool:
             self._memory = SimMemory(shape.roles(), shape.num_blocks, shape.block_size, shape.keep_prefix)
             self.watch.blocks.check_memory = self._memory.check
+        self.second: SecondRouter | None = None
         for name, role in shape.roles().items():
             self.start_worker(name, role)
         self.events.after(ROUTER_TICK_S, self._tick_router, is_awaited=False)
+
+    def add_second_router(self, plan: SecondPlan) -> SecondRouter:
+        """Another router on the same workers; see `second_router.py`."""
+        shape, journal, rng = self.shape, Journal(), random.Random(f"second router {self._seed}")
+        sizes = {"lease_s": shape.lease_s, "max_step_s": shape.max_step_s}
+        watch = Watch(self.clock, journal, shape.router, self.profile, lambda *_: [], **sizes, blocks=self.watch.blocks)
+        self.second = SecondRouter(
+            plan,
+            watch,
+            lambda ids: RouterCore(shape.router, self.clock, ids, CLUSTER_KEY),
+            SeededIds(self._seed + 1),
+            lambda: Wire(self.events, self.profile, rng, self.faults),
+            self._to_worker,
+            self._tell_gone,
+            self.events.after,
+            self.say,
+            self.faults,
+        )
+        return self.second
+
+    def _tell_gone(self, router: str) -> None:
+        for worker in self.workers.values():
+            worker.on_router_gone(router)
+
+    def _router_names(self) -> list[str]:
+        return [MAIN_ROUTER, SECOND] if self.second is not None else [MAIN_ROUTER]
 
     def close(self) -> None:
         """Give the memory of all incarnations back."""
@@ -144,7 +173,8 @@ class SimCluster:
             self.make_engine(role, "foreign" if worker_id.startswith("foreign") else "fake"),
             self.events,
             self.network,
-            lambda frame: self._to_router(key, frame),
+            lambda router, frame: self._from_worker(router, key, frame),
+            self._router_names,
             self.watch,
             self._on_exit,
             self.shape,
@@ -234,6 +264,8 @@ class SimCluster:
         for wires in self._wires.values():
             for wire in wires:
                 wire.is_calm = True
+        if self.second is not None:
+            self.second.calm()
 
     # ---- clients ----
 
@@ -296,6 +328,12 @@ class SimCluster:
         if worker is not None and worker.key == key:
             worker.on_frame(frame)
 
+    def _from_worker(self, router: str, key: WorkerKey, frame: FromWorker) -> None:
+        if self.second is not None and router == SECOND:
+            self.second.hear_later(frame)
+        else:
+            self._to_router(key, frame)
+
     def _to_router(self, key: WorkerKey, frame: FromWorker) -> None:
         data = codec.from_worker.encode(frame)
         kind = type(frame.body).__name__
@@ -324,6 +362,8 @@ class SimCluster:
             with guarded("I9", "router", "a timer is fatal"):
                 effects = self.router.tick()
             self._perform(effects)
+        if self.second is not None:
+            self.second.tick()
         self._num_ticks += 1
         if self._num_ticks % HEALTH_EVERY == 0:
             self.watch.health.check(self.router)
@@ -352,10 +392,15 @@ class SimCluster:
         self.watch.blocks.stays(self._owner_of(target), push, ordinal, block)
 
     @property
+    def num_open(self) -> int:
+        """Requests of all clients that have not ended."""
+        return self.journal.num_open + (self.second.journal.num_open if self.second is not None else 0)
+
+    @property
     def is_quiet(self) -> bool:
         """Nothing is on its way, nobody works, and no request is open."""
         return (
-            not self.journal.num_open
+            not self.num_open
             and not self.events.num_awaited
             and all(worker.is_quiet for worker in self.workers.values())
         )
@@ -363,6 +408,8 @@ class SimCluster:
     def check_at_rest(self) -> None:
         """After the last request: all is back, no timer finds anything more, and a router that drains refuses."""
         self.watch.check_at_rest(self.router, list(self.workers.values()))
+        if self.second is not None:
+            self.second.check_at_rest()
         self.clock.advance(LONG_S)
         for worker in [*self.workers.values()] * (2 if self._memory is not None else 1):  # one gives, the other finds
             self.watch.check_timers(worker)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import Enum
 
+from ..core.ids import AttemptKey
 from ..engine.interface import ScheduledSeq
 from ..protocol.messages import Ack, Done, Grant, Offer, Output, Push, StartDecode, StartPrefill, Tokens
 from .events import EventQueue
@@ -67,7 +68,7 @@ class MomentWatch:
     def computing(self, batch: list[ScheduledSeq], half_s: float) -> None:
         """A step has begun that lasts twice `half_s`."""
         for entry in batch:
-            is_chunk = entry.seq.key == (self._victim, 1) and entry.seq.is_prefilling and not entry.sample
+            is_chunk = entry.seq.key == AttemptKey(self._victim, 1) and entry.seq.is_prefilling and not entry.sample
             if is_chunk and Moment.MID_PREFILL not in self.seen:
                 self._events.after(half_s, lambda: self._happened(Moment.MID_PREFILL))
 

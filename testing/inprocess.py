@@ -13,16 +13,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..core.block_names import name_key
 from ..core.clock import Clock, MonotonicClock
 from ..core.errors import ServeError
-from ..core.ids import SeededIds, WorkerKey, new_epoch
+from ..core.ids import MAIN_ROUTER, SeededIds, WorkerKey, new_epoch
 from ..decode_node.role import DecodeRole
 from ..engine.block_pool import BlockPool
 from ..engine.interface import Engine, ScheduledSeq
 from ..engine.parking import Parking
 from ..engine.speculation.interface import Speculation
 from ..kvtransfer.destination import DestinationTable
-from ..kvtransfer.effects import LinkEvent
 from ..kvtransfer.link import Mesh
 from ..kvtransfer.mesh import MeshSettings, SocketMesh
 from ..kvtransfer.socket_link import LinkTimes
@@ -38,6 +38,8 @@ from ..worker.core import ROLES_OF, BecomeRole, CoreEffect, SetPeers, WorkerCore
 from ..worker.process import hello_of
 from ..worker.role import Role as RoleCode
 from ..worker.role import Tell
+from ..worker.routers import RouterGone
+from ..worker.within_step import Item
 
 BEAT_S = 0.25
 CLUSTER_KEY = b"one process"
@@ -101,11 +103,22 @@ class _Worker:
             return self.decode
 
         roles = [host(name) for name in ROLES_OF[role]]
-        self.core = WorkerCore(key, role, engine, pool, roles, clock, **sizes, make_role=host)
-        self.inbox: queue.SimpleQueue[FromRouter | LinkEvent] = queue.SimpleQueue()
+        self.core = WorkerCore(
+            key,
+            role,
+            engine,
+            pool,
+            roles,
+            clock,
+            max_batch_tokens=sizes["max_batch_tokens"],
+            max_batch_seqs=sizes["max_batch_seqs"],
+            make_role=host,
+            block_secret=name_key(CLUSTER_KEY),
+        )
+        self.inbox: queue.SimpleQueue[Item] = queue.SimpleQueue()
         self.mesh: Mesh | None = None
         self.received = 0
-        self._deferred: deque[FromRouter | LinkEvent] = deque()
+        self._deferred: deque[Item] = deque()
 
     def perform(self, effects: list[CoreEffect], tell: Callable[[FromWorker], None]) -> None:
         assert self.mesh is not None
@@ -120,10 +133,12 @@ class _Worker:
                 case _:
                     self.mesh.perform(effect)
 
-    def _handle(self, item: FromRouter | LinkEvent, tell: Callable[[FromWorker], None]) -> None:
+    def _handle(self, item: Item, tell: Callable[[FromWorker], None]) -> None:
         if isinstance(item, FromRouter):
             self.received = max(self.received, item.number)
             self.perform(self.core.on_frame(item), tell)
+        elif isinstance(item, RouterGone):
+            self.perform(self.core.on_router_gone(item), tell)
         else:
             self.perform(self.core.on_link(item), tell)
 
@@ -365,7 +380,8 @@ class InProcessCluster:
             snapshot = worker.core.snapshot()
             linked = [(peer.worker_id, peer.epoch, transport) for peer, transport in worker.mesh.linked()]
             active = [(key.request_id, key.attempt) for key in snapshot.active]
-            beat = Heartbeat(snapshot.handled, snapshot.state, snapshot.load, active, linked, role=snapshot.role)
+            _, received = snapshot.handled.get(MAIN_ROUTER, (None, 0))
+            beat = Heartbeat(received, snapshot.state, snapshot.load, active, linked, role=snapshot.role)
             self._tell(FromWorker(*worker.key, beat))
 
     def _tell(self, frame: FromWorker) -> None:

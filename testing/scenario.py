@@ -17,6 +17,7 @@ from .chaos import ChaosProfile
 from .cluster import ClusterShape, SimCluster
 from .history import HistoryWriter
 from .invariants import InvariantBroken
+from .second_router import SecondPlan
 
 READY_S = 0.5  # workers have met by then, and the first request comes
 STORM_S = 8.0  # faults happen up to here
@@ -25,6 +26,7 @@ REST_S = 8.0  # longer than any lease and early-offer memory
 MAX_EVENTS = 400_000
 ONE_POOL_SHARE = 0.25
 URGENCY_SHARE = 0.25
+SECOND_SHARE = 0.25
 CALM_EVERY = 10  # one seed in so many meets a perfect network and immortal workers; another one drains them, in peace
 IMPOSSIBLE_ID = 5000  # a token that no worker of the simulation has in its vocabulary
 
@@ -40,6 +42,7 @@ class Scenario:
     freezes: tuple[tuple[float, str, float], ...] = ()
     drains: tuple[tuple[float, str], ...] = ()
     hangs: tuple[tuple[float, str, float], ...] = ()
+    second: SecondPlan | None = None  # a second router on the same workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +73,26 @@ def draw_scenario(seed: int) -> Scenario:
     names = [name for name in shape.roles() if not name.startswith("foreign")]
     num_drains = profile.drains or int(seed % CALM_EVERY == CALM_EVERY // 2)
     drains = tuple((_moment(rng, within_s), rng.choice(names)) for _ in range(num_drains))
+    second = _draw_second(seed, within_s)
     if seed % CALM_EVERY == 0:
-        return Scenario(seed, _with_room(shape), ChaosProfile(), requests)
+        return Scenario(seed, _with_room(shape), ChaosProfile(), requests, second=second)
     if seed % CALM_EVERY == CALM_EVERY // 2:
-        return Scenario(seed, _with_room(shape), ChaosProfile(drains=len(drains)), requests, drains=drains)
+        profile = ChaosProfile(drains=len(drains))
+        return Scenario(seed, _with_room(shape), profile, requests, drains=drains, second=second)
     kills = tuple((_moment(rng, within_s), rng.choice(names), rng.random() < 0.5) for _ in range(profile.kills))
     freezes = tuple((_moment(rng, within_s), rng.choice(names), rng.random() * 4) for _ in range(profile.freezes))
     hangs = tuple((_moment(rng, within_s), rng.choice(names), rng.random() * 4) for _ in range(profile.hangs))
-    return Scenario(seed, shape, profile, requests, cancels, kills, freezes, drains, hangs)
+    return Scenario(seed, shape, profile, requests, cancels, kills, freezes, drains, hangs, second)
+
+
+def _draw_second(seed: int, within_s: float) -> SecondPlan | None:
+    """Some clusters have two routers, of which the second one is killed or not. Its clients count from 0, too."""
+    rng = random.Random(f"second {seed}")
+    if rng.random() >= SECOND_SHARE:
+        return None
+    requests = tuple(_draw_request(rng, i, within_s) for i in range(rng.randint(2, 8)))
+    kills = tuple(_moment(rng, within_s) for _ in range(rng.choice([0, 1, 1, 2])))
+    return SecondPlan(requests, kills, rng.choice([0.3, 1.0, 4.0]))
 
 
 def _with_room(shape: ClusterShape) -> ClusterShape:
@@ -103,6 +118,7 @@ def _draw_shape(rng: random.Random, seed: int) -> ClusterShape:
         local_prefill_max_tokens=rng.choice([0, 0, 8]),
         max_queued_requests=rng.choice([1024, 1024, 4]),
         max_prefix_blocks=rng.choice([65536, 8]),
+        max_exact_blocks=random.Random(f"exact index {seed}").choice([0, 0, 65536, 65536, 8]),
         max_attempts=8,
         unavailable_s=20.0,
     )
@@ -221,7 +237,7 @@ def _play(cluster: SimCluster) -> None:
             return
         if events.num_run > MAX_EVENTS:
             raise InvariantBroken(f"I8 the cluster does not come to rest: {MAX_EVENTS} events")
-        if rest_until is None and (now > start + LIMIT_S or (now > start + STORM_S and not cluster.journal.num_open)):
+        if rest_until is None and (now > start + LIMIT_S or (now > start + STORM_S and not cluster.num_open)):
             cluster.journal.check_finished()
             rest_until = now + REST_S
         if rest_until is not None and now > rest_until:
@@ -244,6 +260,12 @@ def _plan(cluster: SimCluster, scenario: Scenario) -> None:
         at(when, cluster.drain_worker, name)
     for when, name, seconds in scenario.hangs:
         at(when, cluster.hang_worker, name, seconds)
+    if scenario.second is not None:
+        second = cluster.add_second_router(scenario.second)
+        for when, request in scenario.second.requests:
+            at(when, second.submit, request)
+        for when in scenario.second.kills:
+            at(when, second.kill)
     cluster.events.after(STORM_S, cluster.calm, is_awaited=False)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from ..core.block_names import name_key
 from ..core.ids import WorkerKey
 from ..decode_node.role import DecodeRole
 from ..engine.block_pool import BlockPool
@@ -28,7 +29,9 @@ from ..worker.heartbeat import HeartbeatBuilder
 from ..worker.process import hello_of
 from ..worker.role import Role as RoleCode
 from ..worker.role import Tell
+from ..worker.routers import RouterGone
 from ..worker.turn_watch import MAX_STEP_S, TurnWatch
+from ..worker.within_step import Item
 from .events import EventQueue
 from .fake_engine import FakeEngine
 from .invariants import InvariantBroken, broken
@@ -64,7 +67,7 @@ class Observer(Protocol):
 
     def arrived(self, worker: SimWorker, frame: FromRouter) -> None: ...
 
-    def hears(self, worker: SimWorker, item: FromRouter | LinkEvent) -> list[CoreEffect]: ...
+    def hears(self, worker: SimWorker, item: Item) -> list[CoreEffect]: ...
 
     def heard(self, worker: SimWorker, event: LinkEvent) -> None: ...
 
@@ -78,7 +81,8 @@ class Observer(Protocol):
 
 
 class SimWorker:
-    """An incarnation. `to_router` carries its frames; `on_exit` hears when a drained worker has ended.
+    """An incarnation. `to_router` carries its frames to one of those that `find_routers` names; `on_exit` hears when a
+    drained worker has ended.
 
     `share`: its place in the memory of all workers; without, it has one of its own.
     """
@@ -90,7 +94,8 @@ class SimWorker:
         engine: FakeEngine,
         events: EventQueue,
         network: SimNetwork,
-        to_router: Callable[[FromWorker], None],
+        to_router: Callable[[str, FromWorker], None],
+        find_routers: Callable[[], list[str]],
         observer: Observer,
         on_exit: Callable[[SimWorker], None],
         sizes: WorkerSizes,
@@ -99,6 +104,7 @@ class SimWorker:
     ) -> None:
         self.key, self.role, self.engine = key, role, engine
         self._events, self._to_router, self._observer, self._on_exit = events, to_router, observer, on_exit
+        self._find_routers = find_routers
         self._ownership = share.ownership if share is not None else None
         self.pool = share.pool if share is not None else BlockPool(engine.spec.num_blocks, engine.spec.block_size)
         self.max_early = sizes.max_early
@@ -109,17 +115,24 @@ class SimWorker:
         self.proposer: SeededProposer | None = None
         roles = self._roles(sizes, make_parking)
         self.core = WorkerCore(
-            key, role, engine, self.pool, roles, events.clock, max_batch_tokens=sizes.max_batch_tokens
+            key,
+            role,
+            engine,
+            self.pool,
+            roles,
+            events.clock,
+            max_batch_tokens=sizes.max_batch_tokens,
+            block_secret=name_key(CLUSTER_KEY),
         )
         self.mesh = InprocMesh(key, role, engine.spec.fingerprint, engine.memory, self._on_link, network)
         if share is not None:
             self.mesh.ledger, self.mesh.owner = share.ledger, share.number
         self._network = network
         self._turns = TurnWatch(events.clock, sizes.max_step_s)
-        self._heartbeat = HeartbeatBuilder(self._turns)
-        self._inbox: deque[FromRouter | LinkEvent] = deque()
+        self._heartbeats: dict[str, HeartbeatBuilder] = {}  # by router
+        self._inbox: deque[Item] = deque()
         self._failure: Exception | None = None  # within a step
-        self._router_epoch: str | None = None
+        self._router_epochs: dict[str, str] = {}
         self._is_busy = self._is_draining = False
         self._turned_at = events.clock.now()
         self._frozen_until = self._hung_until = 0.0
@@ -163,10 +176,10 @@ class SimWorker:
         """A command reaches the I/O thread."""
         if not self.is_alive:
             return
-        if frame.router_epoch != self._router_epoch:
-            self._router_epoch = frame.router_epoch
-            self._say(hello_of(self.core, self.mesh))
-        self._heartbeat.on_frame(frame)
+        if frame.router_epoch != self._router_epochs.get(frame.router):
+            self._router_epochs[frame.router] = frame.router_epoch
+            self._say(hello_of(self.core, self.mesh), frame.router)
+        self._heartbeat(frame.router).on_frame(frame)
         self._observer.arrived(self, frame)
         self._inbox.append(frame)
         self._turn()
@@ -179,13 +192,28 @@ class SimWorker:
         if not self.is_alive:
             return
         if not self._is_silent:
-            if self._router_epoch is None:
-                self._say(hello_of(self.core, self.mesh))
-            else:
-                beat = self._heartbeat.build(self.core.snapshot(), self.mesh.linked())
-                self._observer.beats(self, beat)
-                self._say(beat)
+            for router in self._find_routers():
+                self._speak(router)
         self._events.after(HEARTBEAT_S, self._beat, is_awaited=False)
+
+    def _speak(self, router: str) -> None:
+        if router not in self._router_epochs:
+            self._say(hello_of(self.core, self.mesh), router)
+            return
+        beat = self._heartbeat(router).build(self.core.snapshot(), self.mesh.linked())
+        self._observer.beats(self, beat)
+        self._say(beat, router)
+
+    def _heartbeat(self, router: str) -> HeartbeatBuilder:
+        if router not in self._heartbeats:
+            self._heartbeats[router] = HeartbeatBuilder(self._turns, router)
+        return self._heartbeats[router]
+
+    def on_router_gone(self, router: str) -> None:
+        """The I/O thread has had no connection to this router for a while."""
+        if self.is_alive and self._router_epochs.pop(router, None) is not None:
+            self._inbox.append(RouterGone(router))
+            self._turn()
 
     def _tick(self) -> None:
         if not self.is_alive:
@@ -321,7 +349,8 @@ class SimWorker:
         self._perform(self.core.layers_computed(batch, num_layers))
 
     def _exit(self) -> None:
-        self._say(Goodbye())
+        for router in self._find_routers():
+            self._say(Goodbye(), router)
         self.is_alive = False
         self.mesh.close()
         self._on_exit(self)
@@ -330,8 +359,8 @@ class SimWorker:
         for effect in effects:
             self._observer.performs(self, effect)
             match effect:
-                case Tell(message=message):
-                    self._say(message)
+                case Tell(message=message, router=router):
+                    self._say(message, router)
                 case SetPeers(peers=peers):
                     self.mesh.set_peers(list(peers))
                 case BecomeRole(role=role):
@@ -339,5 +368,5 @@ class SimWorker:
                 case _:
                     self.mesh.perform(effect)
 
-    def _say(self, message: ToRouter) -> None:
-        self._to_router(FromWorker(*self.key, message))
+    def _say(self, message: ToRouter, router: str) -> None:
+        self._to_router(router, FromWorker(*self.key, message))

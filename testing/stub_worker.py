@@ -46,8 +46,9 @@ from ..protocol.messages import (
     StartPrefill,
 )
 from ..worker.core import CoreEffect, WorkerCore
-from ..worker.process import Incarnation, run_worker
+from ..worker.process import run_worker
 from ..worker.role import Tell
+from ..worker.router_links import Incarnation
 from ..worker.turn_watch import TurnWatch
 from .fault_clock import SteppedWallClock
 from .fault_cluster import Batch, FaultEngine, full_disk

@@ -9,6 +9,7 @@ from ..engine.interface import ScheduledSeq
 from ..kvtransfer.effects import AcceptBlocks, LinkEvent, SendBlocks, SendMessage
 from ..protocol.messages import (
     Ack,
+    BlockNews,
     Done,
     FromRouter,
     FromWorker,
@@ -24,6 +25,9 @@ from ..router.core import RouterCore
 from ..router.effects import Effect, Send
 from ..router.interface import GenerateRequest
 from ..worker.core import CoreEffect
+from ..worker.role import Tell
+from ..worker.routers import RouterGone
+from ..worker.within_step import Item
 from .chaos import ChaosProfile
 from .clock import FakeClock
 from .invariants import InvariantBroken, broken, guarded
@@ -31,6 +35,7 @@ from .journal import Journal
 from .sim_worker import SimWorker
 from .watch_blocks import BlockWatch
 from .watch_messages import check_counted, counted, is_late, is_late_at_router, num_stale
+from .watch_news import check_known_blocks
 from .watch_router import RouterWatch
 from .watch_time import DeadlineWatch, HealthWatch, LeaseWatch
 
@@ -38,10 +43,11 @@ FULL_ROUTER_AUDIT_EVERY = 16
 
 
 class Watch:
-    """One for a cluster. Every check raises InvariantBroken at the event that broke the promise, or soon behind it.
+    """One for a cluster and a router of it. Every check raises InvariantBroken at the event that broke the promise, or
+    soon behind it.
 
     `silent_ends` names the hand-offs that a worker has given up without a word: of all that it has offered, given those
-    that are alive there.
+    that are alive there. `blocks`: those of the workers, where another router's watch sees them already.
     """
 
     def __init__(
@@ -54,9 +60,10 @@ class Watch:
         *,
         lease_s: float,
         max_step_s: float,
+        blocks: BlockWatch | None = None,
     ) -> None:
-        self._journal, self._silent_ends = journal, silent_ends
-        self.blocks = BlockWatch()
+        self.journal, self._silent_ends = journal, silent_ends
+        self.blocks = blocks or BlockWatch()
         self.leases = LeaseWatch(clock, lease_s)
         self.deadlines = DeadlineWatch(clock)
         self.health = HealthWatch(clock, config.worker_timeout_s, max_step_s)
@@ -80,9 +87,9 @@ class Watch:
         """Let the router handle `frame`; its effects."""
         self.health.heard(WorkerKey(frame.worker_id, frame.epoch))
         before, counted_before = self.routing.before(router, frame), counted(router)
-        is_late_frame = is_late_at_router(frame, self._journal)
+        is_late_frame = is_late_at_router(frame, self.journal)
         kind = type(frame.body).__name__
-        is_over = self._journal.is_over(getattr(frame.body, "request_id", ""))
+        is_over = self.journal.is_over(getattr(frame.body, "request_id", ""))
         try:
             effects = router.on_message(frame)
         except Exception as error:
@@ -103,8 +110,11 @@ class Watch:
     def arrived(self, worker: SimWorker, frame: FromRouter) -> None:
         self.deadlines.arrived(worker, frame)
 
-    def hears(self, worker: SimWorker, item: FromRouter | LinkEvent) -> list[CoreEffect]:
+    def hears(self, worker: SimWorker, item: Item) -> list[CoreEffect]:
         """Let the worker handle `item`; its effects."""
+        if isinstance(item, RouterGone):
+            with guarded("I9", worker.key, "the end of a router is fatal"):
+                return worker.core.on_router_gone(item)
         if isinstance(item, FromRouter):
             self.deadlines.handled(worker, item)
             try:
@@ -167,8 +177,9 @@ class Watch:
 
     def check_at_rest(self, router: RouterCore, workers: list[SimWorker]) -> None:
         """Every request has ended, every block and seat is back (I4, I8), and nothing is in the tables."""
-        self._journal.check_finished()
+        self.journal.check_finished()
         self.router_turned(router, is_audit=True)
+        check_known_blocks(router, workers)
         for worker in workers:
             self.blocks.audit(worker)
             check_empty(worker, "I8", "at rest")
@@ -178,10 +189,9 @@ class Watch:
         with guarded("I9", worker.key, "a timer that nobody needs is fatal"):
             effects = worker.core.tick()
             batch, more = worker.core.begin_step()
-        if effects or more or batch:
-            raise InvariantBroken(
-                f"I8 {worker.key}: at rest, and a timer still finds something to do: {effects + more}"
-            )
+        found = [effect for effect in effects + more if not _is_news(effect)]
+        if found or batch:
+            raise InvariantBroken(f"I8 {worker.key}: at rest, and a timer still finds something to do: {found}")
         check_empty(worker, "I8", "after the last timer")
 
 
@@ -200,6 +210,10 @@ def check_empty(worker: SimWorker, name: str, when: str) -> None:
     seats = load.running + load.waiting + load.receiving + load.handing_off
     if seats or worker.core.snapshot().active:
         raise InvariantBroken(f"{name} {worker.key}: {seats} seats are still taken {when}")
+
+
+def _is_news(effect: CoreEffect) -> bool:
+    return isinstance(effect, Tell) and isinstance(effect.message, BlockNews)
 
 
 def _kind(event: LinkEvent) -> str:

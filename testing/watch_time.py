@@ -84,14 +84,14 @@ class DeadlineWatch:
         """The worker's own time for an attempt runs from the command's arrival."""
         body = frame.body
         if isinstance(body, StartPrefill | StartDecode):
-            key = (worker.key, AttemptKey(body.request_id, body.attempt))
+            key = (worker.key, AttemptKey(body.request_id, body.attempt, frame.router))
             self._attempts.setdefault(key, self._clock.now() + body.timeout_s)
 
     def handled(self, worker: SimWorker, frame: FromRouter) -> None:
         """The loop has taken the command; what waited in the inbox meanwhile is not the attempt's time."""
         body = frame.body
         if isinstance(body, StartPrefill | StartDecode):
-            key = (worker.key, AttemptKey(body.request_id, body.attempt))
+            key = (worker.key, AttemptKey(body.request_id, body.attempt, frame.router))
             self._attempts[key] = max(self._attempts.get(key, 0.0), self._clock.now() + body.timeout_s)
 
     def scheduled(self, worker: SimWorker, entry: ScheduledSeq) -> None:

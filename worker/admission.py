@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ..core.ids import BlockId
-from ..core.prefix_hash import hash_key
 from ..engine.block_pool import BlockPool
 from ..engine.interface import EngineSpec, ScheduledSeq
 from ..engine.sequence import Sequence, blocks_for
@@ -14,8 +13,7 @@ from .role import Budget
 
 def cache_key(salt: str, fingerprint: Fingerprint) -> bytes:
     """The prefix-cache key of one tenant on this worker: the salt, and everything that changes the bytes of a block."""
-    model = f"{fingerprint.model}/{fingerprint.weights}"
-    return hash_key(salt, model, f"{fingerprint.layout}/{fingerprint.dtype}/{fingerprint.block_size}")
+    return fingerprint.cache_key(salt)
 
 
 def refuse(prompt_ids: list[int], output_ids: list[int], params: SamplingParams, spec: EngineSpec) -> str | None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import zip_longest
 
 import msgspec
@@ -35,12 +35,15 @@ from ..protocol.messages import (
     StartDecode,
     StartPrefill,
     ToWorker,
+    WatchBlocks,
     Welcome,
     WorkerLoad,
     WorkerState,
 )
 from ..protocol.messages import Role as RoleName
+from .block_news import BlockNewsDesk
 from .role import Budget, Computed, Effect, Role, Tell
+from .routers import RouterGone, Routers, Tallies
 from .usage import Usage
 from .within_step import Item, take_now
 
@@ -57,12 +60,13 @@ log = logging.getLogger(__name__)
 class Snapshot:
     """What a heartbeat needs, as of the last turn of the loop."""
 
-    router_epoch: str | None
-    handled: int
+    handled: Mapping[str, tuple[str, int]]  # router → its epoch, and the highest number of its commands
     state: WorkerState
     load: WorkerLoad
     active: tuple[AttemptKey, ...]
     role: RoleName | None = None
+    tallies: Tallies = field(default_factory=dict)  # what the attempts of each take; empty where one router asks alone
+    news: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # router → watch and number of its last news
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +102,14 @@ class WorkerCore:
         max_batch_tokens: int = 512,
         max_batch_seqs: int = 64,
         make_role: MakeRole = lambda name: None,
+        block_secret: bytes = b"",
     ) -> None:
         self._make_role = make_role
         self.key, self.role_name, self.engine, self.pool, self.roles = key, role_name, engine, pool, roles
         self._clock = clock
         self._max_tokens, self._max_seqs = max_batch_tokens, max_batch_seqs
-        self._router_epoch: str | None = None
-        self._handled = 0
+        self._routers = Routers()
+        self._news = BlockNewsDesk(pool, block_secret)
         self._is_draining = False
         self._steps = 0
         self._usage = Usage()
@@ -115,35 +120,48 @@ class WorkerCore:
     def on_frame(self, frame: FromRouter) -> list[CoreEffect]:
         """A command. A router that was restarted voids whatever the old one asked for."""
         now = self._clock.now()
-        if frame.router_epoch != self._router_epoch:
-            if self._router_epoch is not None:
-                for role in self.roles:
-                    role.abort_all(now)
-            self._router_epoch, self._handled = frame.router_epoch, 0
-        self._handled = max(self._handled, frame.number)
-        return self._on_command(frame.body, now) + self._collect()
+        if self._routers.hear(frame):
+            self._abort_all(frame.router, now)
+        return self._on_command(frame.body, frame.router, now) + self._collect()
 
-    def _on_command(self, message: ToWorker, now: float) -> list[CoreEffect]:
+    def on_router_gone(self, gone: RouterGone) -> list[CoreEffect]:
+        """Nobody waits for what this router has asked for. The others go on, and so do the links that they want."""
+        if not self._routers.forget(gone.router):
+            return []
+        log.warning("router %s is gone; what it has asked for ends", gone.router)
+        self._abort_all(gone.router, self._clock.now())
+        # Without any router nobody says who is there, and the links stay for the next one.
+        peers: list[CoreEffect] = [SetPeers(self._routers.peers())] if self._routers.epochs else []
+        return peers + self._collect()
+
+    def _abort_all(self, router: str, now: float) -> None:
+        self._news.forget(router)
+        for role in self.roles:
+            role.abort_all(now, router)
+
+    def _on_command(self, message: ToWorker, router: str, now: float) -> list[CoreEffect]:
         match message:
             case Welcome():
                 return []
             case Peers(peers=peers):
-                return [SetPeers(tuple(peers))]
+                return [SetPeers(self._routers.set_peers(router, peers))]
             case Drain():
                 self.drain()
+            case WatchBlocks(watch=watch):
+                self._news.watch(router, watch)
             case ResetPrefixCache():
                 self.pool.reset_prefix_cache()
             case SetRole(role=role_name):
                 return self._become(role_name, now)
             case StartPrefill() if not self._hosts("prefill"):
                 reason = f"worker {self.key} has no prefill role"
-                return [Tell(PrefillEnded(message.request_id, message.attempt, False, "node_lost", reason))]
+                return [Tell(PrefillEnded(message.request_id, message.attempt, False, "node_lost", reason), router)]
             case StartDecode() if not self._hosts("decode"):
                 reason = f"worker {self.key} has no decode role"
-                return [Tell(AttemptFailed(message.request_id, message.attempt, "node_lost", reason, True))]
+                return [Tell(AttemptFailed(message.request_id, message.attempt, "node_lost", reason, True), router)]
             case _:
                 for role in self.roles:
-                    role.on_command(message, now)
+                    role.on_command(message, now, router)
         return []
 
     def _become(self, name: RoleName, now: float) -> list[CoreEffect]:
@@ -182,7 +200,7 @@ class WorkerCore:
         now = self._clock.now()
         for role in self.roles:
             role.tick(now)
-        return self._collect()
+        return self._collect() + [Tell(news, router) for router, news in self._news.take()]
 
     def _collect(self) -> list[CoreEffect]:
         return [effect for role in self.roles for effect in role.take_effects()]
@@ -227,7 +245,7 @@ class WorkerCore:
             return iter(())
         computing = {entry.seq.key for _, entry in batch}
         has_prefill = any(role.hands_off for role in self.roles)
-        return take_now(waiting, self._router_epoch, computing, has_prefill, self._is_full)
+        return take_now(waiting, self._routers.epochs, computing, has_prefill, self._is_full)
 
     def _is_full(self) -> bool:
         return any(len(role.active()) >= role.max_requests for role in self.roles)
@@ -271,13 +289,21 @@ class WorkerCore:
     def snapshot(self) -> Snapshot:
         active = dict.fromkeys(key for role in self.roles for key in role.active())
         return Snapshot(
-            self._router_epoch,
-            self._handled,
+            self._routers.handled,
             "draining" if self._is_draining else "ready",
             self._load(),
             tuple(active),
             self.role_name,
+            self._tallies(),
+            self._news.told(),
         )
+
+    def _tallies(self) -> Tallies:
+        tallies: Tallies = {}
+        if len(self._routers.epochs) > 1:
+            for role in self.roles:
+                role.tally(tallies)
+        return tallies
 
     def _load(self) -> WorkerLoad:
         total = _sum_loads(role.load() for role in self.roles)

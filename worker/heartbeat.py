@@ -6,17 +6,20 @@ from __future__ import annotations
 
 from collections import deque
 
-from ..core.ids import AttemptKey, WorkerKey
+from ..core.ids import MAIN_ROUTER, AttemptKey, WorkerKey
 from ..protocol.messages import FromRouter, Heartbeat, StartDecode, StartPrefill, WorkerLoad, WorkerState
 from .core import Snapshot
+from .routers import others_load
 from .turn_watch import TurnWatch
 
 
 class HeartbeatBuilder:
-    """Fed by the thread that receives commands; reads the loop's latest snapshot, which is replaced as a whole."""
+    """Fed by the thread that receives the commands of one router; reads the loop's latest snapshot, which is replaced
+    as a whole.
+    """
 
-    def __init__(self, turns: TurnWatch) -> None:
-        self._turns = turns
+    def __init__(self, turns: TurnWatch, router: str = MAIN_ROUTER) -> None:
+        self._turns, self._router = turns, router
         self._router_epoch: str | None = None
         self._received = 0
         self._pending: deque[tuple[int, AttemptKey]] = deque()
@@ -28,15 +31,16 @@ class HeartbeatBuilder:
             self._pending.clear()
         self._received = max(self._received, frame.number)
         if isinstance(frame.body, StartPrefill | StartDecode):
-            self._pending.append((frame.number, AttemptKey(frame.body.request_id, frame.body.attempt)))
+            self._pending.append((frame.number, AttemptKey(frame.body.request_id, frame.body.attempt, self._router)))
 
     def build(self, snapshot: Snapshot | None, linked: list[tuple[WorkerKey, str]]) -> Heartbeat:
         """The heartbeat to send now."""
         active: tuple[AttemptKey, ...] = ()
         if snapshot is not None:
-            active = snapshot.active
-            if snapshot.router_epoch == self._router_epoch:
-                self._pending = deque(p for p in self._pending if p[0] > snapshot.handled)
+            active = tuple(key for key in snapshot.active if key.router == self._router)
+            epoch, handled = snapshot.handled.get(self._router, (None, 0))
+            if epoch == self._router_epoch:
+                self._pending = deque(p for p in self._pending if p[0] > handled)
         return Heartbeat(
             received=self._received,
             state=self._state(snapshot),
@@ -45,6 +49,8 @@ class HeartbeatBuilder:
             linked=[(peer.worker_id, peer.epoch, transport) for peer, transport in linked],
             turn_age_s=self._turns.age_s(),
             role=snapshot.role if snapshot else None,
+            others=others_load(snapshot.tallies, self._router) if snapshot else None,
+            news=snapshot.news.get(self._router) if snapshot else None,
         )
 
     def _state(self, snapshot: Snapshot | None) -> WorkerState:

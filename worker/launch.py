@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from ..core.block_names import name_key
 from ..core.clock import Clock, MonotonicClock
 from ..core.cluster_key import cluster_key
 from ..core.config import Topology, TransferConfig, WorkerSpec
@@ -27,8 +28,9 @@ from ..protocol.messages import Role as RoleName
 from .background import in_background
 from .core import ROLES_OF, WorkerCore
 from .membership import Membership
-from .process import Incarnation, run_worker
+from .process import run_worker
 from .role import Role
+from .router_links import Incarnation
 from .turn_watch import TurnWatch
 
 log = logging.getLogger(__name__)
@@ -50,6 +52,7 @@ def launch(topology: Topology, name: str, make_role: MakeRole) -> int:
         topology.router_address,
         drain_s=topology.gateway.drain_s,
         heartbeat_s=topology.liveness.heartbeat_s,
+        runtime_dir=topology.runtime_dir,
     )
     membership = Membership(topology, spec, os.environ) if topology.transfer.one_pool else None
     engine = in_background(partial(load_engine, topology, spec, membership))
@@ -122,6 +125,7 @@ def _make_core(
         max_batch_tokens=spec.config.max_num_batched_tokens or engine.spec.saturation_tokens,
         max_batch_seqs=spec.config.max_num_seqs,
         make_role=host,
+        block_secret=name_key(cluster_key(topology)),
     )
 
 

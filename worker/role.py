@@ -10,17 +10,19 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..core.errors import ServeError
-from ..core.ids import AttemptKey, BlockId
+from ..core.ids import MAIN_ROUTER, AttemptKey, BlockId
 from ..engine.interface import ScheduledSeq
 from ..kvtransfer.effects import LinkEffect, LinkEvent
 from ..protocol.messages import SampledToken, ToRouter, ToWorker, WorkerLoad
+from .routers import Tallies
 
 
 @dataclass(frozen=True, slots=True)
 class Tell:
-    """Send `message` to the router."""
+    """Send `message` to the router of this name."""
 
     message: ToRouter
+    router: str = MAIN_ROUTER
 
 
 Effect = Tell | LinkEffect
@@ -41,7 +43,9 @@ class Role(Protocol):
     hands_off: bool  # what it computes goes to other workers, perhaps within the step
     max_requests: int  # attempts that it takes at a time; what is beyond is refused
 
-    def on_command(self, message: ToWorker, now: float) -> None: ...
+    def on_command(self, message: ToWorker, now: float, router: str = MAIN_ROUTER) -> None:
+        """`router`: who asks. Its requests are told apart from those of other routers that have the same ids."""
+        ...
 
     def on_link(self, event: LinkEvent, now: float) -> None: ...
 
@@ -65,8 +69,8 @@ class Role(Protocol):
         """Deadlines and leases."""
         ...
 
-    def abort_all(self, now: float) -> None:
-        """The router that asked for this work is gone."""
+    def abort_all(self, now: float, router: str = MAIN_ROUTER) -> None:
+        """The router that asked for this work is gone. What others have asked for goes on."""
         ...
 
     def take_effects(self) -> list[Effect]:
@@ -81,6 +85,10 @@ class Role(Protocol):
 
     def load(self) -> WorkerLoad:
         """This role's share of the counters; the worker adds the shares and fills in the pool's."""
+        ...
+
+    def tally(self, tallies: Tallies) -> None:
+        """Add what each router's attempts take in this role."""
         ...
 
     def owners(self) -> Iterable[list[BlockId]]:

@@ -9,14 +9,15 @@ of what ends. Behind what would end anything at all, nothing is handled any more
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 
 from ..core.ids import AttemptKey
 from ..kvtransfer.effects import BlocksArrived, LinkEvent, MessageArrived, PeerLost, PeerUp, Revoked
-from ..protocol.messages import Abort, Cancel, FromRouter, Peers, StartDecode, StartPrefill, ToWorker, Welcome
+from ..protocol.messages import Abort, Cancel, FromRouter, Peers, StartDecode, StartPrefill, Welcome
+from .routers import RouterGone
 
-Item = FromRouter | LinkEvent
+Item = FromRouter | LinkEvent | RouterGone
 
 
 class Moment(Enum):
@@ -27,12 +28,12 @@ class Moment(Enum):
     STOP = "it may end all there is, and what comes behind it depends on that"
 
 
-def moment_of(item: Item, router_epoch: str | None, computing: set[AttemptKey], has_prefill: bool) -> Moment:
+def moment_of(item: Item, epochs: Mapping[str, str], computing: set[AttemptKey], has_prefill: bool) -> Moment:
     """`computing`: the attempts of the batch. `has_prefill`: sequences of the batch may be on their way to a peer."""
     match item:
-        case FromRouter(router_epoch=epoch, body=body):
-            # The first frame of another router voids all that runs.
-            return _moment_of_command(body, computing) if epoch == router_epoch else Moment.STOP
+        case FromRouter(router_epoch=epoch, router=router):
+            # The first frame of another incarnation voids all that the one before has asked for.
+            return _moment_of_command(item, computing) if epochs.get(router) == epoch else Moment.STOP
         case MessageArrived(message=Cancel()):
             return Moment.LATER
         case MessageArrived() | BlocksArrived() | Revoked() | PeerUp():
@@ -43,29 +44,30 @@ def moment_of(item: Item, router_epoch: str | None, computing: set[AttemptKey], 
             return Moment.STOP
 
 
-def _moment_of_command(body: ToWorker, computing: set[AttemptKey]) -> Moment:
-    match body:
+def _moment_of_command(frame: FromRouter, computing: set[AttemptKey]) -> Moment:
+    match frame.body:
         case StartDecode() | StartPrefill() | Peers() | Welcome():
             return Moment.NOW
-        case Abort():
-            return Moment.LATER if AttemptKey(body.request_id, body.attempt) in computing else Moment.NOW
+        case Abort(request_id=request_id, attempt=attempt):
+            return Moment.LATER if AttemptKey(request_id, attempt, frame.router) in computing else Moment.NOW
         case _:
             return Moment.LATER
 
 
 def take_now(
     waiting: deque[Item],
-    router_epoch: str | None,
+    epochs: Mapping[str, str],
     computing: set[AttemptKey],
     has_prefill: bool,
     is_full: Callable[[], bool],
 ) -> Iterator[Item]:
     """Take out of `waiting`, one after the other, what may be handled within the step.
 
+    `epochs`: of the routers that it serves.
     `is_full`: the worker would refuse one more attempt now. It may not once it has handled what waits for later.
     """
     for item in list(waiting):
-        moment = moment_of(item, router_epoch, computing, has_prefill)
+        moment = moment_of(item, epochs, computing, has_prefill)
         if moment is Moment.STOP:
             return
         if moment is Moment.NOW and not (_is_start(item) and is_full()):

@@ -93,14 +93,14 @@ def forget_silently(original: Any) -> Any:
 
 
 def deaf_once_opened(original: Any) -> Any:
-    def on_command(self: PrefillRole, message: Any, now: float) -> None:
+    def on_command(self: PrefillRole, message: Any, now: float, router: str) -> None:
         task = (
-            next((t for k, t in self._tasks.items() if k == (message.request_id, message.attempt)), None)
+            next((t for k, t in self._tasks.items() if k == (message.request_id, message.attempt, router)), None)
             if (isinstance(message, Abort))
             else None
         )
         if task is None or not task.opened:
-            original(self, message, now)
+            original(self, message, now, router)
 
     return on_command
 

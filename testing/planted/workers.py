@@ -88,10 +88,10 @@ def share_for_nothing(original: Any) -> Any:
 
 
 def crash_on_unknown_abort(original: Any) -> Any:
-    def on_command(self: DecodeRole, message: Any, now: float) -> None:
-        if isinstance(message, Abort) and AttemptKey(message.request_id, message.attempt) not in self.active():
+    def on_command(self: DecodeRole, message: Any, now: float, router: str) -> None:
+        if isinstance(message, Abort) and AttemptKey(message.request_id, message.attempt, router) not in self.active():
             raise AttributeError("'NoneType' object has no attribute 'abort'")
-        original(self, message, now)
+        original(self, message, now, router)
 
     return on_command
 
@@ -136,12 +136,12 @@ def look_and_leave(original: Any) -> Any:
 
 
 def abort_by_request(original: Any) -> Any:
-    def on_command(self: DecodeRole, message: Any, now: float) -> None:
+    def on_command(self: DecodeRole, message: Any, now: float, router: str) -> None:
         if isinstance(message, Abort):
             for key in self.active():
                 if key.request_id == message.request_id:
                     message = msgspec.structs.replace(message, attempt=key.attempt)
-        original(self, message, now)
+        original(self, message, now, router)
 
     return on_command
 
@@ -155,12 +155,12 @@ def forget_pending(original: Any) -> Any:
 
 
 def key_error_on_abort(original: Any) -> Any:
-    def on_command(self: PrefillRole, message: Any, now: float) -> None:
+    def on_command(self: PrefillRole, message: Any, now: float, router: str) -> None:
         if isinstance(message, Abort):
-            key = AttemptKey(message.request_id, message.attempt)
+            key = AttemptKey(message.request_id, message.attempt, router)
             if key in self._recent and key not in self._tasks:
                 raise KeyError(str(key))
-        original(self, message, now)
+        original(self, message, now, router)
 
     return on_command
 
@@ -177,8 +177,9 @@ def free_early(original: Any) -> Any:
 def skip_index(original: Any) -> Any:
     def accept(self: DecodeRole, *args: Any) -> None:
         original(self, *args)
-        if self._items and self._items[-1].index == 2:
-            self._items.pop()
+        for items in self._items.values():
+            if items and items[-1].index == 2:
+                items.pop()
 
     return accept
 

@@ -31,7 +31,7 @@ COMMANDS = [
     "train-draft",
     "router",
 ]
-COMMANDS += ["prefill", "decode", "bench serve"]
+COMMANDS += ["gateway", "prefill", "decode", "bench serve"]
 HEAVY = {"torch", "aiohttp", "zmq", "msgspec", "numpy", "tokenizers", "rich", "yaml", "asyncio", "urllib.request"}
 
 

@@ -142,7 +142,7 @@ def test_prefill_start_beyond_the_bound_is_refused_and_may_be_tried_elsewhere() 
     bench.start("a")
     bench.start("b", b"u" * 16)
     [ended] = bench.of(PrefillEnded)
-    assert (ended.request_id, ended.ok, ended.code) == ("b", False, "node_lost")
+    assert (ended.request_id, ended.ok, ended.code) == ("b", False, "overloaded")
 
 
 def test_prefill_same_prompt_again_reuses_its_blocks() -> None:

@@ -247,3 +247,27 @@ def test_pid_of_a_peer_over_tcp_is_unknown():
             router.close()
 
     asyncio.run(run())
+
+
+def test_worker_socket_knows_whether_there_is_anybody(address):
+    async def run():
+        worker = WorkerSocket(address, identity_of(KEY))
+        try:
+            assert not worker.is_connected
+            for _ in range(2):
+                router = RouterSocket(address)
+                await wait_for(lambda: worker.is_connected)
+                router.close()
+                await wait_for(lambda: not worker.is_connected)
+        finally:
+            worker.close()
+
+    asyncio.run(run())
+
+
+async def wait_for(is_true):
+    for _ in range(500):
+        if is_true():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it does not come")

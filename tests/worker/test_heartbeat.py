@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from penstock.core.ids import AttemptKey
+from penstock.core.ids import MAIN_ROUTER, AttemptKey
 from penstock.protocol.messages import Abort, ChoiceState, FromRouter, StartDecode, WorkerLoad, pack_ids
 from penstock.protocol.sampling import SamplingParams
 from penstock.testing.clock import FakeClock
@@ -17,7 +17,9 @@ def start(number: int, request_id: str, epoch: str = "a" * 16) -> FromRouter:
 
 
 def snapshot(handled: int, *active: str, epoch: str = "a" * 16) -> Snapshot:
-    return Snapshot(epoch, handled, "ready", WorkerLoad(), tuple(AttemptKey(name, 1) for name in active))
+    return Snapshot(
+        {MAIN_ROUTER: (epoch, handled)}, "ready", WorkerLoad(), tuple(AttemptKey(name, 1) for name in active)
+    )
 
 
 def test_command_not_yet_handled_counts_as_received_and_active() -> None:

@@ -12,7 +12,8 @@ from penstock.protocol.messages import FromRouter, Heartbeat, Hello, Welcome
 from penstock.protocol.sockets import RouterSocket
 from penstock.testing.clock import FakeClock
 from penstock.testing.fake_engine import FakeEngine
-from penstock.worker.process import Inbox, Incarnation, RouterLink
+from penstock.worker.router_links import Inbox, Incarnation, RouterLink, RouterLinks
+from penstock.worker.routers import MAX_ROUTERS, ROUTER_GONE_S, RouterGone
 from penstock.worker.turn_watch import TurnWatch
 
 KEY = WorkerKey("decode-0", "0" * 16)
@@ -54,3 +55,55 @@ def test_heartbeats_of_a_loop_that_hangs_say_stalled_until_it_turns_again(tmp_pa
             router.close()
 
     asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def links_in(folder: Path, clock: FakeClock, inbox: Inbox) -> RouterLinks:
+    engine = FakeEngine()
+    mesh = InprocMesh(KEY, "decode", engine.spec.fingerprint, engine.memory, inbox.put, InprocNetwork())
+    who = Incarnation(KEY, "decode", f"ipc://{folder}/router.sock", heartbeat_s=0.01, runtime_dir=str(folder))
+    return RouterLinks(who, hello(engine), inbox, mesh, clock, TurnWatch(clock))
+
+
+async def welcome(router: RouterSocket, epoch: str) -> None:
+    identity, _ = await router.recv()
+    router.send(identity, codec.from_router.encode(FromRouter(epoch, 1, Welcome(), "what it likes")))
+
+
+def test_router_that_comes_later_is_found_heard_under_its_own_name_and_missed(tmp_path: Path) -> None:
+    async def run() -> None:
+        clock, inbox = FakeClock(), Inbox()
+        links = links_in(tmp_path, clock, inbox)
+        try:
+            router = RouterSocket(f"ipc://{tmp_path}/router-later.sock")
+            clock.advance(1.0)
+            links.look()
+            await welcome(router, "b" * 16)
+            frame = await asyncio.to_thread(inbox.get, timeout=30)
+            assert isinstance(frame, FromRouter)
+            assert (frame.router, frame.router_epoch) == ("later", "b" * 16)
+            router.close()
+            (tmp_path / "router-later.sock").unlink(missing_ok=True)
+            await asyncio.sleep(0.2)  # the thread notices that nobody is there
+            clock.advance(ROUTER_GONE_S + 1.0)
+            assert await asyncio.to_thread(inbox.get, timeout=30) == RouterGone("later")
+            links.look()
+            assert "later" not in links._links, "its socket has gone, too"
+        finally:
+            links.close()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_routers_beyond_the_bound_are_not_served(tmp_path: Path) -> None:
+    clock, inbox = FakeClock(), Inbox()
+    links = links_in(tmp_path, clock, inbox)
+    try:
+        for number in range(MAX_ROUTERS + 3):
+            (tmp_path / f"router-{number}.sock").touch()
+        (tmp_path / "router-No Name.sock").touch()
+        clock.advance(1.0)
+        links.look()
+        assert len(links._links) == MAX_ROUTERS
+        assert not links.is_broken
+    finally:
+        links.close()

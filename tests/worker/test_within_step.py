@@ -6,7 +6,7 @@ from collections import deque
 
 import pytest
 
-from penstock.core.ids import AttemptKey, Ticket, WorkerKey
+from penstock.core.ids import MAIN_ROUTER, AttemptKey, Ticket, WorkerKey
 from penstock.kvtransfer.effects import BlocksArrived, MessageArrived, PeerLost, PeerUp, Revoked
 from penstock.protocol.messages import (
     Abort,
@@ -28,6 +28,7 @@ from penstock.protocol.sampling import SamplingParams
 from penstock.worker.within_step import Item, take_now
 
 EPOCH, OTHER = "a" * 16, "b" * 16
+EPOCHS = {MAIN_ROUTER: EPOCH}
 PEER = WorkerKey("prefill-0", "0" * 16)
 TICKET = Ticket(b"t" * 16)
 START = StartDecode("r", 1, pack_ids([1, 2]), SamplingParams(), [ChoiceState(0)], 10.0)
@@ -46,7 +47,7 @@ def says(message: HandoffMessage) -> MessageArrived:
 def taken(*items: Item, has_prefill: bool = False, is_full: bool = False) -> tuple[list[Item], list[Item]]:
     """(taken now, left waiting), while attempt 1 of request "busy" is computed."""
     waiting = deque(items)
-    return list(take_now(waiting, EPOCH, {AttemptKey("busy", 1)}, has_prefill, lambda: is_full)), list(waiting)
+    return list(take_now(waiting, EPOCHS, {AttemptKey("busy", 1)}, has_prefill, lambda: is_full)), list(waiting)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,7 @@ def test_abort_of_a_sequence_that_waits_makes_place_within_the_step() -> None:
     abort, start = frame(Abort("waits", 1)), frame(START)
     waiting: deque[Item] = deque([abort, start])
     handled: list[Item] = []
-    for item in take_now(waiting, EPOCH, set(), False, lambda: not handled):
+    for item in take_now(waiting, EPOCHS, set(), False, lambda: not handled):
         handled.append(item)  # noqa: PERF402  the next one depends on it
     assert handled == [abort, start]
 
@@ -106,6 +107,4 @@ def test_lost_link_of_a_worker_that_prefills_holds_up_all_that_came_behind_it() 
 def test_frame_of_another_router_holds_up_all_that_came_behind_it() -> None:
     assert taken(frame(START, OTHER), ARRIVED) == ([], [frame(START, OTHER), ARRIVED])
     waiting: deque[Item] = deque([frame(START)])
-    assert list(take_now(waiting, None, set(), False, lambda: False)) == [], (
-        "nor is the first frame of the first router"
-    )
+    assert list(take_now(waiting, {}, set(), False, lambda: False)) == [], "nor is the first frame of the first router"
