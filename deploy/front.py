@@ -101,6 +101,10 @@ def router_config(topology: Topology) -> RouterConfig:
         worker_timeout_s=router.worker_timeout_s,
         max_attempts=router.max_attempts,
         unavailable_s=router.unavailable_s,
+        balance_roles=router.balance_roles,
+        min_prefill=router.min_prefill,
+        min_decode=router.min_decode,
+        max_worker_streams=topology.decode.max_num_seqs,
         expected_workers=len(topology.workers()),
         fixed_roles="the workers share one pool (transfer.one_pool)" if topology.transfer.one_pool else "",
     )

@@ -37,6 +37,10 @@ class RouterConfig:
     target_tpot_s: float = 0.1
     max_prefix_blocks: int = 65536  # of the prefix index
     expected_workers: int = 0
+    balance_roles: bool = False  # the planner may change roles (`planner`)
+    min_prefill: int = 0  # workers for prompts that it leaves, those for both included
+    min_decode: int = 1
+    max_worker_streams: int = 1 << 16  # in a worker's batch, as far as the planner is concerned
     fixed_roles: str = ""  # why no worker may be given another role; empty: it may
 
     def __post_init__(self) -> None:
@@ -44,7 +48,14 @@ class RouterConfig:
             raise ConfigError(f"policy {self.policy!r}: choose one of {', '.join(get_args(PolicyName))}")
         if self.disaggregate not in get_args(Disaggregate):
             raise ConfigError(f"disaggregate {self.disaggregate!r}: choose one of {', '.join(get_args(Disaggregate))}")
-        zero_allowed = ("local_prefill_max_tokens", "max_imbalance_tokens", "expected_workers", "retry_backoff_s")
+        zero_allowed = (
+            "local_prefill_max_tokens",
+            "max_imbalance_tokens",
+            "expected_workers",
+            "retry_backoff_s",
+            "balance_roles",
+            "min_prefill",
+        )
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, str):

@@ -11,7 +11,9 @@ What a request goes through is in `lifecycle.py`, what workers say of it in `rep
 
 from __future__ import annotations
 
-from typing import assert_never
+from typing import Literal, assert_never
+
+from msgspec.structs import replace
 
 from ..core.clock import Clock
 from ..core.errors import (
@@ -33,18 +35,21 @@ from ..protocol.messages import (
     Role,
     SetRole,
 )
+from .balance import LOOK_S, RoleBalance
 from .config import RouterConfig, RouterCounters
 from .effects import Effect
-from .interface import ClusterStatus, GenerateRequest
+from .interface import ClusterStatus, GenerateRequest, WorkerStatus
 from .invariants import check_invariants
 from .lifecycle import Lifecycle
 from .membership import Membership
 from .options import Chooser
 from .readiness import Readiness
-from .registry import Registry
+from .registry import Registry, WorkerRecord
 from .reports import Reports
 from .requests import RequestRecord
 from .timers import Timers
+
+Chore = Literal["balance"]  # what is looked after now and then, whatever comes
 
 
 class RouterCore:
@@ -71,6 +76,10 @@ class RouterCore:
         self._members = Membership(
             config, clock, self.epoch, self._registry, self._timers, self._life, self._reports, self._readiness
         )
+        self._balance = RoleBalance(config, self._registry, self._life, self._order_role)
+        self._chores: Timers[Chore] = Timers()
+        if self._balance.is_on:
+            self._chores.arm("balance", clock.now() + LOOK_S)
 
     # ---- callers
 
@@ -92,6 +101,7 @@ class RouterCore:
         record.unavailable_at = record.submitted_at + self.config.unavailable_s
         self._life.counters.accepted += 1
         self._life.blame.note_request()
+        self._life.offered.note_request(record.num_prompt_tokens, record.submitted_at)
         self._life.has_news = True
         self._life.arm(record)
         return self._flush()
@@ -137,8 +147,12 @@ class RouterCore:
             raise BadRequest(f"roles are fixed here: {self.config.fixed_roles}", "role")
         if role == "prefill" and not any(other.can_decode for other in self._registry.live() if other is not worker):
             raise BadRequest(f"{worker_id} is the only worker that decodes; give another one that role first", "role")
-        self._members.command(worker, SetRole(role))
+        self._balance.note_manual(worker, role, self._clock.now())
+        self._order_role(worker, role)
         return self._flush()
+
+    def _order_role(self, worker: WorkerRecord, role: Role) -> None:
+        self._members.command(worker, SetRole(role))
 
     # ---- workers
 
@@ -181,7 +195,7 @@ class RouterCore:
     @property
     def next_deadline(self) -> float | None:
         """When `tick` is due; None while nothing is waited for."""
-        return self._timers.next()
+        return min((when for when in (self._timers.next(), self._chores.next()) if when is not None), default=None)
 
     def tick(self) -> list[Effect]:
         """Handle every deadline that has come. Safe at any time."""
@@ -190,6 +204,9 @@ class RouterCore:
                 self._members.on_worker_timer(key)
             elif (record := self._life.table.active.get(key)) is not None:
                 self._life.on_timer(record)
+        for _ in self._chores.pop_due(self._clock.now()):
+            self._balance.look(self._clock.now())
+            self._chores.arm("balance", self._clock.now() + LOOK_S)
         return self._flush()
 
     # ---- views
@@ -203,19 +220,25 @@ class RouterCore:
         return self._is_draining
 
     def status(self) -> ClusterStatus:
-        workers = self._registry.all()
         why_not = "draining" if self._is_draining else self._readiness.why_not()
         live = self._registry.live()
         return ClusterStatus(
             ready=not why_not,
             why_not_ready=why_not,
             policy=self.config.policy,
-            workers=[worker.status(self._life.books.expected_blocks(worker)) for worker in workers],
+            workers=[self._row(worker) for worker in self._registry.all()],
             active_requests=len(self._life.table.active),
             queued_requests=len(self._life.table.waiting),
             bytes_per_token=live[0].hello.bytes_per_token if live else 0,
             max_sequence_tokens=self._registry.max_sequence_tokens(),
+            balances_roles=self._balance.is_on,
+            role_changes=self._balance.changes(self._clock.now()),
+            role_change_counts=self._balance.counts(),
         )
+
+    def _row(self, worker: WorkerRecord) -> WorkerStatus:
+        legs = self._life.placer.breakers.open_legs(worker.key, self._clock.now())
+        return replace(worker.status(self._life.books.expected_blocks(worker)), breakers=legs)
 
     def check_invariants(self) -> None:
         """Raise AssertionError where the books do not balance. For tests and the simulation."""

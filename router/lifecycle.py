@@ -17,6 +17,7 @@ from .config import RouterConfig, RouterCounters
 from .effects import Deliver, Effect, End
 from .interface import Decision, EndEvent, TokensEvent
 from .learning import Learner
+from .offered import OfferedLoad
 from .options import Chooser
 from .placement import Placement, Placer, Refusal
 from .registry import Registry, WorkerRecord
@@ -52,7 +53,8 @@ class Lifecycle:
         self._cluster_key = cluster_key
         self.table = RequestTable()
         self.placer = Placer(config, registry, index_secret=ids.token(16).hex(), chooser=chooser)
-        self.learner = Learner(self.placer.model, registry)
+        self.offered = OfferedLoad()
+        self.learner = Learner(self.placer.model, registry, self.offered)
         self.counters = RouterCounters()
         self.blame = Blame(self.placer.breakers, self.counters, clock.now())
         self.effects: list[Effect] = []

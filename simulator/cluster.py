@@ -18,6 +18,7 @@ from ..protocol.messages import (
     Phases,
     PrefillEnded,
     Role,
+    SetRole,
     StartDecode,
     StartPrefill,
     Tokens,
@@ -108,6 +109,7 @@ class TraceCluster:
     core: RouterCore = field(init=False)
     workers: dict[WorkerKey, SimulatedWorker] = field(init=False, default_factory=dict)
     journeys: dict[str, Journey] = field(init=False, default_factory=dict)
+    role_changes: list[tuple[float, str, Role]] = field(init=False, default_factory=list)  # when, who, what for
     _roles: dict[WorkerKey, Role] = field(init=False, default_factory=dict)
     _clock: VirtualClock = field(init=False, default_factory=VirtualClock)
     _heap: list[tuple[float, int, _Event, int]] = field(init=False, default_factory=list)
@@ -164,11 +166,12 @@ class TraceCluster:
         return Hello(role, 1, fingerprint, blocks, costs.kv_tokens, costs.bytes_per_token, "", ["tcp"], 1 << 16)
 
     def _beat_all(self) -> None:
-        sources = [(key.worker_id, key.epoch, "tcp") for key, role in self._roles.items() if role == "prefill"]
+        able: tuple[Role, ...] = ("prefill", "both") if self.router.balance_roles else ("prefill",)
+        sources = [(key.worker_id, key.epoch, "tcp") for key, role in self._roles.items() if role in able]
         for key, worker in self.workers.items():
-            linked = sources if self._roles[key] != "prefill" else []
+            linked = [each for each in sources if each[0] != key.worker_id] if self._roles[key] != "prefill" else []
             active = [(attempt.request_id, attempt.attempt) for attempt in worker.attempts]
-            self._say(key, Heartbeat(worker.received, "ready", worker.load(), active, linked))
+            self._say(key, Heartbeat(worker.received, "ready", worker.load(), active, linked, role=self._roles[key]))
 
     def _say(self, key: WorkerKey, body: ToRouter) -> None:
         self._perform(self.core.on_message(FromWorker(key.worker_id, key.epoch, body)))
@@ -288,5 +291,9 @@ class TraceCluster:
             if body.ticket is None:
                 worker.add_prompt(Prompt(key, self.journeys[body.request_id].request, now))
                 self._go_on(worker)
+        elif isinstance(body, SetRole):
+            self.role_changes.append((now, worker.key.worker_id, body.role))
+            self._roles[worker.key] = body.role
+            worker.is_prefill_only = body.role == "prefill"
         elif isinstance(body, Abort):
             worker.drop(AttemptKey(body.request_id, body.attempt))
