@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ..core.policy import PolicyName
+from ..protocol.messages import Role
 from ..protocol.sampling import SamplingParams
 from ..router.config import RouterConfig
 from ..router.interface import GenerateRequest
@@ -37,6 +38,7 @@ class Scenario:
     freezes: tuple[tuple[float, str, float], ...] = ()
     drains: tuple[tuple[float, str], ...] = ()
     hangs: tuple[tuple[float, str, float], ...] = ()
+    roles: tuple[tuple[float, str, Role], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +69,15 @@ def draw_scenario(seed: int) -> Scenario:
     names = [name for name in shape.roles() if not name.startswith("foreign")]
     num_drains = profile.drains or int(seed % CALM_EVERY == CALM_EVERY // 2)
     drains = tuple((_moment(rng, within_s), rng.choice(names)) for _ in range(num_drains))
+    roles = _draw_roles(shape, names, within_s, seed)
     if seed % CALM_EVERY == 0:
-        return Scenario(seed, _with_room(shape), ChaosProfile(), requests)
+        return Scenario(seed, _with_room(shape), ChaosProfile(), requests, roles=roles)
     if seed % CALM_EVERY == CALM_EVERY // 2:
-        return Scenario(seed, _with_room(shape), ChaosProfile(drains=len(drains)), requests, drains=drains)
+        return Scenario(seed, _with_room(shape), ChaosProfile(drains=len(drains)), requests, drains=drains, roles=roles)
     kills = tuple((_moment(rng, within_s), rng.choice(names), rng.random() < 0.5) for _ in range(profile.kills))
     freezes = tuple((_moment(rng, within_s), rng.choice(names), rng.random() * 4) for _ in range(profile.freezes))
     hangs = tuple((_moment(rng, within_s), rng.choice(names), rng.random() * 4) for _ in range(profile.hangs))
-    return Scenario(seed, shape, profile, requests, cancels, kills, freezes, drains, hangs)
+    return Scenario(seed, shape, profile, requests, cancels, kills, freezes, drains, hangs, roles)
 
 
 def _with_room(shape: ClusterShape) -> ClusterShape:
@@ -85,6 +88,17 @@ def _with_room(shape: ClusterShape) -> ClusterShape:
 def _moment(rng: random.Random, within_s: float) -> float:
     """A time while the requests run: within their arrivals, or shortly after."""
     return rng.random() * (within_s + 0.3)
+
+
+def _draw_roles(
+    shape: ClusterShape, names: list[str], within_s: float, seed: int
+) -> tuple[tuple[float, str, Role], ...]:
+    """In half of all clusters workers change their roles; not where they share one memory, whose shares are fixed."""
+    rng = random.Random(f"roles {seed}")
+    if shape.one_pool or rng.random() < 0.5:
+        return ()
+    choices: list[Role] = ["prefill", "decode", "both"]
+    return tuple((_moment(rng, within_s), rng.choice(names), rng.choice(choices)) for _ in range(rng.randint(1, 4)))
 
 
 def _draw_policy(older: PolicyName, seed: int) -> PolicyName:
@@ -228,6 +242,8 @@ def _plan(cluster: SimCluster, scenario: Scenario) -> None:
         at(when, cluster.drain_worker, name)
     for when, name, seconds in scenario.hangs:
         at(when, cluster.hang_worker, name, seconds)
+    for when, name, role in scenario.roles:
+        at(when, cluster.change_role, name, role)
     cluster.events.after(STORM_S, cluster.calm, is_awaited=False)
 
 
