@@ -14,7 +14,6 @@ from .lifecycle import Lifecycle
 from .planner import Bounds, Change, Costs, Demand, Member, Planner, Snapshot
 from .registry import Registry, WorkerRecord
 
-LOOK_S = 1.0
 MAX_REMEMBERED = 16
 MIN_ANSWERS = 8  # in the window: fewer say less than the model's own mean
 UNANSWERED_S = 10.0  # a worker that has not changed by then may be asked again
@@ -32,7 +31,7 @@ class _Asked:
 
 
 class RoleBalance:
-    """Asked every LOOK_S while it is on. Changes that people ask for are recorded here too."""
+    """Asked every second while it is on. Changes that people ask for are recorded here too."""
 
     def __init__(
         self, config: RouterConfig, registry: Registry, life: Lifecycle, order: Callable[[WorkerRecord, Role], None]

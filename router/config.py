@@ -37,6 +37,8 @@ class RouterConfig:
     target_tpot_s: float = 0.1
     max_prefix_blocks: int = 65536  # of the prefix index
     expected_workers: int = 0
+    canary: bool = False  # a worker gives one token before it counts as ready (`canary`)
+    canary_idle_s: float = 60.0  # and again after so long without any; 0: never
     balance_roles: bool = False  # the planner may change roles (`planner`)
     min_prefill: int = 0  # workers for prompts that it leaves, those for both included
     min_decode: int = 1
@@ -53,6 +55,8 @@ class RouterConfig:
             "max_imbalance_tokens",
             "expected_workers",
             "retry_backoff_s",
+            "canary",
+            "canary_idle_s",
             "balance_roles",
             "min_prefill",
         )

@@ -11,6 +11,7 @@ What a request goes through is in `lifecycle.py`, what workers say of it in `rep
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, assert_never
 
 from msgspec.structs import replace
@@ -35,7 +36,8 @@ from ..protocol.messages import (
     Role,
     SetRole,
 )
-from .balance import LOOK_S, RoleBalance
+from .balance import RoleBalance
+from .canary import Canaries
 from .config import RouterConfig, RouterCounters
 from .effects import Effect
 from .interface import ClusterStatus, GenerateRequest, WorkerStatus
@@ -49,7 +51,8 @@ from .reports import Reports
 from .requests import RequestRecord
 from .timers import Timers
 
-Chore = Literal["balance"]  # what is looked after now and then, whatever comes
+Chore = Literal["balance", "canary"]  # what is looked after now and then, whatever comes
+CHORE_S = 1.0
 
 
 class RouterCore:
@@ -78,8 +81,14 @@ class RouterCore:
         )
         self._balance = RoleBalance(config, self._registry, self._life, self._order_role)
         self._chores: Timers[Chore] = Timers()
+        self._canaries = Canaries(config, clock, ids, self._registry, self._life, self._readiness.note_change)
+        self._chores_of: dict[Chore, Callable[[], None]] = {}
         if self._balance.is_on:
-            self._chores.arm("balance", clock.now() + LOOK_S)
+            self._chores_of["balance"] = lambda: self._balance.look(clock.now())
+        if self._canaries.is_on:
+            self._chores_of["canary"] = self._canaries.look
+        for chore in self._chores_of:
+            self._chores.arm(chore, clock.now() + CHORE_S)
 
     # ---- callers
 
@@ -164,6 +173,8 @@ class RouterCore:
                 self._members.on_hello(key, hello)
             case Heartbeat() as beat:
                 self._members.on_heartbeat(key, beat)
+                if self._canaries.is_on and not self._is_draining:
+                    self._canaries.heard(key)
             case Output() as output:
                 self._reports.on_output(key, output)
             case PrefillEnded() as ended:
@@ -204,9 +215,10 @@ class RouterCore:
                 self._members.on_worker_timer(key)
             elif (record := self._life.table.active.get(key)) is not None:
                 self._life.on_timer(record)
-        for _ in self._chores.pop_due(self._clock.now()):
-            self._balance.look(self._clock.now())
-            self._chores.arm("balance", self._clock.now() + LOOK_S)
+        for chore in self._chores.pop_due(self._clock.now()):
+            if not self._is_draining:
+                self._chores_of[chore]()
+            self._chores.arm(chore, self._clock.now() + CHORE_S)
         return self._flush()
 
     # ---- views
@@ -227,7 +239,7 @@ class RouterCore:
             why_not_ready=why_not,
             policy=self.config.policy,
             workers=[self._row(worker) for worker in self._registry.all()],
-            active_requests=len(self._life.table.active),
+            active_requests=len(self._life.table.active) - self._life.num_canaries,
             queued_requests=len(self._life.table.waiting),
             bytes_per_token=live[0].hello.bytes_per_token if live else 0,
             max_sequence_tokens=self._registry.max_sequence_tokens(),
@@ -238,7 +250,9 @@ class RouterCore:
 
     def _row(self, worker: WorkerRecord) -> WorkerStatus:
         legs = self._life.placer.breakers.open_legs(worker.key, self._clock.now())
-        return replace(worker.status(self._life.books.expected_blocks(worker)), breakers=legs)
+        missing = self._life.placer.proofs.missing(worker) if worker.is_ready else ""
+        row = worker.status(self._life.books.expected_blocks(worker))
+        return replace(row, breakers=legs, canary=missing)
 
     def check_invariants(self) -> None:
         """Raise AssertionError where the books do not balance. For tests and the simulation."""

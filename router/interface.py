@@ -128,6 +128,7 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     num_attempts: int = 0  # that the router wants to live there
     expected_blocks: int = 0  # that these may hold: what is in use beyond it is held for nobody
     block_size: int = 0  # tokens in one of its blocks
+    canary: str = ""  # why it does not count as ready though it says so
     breakers: dict[str, float] = {}  # legs left alone since attempts fail there → seconds until one may find out
 
 

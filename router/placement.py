@@ -17,6 +17,7 @@ from .forecast import Forecast, forecast
 from .options import Chooser, Options
 from .prefix_index import PrefixIndex
 from .prefix_ladder import covered_tokens, extend_rung_hashes, rung_sizes
+from .proofs import Proofs
 from .registry import Registry, WorkerRecord
 from .requests import Choice, RequestRecord
 from .two_step import TwoStep
@@ -51,6 +52,7 @@ class Placer:
     ) -> None:
         self._config = config
         self.breakers = Breakers(config.breaker_failures, config.breaker_pause_s)
+        self.proofs = Proofs(config.canary)
         self._registry = registry
         self._secret = index_secret
         self.model = CostModel()
@@ -88,6 +90,7 @@ class Placer:
         """This incarnation is gone: it holds nothing and nothing is held against it."""
         self.index.forget(worker)
         self.breakers.forget(worker)
+        self.proofs.forget(worker)
 
     def note_arrival(self, record: RequestRecord, decode: WorkerKey) -> None:
         """The prompt's blocks have come to the worker that decodes."""
@@ -120,7 +123,7 @@ class Placer:
     def has_pair(self) -> bool:
         """Some ready decode worker is linked to some ready prefill worker."""
         return any(
-            self._linked_prefill(decode) for decode in self._registry.live() if decode.is_ready and decode.can_decode
+            self.linked_prefill(decode) for decode in self._registry.live() if decode.is_ready and decode.can_decode
         )
 
     def _able_to_decode(self, record: RequestRecord) -> list[WorkerRecord]:
@@ -148,12 +151,12 @@ class Placer:
 
     def _able_to_prefill(self, record: RequestRecord, decode: WorkerRecord) -> list[WorkerRecord]:
         needed = record.prefill_tokens()
-        return [worker for worker in self._linked_prefill(decode) if worker.hello.max_sequence_tokens >= needed]
+        return [worker for worker in self.linked_prefill(decode) if worker.hello.max_sequence_tokens >= needed]
 
     def _free_to_prefill(self, record: RequestRecord, decode: WorkerRecord) -> list[WorkerRecord]:
         return [worker for worker in self._able_to_prefill(record, decode) if worker.has_place]
 
-    def _linked_prefill(self, decode: WorkerRecord) -> list[WorkerRecord]:
+    def linked_prefill(self, decode: WorkerRecord) -> list[WorkerRecord]:
         found = (self._registry.find(key) for key in sorted(decode.linked))
         return [
             worker for worker in found if worker and worker.is_ready and worker.can_prefill and worker is not decode
@@ -203,7 +206,7 @@ class Placer:
         return trusted or (workers if self._config.disaggregate == "always" else [])
 
     def _trusted(self, workers: list[WorkerRecord], leg: Leg, now: float) -> list[WorkerRecord]:
-        return [worker for worker in workers if self.breakers.allows(worker.key, leg, now)]
+        return [w for w in workers if self.breakers.allows(w.key, leg, now) and not self.proofs.missing(w)]
 
     def _hashes(self, record: RequestRecord, block_size: int) -> list[BlockHash]:
         """Hashes of the prompt's full rungs, computed once."""

@@ -128,6 +128,7 @@ class RequestRecord:
     queue_s: float = 0.0  # submission to the first dispatch
     has_phases: bool = False  # the caller has had them
     decision: Decision | None = None  # of the last attempt
+    is_canary: bool = False  # the router's own: nobody hears of it, and nothing is learnt from it
 
     def __post_init__(self) -> None:
         self.choices = [Choice(number) for number in range(self.request.params.n)]
