@@ -58,6 +58,8 @@ class RouterConfig:
     """disaggregate: auto uses a prefill worker when there is one, always waits for one, never does without.
 
     With auto, prompts of at most `local_prefill_max_tokens` uncached tokens are prefilled where they decode.
+    `canary`: a worker counts as ready once it has given a token for a prompt of the router's own, and is asked again
+    after `canary_idle_s` without any (0: never).
     `balance_roles`: workers change their roles as the load asks for it (docs/ROUTING.md); at least `min_prefill` go on
     to compute prompts and `min_decode` to decode, those for both counted for each.
     """
@@ -70,6 +72,8 @@ class RouterConfig:
     max_attempts: int = setting(4, 1, 100)
     worker_timeout_s: float = setting(0.6, 0.2, 600)  # silence after which a worker counts as lost
     unavailable_s: float = setting(60.0, 1, 86_400)  # wait for a worker; longer than one takes to load the model
+    canary: bool = True
+    canary_idle_s: float = setting(60.0, 0, 86_400)
     balance_roles: bool = False
     min_prefill: int = setting(0, 0, 128)
     min_decode: int = setting(1, 1, 128)

@@ -101,6 +101,8 @@ def router_config(topology: Topology) -> RouterConfig:
         worker_timeout_s=router.worker_timeout_s,
         max_attempts=router.max_attempts,
         unavailable_s=router.unavailable_s,
+        canary=router.canary,
+        canary_idle_s=router.canary_idle_s,
         balance_roles=router.balance_roles,
         min_prefill=router.min_prefill,
         min_decode=router.min_decode,

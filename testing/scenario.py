@@ -116,6 +116,8 @@ def _draw_shape(rng: random.Random, seed: int) -> ClusterShape:
         max_prefix_blocks=rng.choice([65536, 8]),
         max_attempts=8,
         unavailable_s=20.0,
+        canary=random.Random(f"canary {seed}").random() < 0.4,
+        canary_idle_s=random.Random(f"idle {seed}").choice([0.0, 0.3]),
     )
     shape = ClusterShape(
         num_prefill=rng.choice([1, 1, 2]),
