@@ -75,7 +75,7 @@ class RouterConfig:
     canary: bool = True
     canary_idle_s: float = setting(60.0, 0, 86_400)
     balance_roles: bool = False
-    min_prefill: int = setting(0, 0, 128)
+    min_prefill: int = setting(1, 1, 128)
     min_decode: int = setting(1, 1, 128)
 
 

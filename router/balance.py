@@ -103,8 +103,7 @@ class RoleBalance:
             target_ttft_s=self._config.target_ttft_s,
             target_tpot_s=self._config.target_tpot_s,
         )
-        least = 1 if self._config.disaggregate == "always" else 0
-        bounds = Bounds(max(least, self._config.min_prefill), self._config.min_decode)
+        bounds = Bounds(self._config.min_prefill, self._config.min_decode)
         return Snapshot(now, tuple(self._member(worker, now) for worker in workers), demand, costs, bounds)
 
     def _member(self, worker: WorkerRecord, now: float) -> Member:

@@ -40,7 +40,7 @@ class RouterConfig:
     canary: bool = False  # a worker gives one token before it counts as ready (`canary`)
     canary_idle_s: float = 60.0  # and again after so long without any; 0: never
     balance_roles: bool = False  # the planner may change roles (`planner`)
-    min_prefill: int = 0  # workers for prompts that it leaves, those for both included
+    min_prefill: int = 1  # workers for prompts that it leaves, those for both included
     min_decode: int = 1
     max_worker_streams: int = 1 << 16  # in a worker's batch, as far as the planner is concerned
     fixed_roles: str = ""  # why no worker may be given another role; empty: it may
@@ -58,7 +58,6 @@ class RouterConfig:
             "canary",
             "canary_idle_s",
             "balance_roles",
-            "min_prefill",
         )
         for field in fields(self):
             value = getattr(self, field.name)

@@ -77,9 +77,9 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """How many workers of a role there have to be. Those for both count for each."""
+    """How many workers of a role have to stay. Those for both count for each."""
 
-    min_prefill: int = 0
+    min_prefill: int = 1
     min_decode: int = 1
 
 
@@ -150,7 +150,7 @@ def _shares(layout: Layout, prompts: float, answers: float) -> tuple[float, floa
     if not mixed:
         return prompts / p, answers / (d + b), 0.0, 0.0
     beside = max(0.0, answers - d * level) / answers if answers else 0.0
-    return level, level, min(1.0, mixed), beside
+    return level, level, mixed / max(1.0, level), beside
 
 
 def most_streams(demand: Demand, costs: Costs) -> float:
