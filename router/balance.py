@@ -104,7 +104,8 @@ class RoleBalance:
             target_tpot_s=self._config.target_tpot_s,
         )
         bounds = Bounds(self._config.min_prefill, self._config.min_decode)
-        return Snapshot(now, tuple(self._member(worker, now) for worker in workers), demand, costs, bounds)
+        members = tuple(self._member(worker, now) for worker in workers)
+        return Snapshot(now, members, demand, costs, bounds, may_mix=self._config.policy == "auto")
 
     def _member(self, worker: WorkerRecord, now: float) -> Member:
         asked = next((each for each in reversed(self._asked) if each.change.worker == worker.key), None)

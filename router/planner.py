@@ -85,11 +85,14 @@ class Bounds:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
+    """`may_mix`: the policy weighs on which worker a prompt harms streams least, so a worker may be for both."""
+
     now: float
     members: tuple[Member, ...]
     demand: Demand
     costs: Costs
     bounds: Bounds = Bounds()
+    may_mix: bool = True
 
 
 class Layout(NamedTuple):
@@ -238,7 +241,7 @@ def _candidates(snapshot: Snapshot, layout: Layout) -> Iterator[tuple[Member, Ro
         if not free:
             continue
         member = min(free, key=lambda each: (each.busy, each.key))
-        for after in ROLES:
+        for after in ROLES if snapshot.may_mix else ROLES[:2]:
             changed = _changed(layout, before, after)
             if after != before and _keeps(changed, snapshot.bounds):
                 yield member, after, changed
