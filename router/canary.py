@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 
 from ..core.clock import Clock
-from ..core.errors import BadRequest, ServeError
+from ..core.errors import BadRequest, DeadlineExceeded, Overloaded, ServeError, Unavailable
 from ..core.ids import IdSource, WorkerKey
 from ..protocol.sampling import SamplingParams
 from .config import RouterConfig
@@ -114,7 +114,9 @@ class Canaries:
                 continue
             if error is None or isinstance(error, BadRequest):
                 proofs.note_success(worker, now)
-            else:
+            elif not isinstance(error, Unavailable):  # the router stops
                 log.warning("worker %s gives no token: %s", key, error)
-                proofs.note_failure(worker, error, now, is_blamed=key in blamed)
+                # What is late or refused on a worker with other work says nothing against it.
+                is_excused = isinstance(error, DeadlineExceeded | Overloaded) and bool(worker.attempts)
+                proofs.note_failure(worker, error, now, is_blamed=key in blamed and not is_excused)
         self._on_change()

@@ -8,8 +8,9 @@ from ...kvtransfer import mesh
 from ...kvtransfer.transports.shm import ShmBulk
 from ...protocol.messages import AttemptFailed, StartPrefill
 from ...router import lifecycle, request_table
+from ...router.accounts import Accounts
 from ...router.core import RouterCore
-from ...router.lifecycle import Lifecycle
+from ...router.membership import Membership
 from ...router.prefix_index import PrefixIndex
 from ...router.readiness import Readiness
 from ...router.registry import WorkerRecord
@@ -35,7 +36,7 @@ def breaker_counts_400s(original: Any) -> Any:
 
 
 def decode_alone(original: Any) -> Any:
-    def send(self: Lifecycle, worker: Any, body: Any) -> Any:
+    def send(self: Accounts, worker: Any, body: Any) -> Any:
         return worker.last_number if isinstance(body, StartPrefill) else original(self, worker, body)
 
     return send
@@ -121,7 +122,7 @@ ROUTING_BUGS = [
         "12",
         "sglang#31206",
         "prefill is not asked (there: its breaker is open), and decode is sent to wait for it",
-        plants((Lifecycle, "_send", decode_alone)),
+        plants((Accounts, "send", decode_alone)),
         Seeds("I14", ANY),
     ),
     Bug(
@@ -149,7 +150,7 @@ ROUTING_BUGS = [
         "23",
         "vllm#39863",
         "a worker that has died is called ready for ever",
-        plants((RouterCore, "_on_worker_timer", deaf_to_silence)),
+        plants((Membership, "on_worker_timer", deaf_to_silence)),
         Seeds("I13", ANY),
     ),
     Bug(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from penstock.core.errors import Unavailable
 from penstock.protocol.messages import (
     AttemptFailed,
     Heartbeat,
@@ -103,6 +104,28 @@ def test_one_that_is_never_answered_fails_after_its_time(rig):
     worker = rig.join("d0")
     rig.stay(TIMEOUT_S, worker)
     assert "timeout_s 10 passed" in row(rig, "d0").canary
+
+
+def test_canary_that_is_late_beside_other_work_says_nothing_against_the_worker(make_rig):
+    rig = make_rig(canary=True, worker_timeout_s=1000.0, unacknowledged_s=1000.0)
+    prefill, decode = rig.join("p0", "prefill"), rig.join("d0")
+    sing(rig, decode)
+    rig.submit("r")
+    rig.out(1, request_id="r")
+    other = rig.join("p1", "prefill")
+    rig.beat(decode, links=[prefill, other])
+    rig.beat(other)
+    assert canaries(rig, other, StartPrefill)
+    rig.stay(TIMEOUT_S, prefill, decode, other)
+    assert row(rig, "d0").canary == ""
+    assert "timeout_s 10 passed" in row(rig, "p1").canary
+
+
+def test_router_that_stops_blames_nobody(rig, caplog):
+    rig.join("d0")
+    rig.do(rig.core.end_all(Unavailable("the router is stopping")))
+    assert row(rig, "d0").canary == "has given no token yet"
+    assert not caplog.records
 
 
 def test_worker_that_refuses_the_prompt_itself_has_answered(rig):
