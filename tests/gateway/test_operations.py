@@ -23,7 +23,9 @@ def test_probes_follow_the_cluster(serve: Any, is_ready: bool) -> None:
     async def run() -> None:
         async with serve(is_ready=is_ready) as served:
             statuses = [(await _get(served, path))[0] for path in ("/live", "/ready", "/health")]
+            reason = (await _get(served, "/ready"))[1].get("reason")
         assert statuses == [200, 200, 200] if is_ready else [200, 503, 503]
+        assert reason == (None if is_ready else "no decode worker")
 
     asyncio.run(run())
 
