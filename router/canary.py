@@ -54,7 +54,7 @@ class Canaries:
     def heard(self, key: WorkerKey) -> None:
         """A heartbeat came: whoever has not shown anything yet is not kept waiting."""
         worker = self._registry.find(key)
-        if worker is not None and worker.is_ready and self._life.placer.proofs.missing(worker):
+        if worker is not None and worker.is_ready and self._life.placer.evidence.missing(worker):
             self.look()
 
     def look(self) -> None:
@@ -72,7 +72,7 @@ class Canaries:
                 self._send(worker, prefill, now)
 
     def _due(self, leg: str, now: float) -> list[WorkerRecord]:
-        idle_s, proofs = self._config.canary_idle_s, self._life.placer.proofs
+        idle_s, evidence = self._config.canary_idle_s, self._life.placer.evidence
         return [
             worker
             for worker in self._registry.live()
@@ -80,7 +80,7 @@ class Canaries:
             and worker.is_ready
             and worker.has_place
             and not self._is_busy(worker)
-            and proofs.is_due(worker, idle_s, now)
+            and evidence.is_due(worker, idle_s, now)
         ]
 
     def _is_busy(self, worker: WorkerRecord) -> bool:
@@ -93,8 +93,8 @@ class Canaries:
             for worker in self._registry.live()
             if worker.is_ready and worker.can_decode and prefill.key in worker.linked and worker.has_place
         ]
-        proofs = self._life.placer.proofs
-        return min(found, key=lambda w: (not proofs.missing(w), self._is_busy(w), w.num_streams, w.key), default=None)
+        evidence = self._life.placer.evidence
+        return min(found, key=lambda w: (not evidence.missing(w), self._is_busy(w), w.num_streams, w.key), default=None)
 
     def _send(self, decode: WorkerRecord, prefill: WorkerRecord | None, now: float) -> None:
         name = PREFIX + self._ids.token(8).hex()
@@ -105,7 +105,7 @@ class Canaries:
 
     def _ended(self, record: RequestRecord, error: ServeError | None) -> None:
         """Its workers have shown what they can. One that refuses the prompt itself has answered well enough."""
-        now, proofs = self._clock.now(), self._life.placer.proofs
+        now, evidence = self._clock.now(), self._life.placer.evidence
         keys = self._running.pop(record.request_id, ())
         blamed = record.avoid or keys
         for key in keys:
@@ -113,10 +113,10 @@ class Canaries:
             if worker is None or not worker.is_live:
                 continue
             if error is None or isinstance(error, BadRequest):
-                proofs.note_success(worker, now)
+                evidence.note_success(worker, now)
             elif not isinstance(error, Unavailable):  # the router stops
                 log.warning("worker %s gives no token: %s", key, error)
                 # What is late or refused on a worker with other work says nothing against it.
                 is_excused = isinstance(error, DeadlineExceeded | Overloaded) and bool(worker.attempts)
-                proofs.note_failure(worker, error, now, is_blamed=key in blamed and not is_excused)
+                evidence.note_failure(worker, error, now, is_blamed=key in blamed and not is_excused)
         self._on_change()

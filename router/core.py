@@ -250,7 +250,7 @@ class RouterCore:
 
     def _row(self, worker: WorkerRecord) -> WorkerStatus:
         legs = self._life.placer.breakers.open_legs(worker.key, self._clock.now())
-        missing = self._life.placer.proofs.missing(worker) if worker.is_ready else ""
+        missing = self._life.placer.evidence.missing(worker) if worker.is_ready else ""
         row = worker.status(self._life.books.expected_blocks(worker))
         return replace(row, breakers=legs, canary=missing)
 

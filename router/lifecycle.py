@@ -212,7 +212,7 @@ class Lifecycle:
         for key in attempt.workers:
             worker = self._registry.find(key)
             if worker is not None:
-                self.placer.proofs.note_success(worker, now)
+                self.placer.evidence.note_success(worker, now)
         if not record.is_canary:
             self.learner.first_token(record, attempt, item.phases, now)
 

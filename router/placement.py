@@ -13,11 +13,11 @@ from .auto import Auto, Targets
 from .breaker import Breakers, Leg
 from .config import RouterConfig
 from .cost_model import CostModel
+from .evidence import Evidence
 from .forecast import Forecast, forecast
 from .options import Chooser, Options
 from .prefix_index import PrefixIndex
 from .prefix_ladder import covered_tokens, extend_rung_hashes, rung_sizes
-from .proofs import Proofs
 from .registry import Registry, WorkerRecord
 from .requests import Choice, RequestRecord
 from .two_step import TwoStep
@@ -52,7 +52,7 @@ class Placer:
     ) -> None:
         self._config = config
         self.breakers = Breakers(config.breaker_failures, config.breaker_pause_s)
-        self.proofs = Proofs(config.canary)
+        self.evidence = Evidence(config.canary)
         self._registry = registry
         self._secret = index_secret
         self.model = CostModel()
@@ -90,7 +90,7 @@ class Placer:
         """This incarnation is gone: it holds nothing and nothing is held against it."""
         self.index.forget(worker)
         self.breakers.forget(worker)
-        self.proofs.forget(worker)
+        self.evidence.forget(worker)
 
     def note_arrival(self, record: RequestRecord, decode: WorkerKey) -> None:
         """The prompt's blocks have come to the worker that decodes."""
@@ -206,7 +206,7 @@ class Placer:
         return trusted or (workers if self._config.disaggregate == "always" else [])
 
     def _trusted(self, workers: list[WorkerRecord], leg: Leg, now: float) -> list[WorkerRecord]:
-        return [w for w in workers if self.breakers.allows(w.key, leg, now) and not self.proofs.missing(w)]
+        return [w for w in workers if self.breakers.allows(w.key, leg, now) and not self.evidence.missing(w)]
 
     def _hashes(self, record: RequestRecord, block_size: int) -> list[BlockHash]:
         """Hashes of the prompt's full rungs, computed once."""

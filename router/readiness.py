@@ -22,7 +22,7 @@ class Readiness:
 
     def why_not(self) -> str:
         """Empty when ready."""
-        missing = {worker.key: self._placer.proofs.missing(worker) for worker in self._registry.live()}
+        missing = {worker.key: self._placer.evidence.missing(worker) for worker in self._registry.live()}
         ready = [worker for worker in self._registry.live() if worker.is_ready and not missing[worker.key]]
         others = [worker for worker in self._registry.live() if worker.is_ready and missing[worker.key]]
         why = "".join(f"; worker {worker.key.worker_id} {missing[worker.key]}" for worker in others)

@@ -189,7 +189,7 @@ def test_open_legs_tell_how_long_they_stay_so() -> None:
 
 
 def test_status_names_the_leg_that_is_left_alone(make_rig: type[Rig]) -> None:
-    rig = make_rig(breaker_failures=1, breaker_pause_s=2.0, max_attempts=1)
+    rig = make_rig(breaker_failures=1, breaker_pause_s=2.0, max_attempts=1, worker_timeout_s=9.0)
     rig.join("d0")
     rig.submit()
     rig.failed(code="internal_error", retriable=True)

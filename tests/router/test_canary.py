@@ -171,7 +171,7 @@ def test_lost_worker_takes_its_canary_along_and_nothing_stays(rig):
     rig.goodbye(decode)
     assert rig.core._life.num_canaries == 0
     assert row(rig, "p0").canary == "has given no token yet", "the other one is to blame"
-    assert decode not in [key for key, _ in rig.core._life.placer.proofs._proofs]
+    assert decode not in [key for key, _ in rig.core._life.placer.evidence._shown]
 
 
 def test_worker_with_another_role_shows_it_anew(rig):

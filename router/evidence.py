@@ -16,7 +16,7 @@ LONGEST_RETRY_S = 30.0
 
 
 @dataclass(slots=True)
-class _Proof:
+class _Shown:
     """`error`: of the last try, if it failed."""
 
     proven_at: float | None = None
@@ -25,50 +25,50 @@ class _Proof:
     pause_s: float = RETRY_S
 
 
-class Proofs:
+class Evidence:
     """One for each incarnation and what it is for: a worker that changes its role has to show it anew."""
 
     def __init__(self, is_on: bool) -> None:
         self.is_on = is_on
-        self._proofs: dict[tuple[WorkerKey, bool], _Proof] = {}
+        self._shown: dict[tuple[WorkerKey, bool], _Shown] = {}
 
     def missing(self, worker: WorkerRecord) -> str:
         """Why it does not count as ready; empty when it does."""
-        proof = self._of(worker)
-        if not self.is_on or (proof is not None and proof.proven_at is not None):
+        shown = self._of(worker)
+        if not self.is_on or (shown is not None and shown.proven_at is not None):
             return ""
-        failed = f"canary failed: {proof.error}" if proof is not None and proof.error else ""
+        failed = f"canary failed: {shown.error}" if shown is not None and shown.error else ""
         return failed or "has given no token yet"
 
     def is_due(self, worker: WorkerRecord, idle_s: float, now: float) -> bool:
         """Whether to ask it for a token: it has given none yet, or none for `idle_s` (0: never mind)."""
-        proof = self._of(worker)
-        if proof is None:
+        shown = self._of(worker)
+        if shown is None:
             return True
-        if proof.proven_at is None:
-            return now >= proof.retry_at
-        return 0 < idle_s <= now - proof.proven_at and not worker.attempts
+        if shown.proven_at is None:
+            return now >= shown.retry_at
+        return 0 < idle_s <= now - shown.proven_at and not worker.attempts
 
     def note_success(self, worker: WorkerRecord, now: float) -> None:
         """It has done its part of a first token."""
         if self.is_on:
-            self._proofs[_name(worker)] = _Proof(proven_at=now)
+            self._shown[_name(worker)] = _Shown(proven_at=now)
 
     def note_failure(self, worker: WorkerRecord, error: ServeError, now: float, *, is_blamed: bool) -> None:
         """A canary has failed; one that another worker is to blame for says nothing of this one."""
-        proof = self._proofs.setdefault(_name(worker), _Proof())
-        proof.retry_at = now + proof.pause_s
+        shown = self._shown.setdefault(_name(worker), _Shown())
+        shown.retry_at = now + shown.pause_s
         if is_blamed:
-            proof.proven_at, proof.error = None, str(error)
-            proof.pause_s = min(2 * proof.pause_s, LONGEST_RETRY_S)
+            shown.proven_at, shown.error = None, str(error)
+            shown.pause_s = min(2 * shown.pause_s, LONGEST_RETRY_S)
 
     def forget(self, worker: WorkerKey) -> None:
         """This incarnation is gone."""
         for is_prefill in (False, True):
-            self._proofs.pop((worker, is_prefill), None)
+            self._shown.pop((worker, is_prefill), None)
 
-    def _of(self, worker: WorkerRecord) -> _Proof | None:
-        return self._proofs.get(_name(worker))
+    def _of(self, worker: WorkerRecord) -> _Shown | None:
+        return self._shown.get(_name(worker))
 
 
 def _name(worker: WorkerRecord) -> tuple[WorkerKey, bool]:
