@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 _SHAPE = re.compile(r"(?:(\d{1,4})P\+(\d{1,4})D|(\d{1,4})B)")
 _HEADER = (
-    "WORKERS", "POLICY", "TTFT MEAN", "P50", "P99", "TPOT MEAN", "P99", "GOODPUT", "PREFIX HITS", "LOCAL", "FORECAST ±"
+    "WORKERS", "POLICY", "TTFT MEAN", "P50", "P99", "TPOT MEAN", "P99", "GOODPUT", "PREFIX HITS", "LOCAL", "FORECAST ±",
+    "CHANGES",
 )  # fmt: skip
 
 
@@ -33,7 +34,12 @@ def register(commands: Commands) -> None:
         "fits on a laptop and every run with the same arguments gives the same figures.",
         "penstock simulate conversation_trace.jsonl.gz --workers 8P+8D,16B --policy auto,least-loaded,mooncake",
     )
-    parser.add_argument("trace", metavar="TRACE", help="a Mooncake JSON-lines or Azure CSV file, gzipped or not")
+    parser.add_argument(
+        "trace",
+        metavar="TRACE",
+        help="a Mooncake JSON-lines or Azure CSV file, gzipped or not; or `shift`: a generated load that turns from "
+        "long prompts to long answers half way",
+    )
     parser.add_argument(
         "--workers",
         default="8P+8D",
@@ -64,6 +70,14 @@ def register(commands: Commands) -> None:
         help="the first prefill and the first decode worker run on the same cores, and so on: each takes X times as "
         "long while both compute; 2 where neither gains by the other (default: 1, none share)",
     )
+    parser.add_argument(
+        "--balance-roles",
+        action="store_true",
+        help="run each shape once more with the planner, which changes the roles of its workers",
+    )
+    parser.add_argument(
+        "--parts", type=whole_number(1, 100), default=1, metavar="N", help="also a row for each Nth of the trace's time"
+    )
     parser.add_argument("--seed", type=whole_number(0, 2**31), default=0, metavar="N")
     parser.add_argument("--json", action="store_true", help="print JSON: a list of rows, times in seconds")
 
@@ -72,7 +86,8 @@ def run(args: argparse.Namespace) -> int:
     from ..core.logging import setup_logging
     from ..simulator.costs import MODELS
     from ..simulator.report import Targets
-    from ..simulator.runs import POLICIES, simulate
+    from ..simulator.runs import POLICIES, simulate_parts
+    from ..simulator.shifting import NAME, shifting_trace
     from ..simulator.trace import load_trace, shape_trace
 
     shapes = [parse_shape(text) for text in args.workers.split(",")]
@@ -81,13 +96,24 @@ def run(args: argparse.Namespace) -> int:
         if name not in known:
             raise CliError(f"{name!r} is not known", f"choose from {', '.join(known)}")
     setup_logging("simulate", "warning")
-    trace = shape_trace(load_trace(Path(args.trace)), args.rate, args.limit)
-    rows = []
+    requests = shifting_trace(args.seed) if args.trace == NAME else load_trace(Path(args.trace))
+    trace = shape_trace(requests, args.rate, args.limit)
+    costs, targets, rows = MODELS[args.model], Targets(args.ttft, args.tpot), []
     for shape in shapes:
         for policy in policies:
-            print(f"{shape}, {policy}: {len(trace)} requests", file=sys.stderr)
-            targets = Targets(args.ttft, args.tpot)
-            rows.append(simulate(trace, policy, shape, MODELS[args.model], targets, args.seed, args.shared_cores))
+            for is_balanced in (False, True) if args.balance_roles else (False,):
+                print(f"{shape}, {policy}: {len(trace)} requests", file=sys.stderr)
+                rows += simulate_parts(
+                    trace,
+                    policy,
+                    shape,
+                    costs,
+                    targets,
+                    args.seed,
+                    args.parts,
+                    args.shared_cores,
+                    balance_roles=is_balanced,
+                )
     print(json.dumps([row.to_dict() for row in rows], indent=2) if args.json else format_rows(rows))
     return 0
 
@@ -122,4 +148,5 @@ def _cells(row: Summary) -> tuple[str, ...]:
         f"{row.hit_rate:.1%}",
         f"{row.local_rate:.0%}",
         f"{row.ttft_forecast_error:.1%}",
+        str(row.num_role_changes),
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 from .arguments import Commands, add_command, add_server_options
 from .errors import CliError
+from .notes import role_notes, worker_notes
 from .terminal import has_colour, printable, style, table
 
 _NUMBERS = ("free_blocks", "total_blocks", "running", "waiting")
@@ -49,7 +50,8 @@ def format_status(status: dict[str, Any], is_coloured: bool = False) -> str:
         state = str(worker.get("state", ""))
         if state in _COLOURS:
             lines[number] = lines[number].replace(state, style(state, _COLOURS[state], is_coloured), 1)
-    return "\n".join([*lines, _summary(status)])
+    notes = [*worker_notes(status["workers"]), *role_notes(status.get("role_changes") or [])]
+    return "\n".join([*lines, _summary(status), *notes])
 
 
 def _row(worker: dict[str, Any]) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .notes import role_notes, worker_notes
 from .terminal import byte_size, printable, table
 
 HEADER = ("WORKER", "STATE", "BUSY", "RUN", "WAIT", "KV", "PREFILL/S", "DECODE/S", "HAND-OFFS", "DRAFTS", "RESTARTS")
@@ -32,6 +33,8 @@ def build_frame(before: dict[str, Any], after: dict[str, Any], span_s: float) ->
             "receiving": sum(worker["receiving"] for worker in workers),
             "bytes_per_s": sum(rate for rate in moved if rate is not None),
         },
+        "balances_roles": bool(after.get("balances_roles", False)),
+        "role_changes": list(after.get("role_changes") or []),
         "workers": workers,
     }
 
@@ -56,6 +59,8 @@ def _worker(row: dict[str, Any], before: dict[str, Any] | None, span_s: float) -
         "drafted_tokens": int(load.get("drafted_tokens", 0)),
         "accepted_tokens": int(load.get("accepted_tokens", 0)),
         "restarts": int(row.get("restarts", 0)),
+        "breakers": dict(row.get("breakers") or {}),
+        "canary": str(row.get("canary", "")),
         "turn_age_s": float(row.get("turn_age_s", 0.0)),
         "utilisation": _utilisation(load, before, span_s),
         **rates,
@@ -92,7 +97,8 @@ def format_frame(frame: dict[str, Any]) -> str:
         lines.append(f"{role}:")
         lines += [f"{row}" for row in rows[: len(workers)]]
         rows = rows[len(workers) :]
-    return "\n".join(lines)
+    notes = [*worker_notes(frame["workers"]), *role_notes(frame["role_changes"])]
+    return "\n".join([*lines, *([""] if notes else []), *notes])
 
 
 def _pipe(pipe: dict[str, Any]) -> str:

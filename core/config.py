@@ -76,6 +76,10 @@ class RouterConfig:
     With auto, prompts of at most `local_prefill_max_tokens` uncached tokens are prefilled where they decode.
     refuse_late: auto refuses what cannot keep a target that its client or its class names; always takes the targets
     below for those of every class without its own; never refuses for that.
+    `canary`: a worker counts as ready once it has given a token for a prompt of the router's own, and is asked again
+    after `canary_idle_s` without any (0: never).
+    `balance_roles`: workers change their roles as the load asks for it (docs/ROUTING.md); at least `min_prefill` go on
+    to compute prompts and `min_decode` to decode, those for both counted for each.
     """
 
     policy: PolicyName = "prefix-affinity"
@@ -95,6 +99,11 @@ class RouterConfig:
     refuse_late: RefuseLate = "auto"
     max_queued_tokens: int = setting(1 << 24, 1, 1 << 40)  # prompt tokens not yet computed, of all requests
     max_promised_blocks: int | None = setting(None, 1, 1 << 40)  # KV blocks of prompts and expected answers
+    canary: bool = True
+    canary_idle_s: float = setting(60.0, 0, 86_400)
+    balance_roles: bool = False
+    min_prefill: int = setting(1, 1, 128)
+    min_decode: int = setting(1, 1, 128)
 
 
 @dataclass(frozen=True, slots=True)

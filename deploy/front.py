@@ -108,6 +108,12 @@ def router_config(topology: Topology) -> RouterConfig:
         refuse_late=router.refuse_late,
         max_queued_tokens=router.max_queued_tokens,
         max_promised_blocks=router.max_promised_blocks,
+        canary=router.canary,
+        canary_idle_s=router.canary_idle_s,
+        balance_roles=router.balance_roles,
+        min_prefill=router.min_prefill,
+        min_decode=router.min_decode,
+        max_worker_streams=topology.decode.max_num_seqs,
         expected_workers=len(topology.workers()),
         fixed_roles="the workers share one pool (transfer.one_pool)" if topology.transfer.one_pool else "",
     )

@@ -234,6 +234,26 @@ def _cluster_metrics(status: ClusterStatus) -> Iterator[Metric]:
         restarts.add_metric([worker.worker_id, worker.role], float(worker.restarts))
     yield state
     yield restarts
+    yield _open_breakers(status.workers)
+    yield _role_changes(status)
+
+
+def _open_breakers(workers: list[WorkerStatus]) -> Metric:
+    labels = ("worker", "role", "leg")
+    family = GaugeMetricFamily("penstock_worker_breaker_open", "1 for a leg that is left alone", labels=labels)
+    for worker in workers:
+        for leg in ("prefill", "decode"):
+            family.add_metric([worker.worker_id, worker.role, leg], float(leg in worker.breakers))
+    return family
+
+
+def _role_changes(status: ClusterStatus) -> Metric:
+    family = CounterMetricFamily(
+        "penstock_role_changes", "Times that a worker was asked to be for something else", labels=("from", "to", "by")
+    )
+    for before, after, by, count in status.role_change_counts:
+        family.add_metric([before, after, by], float(count))
+    return family
 
 
 def _add_workers(family: GaugeMetricFamily | CounterMetricFamily, workers: list[WorkerStatus], field: str) -> None:

@@ -24,7 +24,7 @@ async def ready(request: web.Request) -> web.Response:
     reason = _why_not_ready(request.app[GATEWAY])
     if reason is None:
         return _json({"status": "ready"})
-    return _json({"status": "not ready"}, status=503)
+    return _json({"status": "not ready", "reason": reason}, status=503)
 
 
 async def models(request: web.Request) -> web.Response:

@@ -20,6 +20,7 @@ from ..core.ids import WorkerKey
 from .registry import WorkerRecord
 
 Leg = Literal["prefill", "decode"]
+LEGS: tuple[Leg, ...] = ("prefill", "decode")
 BLAMELESS = (BadRequest, Cancelled, DeadlineExceeded, NodeLost, Overloaded)
 LONGEST_PAUSE_S = 30.0
 
@@ -55,6 +56,13 @@ class Breakers:
         breaker = self._breakers.get((worker, leg))
         return breaker is not None and breaker.until is not None
 
+    def open_legs(self, worker: WorkerKey, now: float) -> dict[str, float]:
+        """Legs that are left alone, with the seconds until one attempt may find out; 0 while its outcome is awaited
+        or nothing comes.
+        """
+        found = ((leg, self._breakers.get((worker, leg))) for leg in LEGS)
+        return {leg: max(0.0, each.until - now) for leg, each in found if each is not None and each.until is not None}
+
     def note_attempt(self, worker: WorkerKey, leg: Leg, now: float) -> None:
         """An attempt goes there. Through an open breaker it is on trial, and the next one waits for its outcome."""
         breaker = self._breakers.get((worker, leg))
@@ -80,5 +88,5 @@ class Breakers:
 
     def forget(self, worker: WorkerKey) -> None:
         """This incarnation is gone."""
-        for leg in ("prefill", "decode"):
+        for leg in LEGS:
             self._breakers.pop((worker, leg), None)

@@ -43,6 +43,12 @@ class RouterConfig:
     max_prefix_blocks: int = 65536  # of the prefix index
     max_exact_blocks: int = 0  # of the exact index, which workers tell of their caches; 0: there is none
     expected_workers: int = 0
+    canary: bool = False  # a worker gives one token before it counts as ready (`canary`)
+    canary_idle_s: float = 60.0  # and again after so long without any; 0: never
+    balance_roles: bool = False  # the planner may change roles (`planner`)
+    min_prefill: int = 1  # workers for prompts that it leaves, those for both included
+    min_decode: int = 1
+    max_worker_streams: int = 1 << 16  # in a worker's batch, as far as the planner is concerned
     fixed_roles: str = ""  # why no worker may be given another role; empty: it may
 
     def __post_init__(self) -> None:
@@ -53,8 +59,16 @@ class RouterConfig:
         if self.refuse_late not in get_args(RefuseLate):
             raise ConfigError(f"refuse_late {self.refuse_late!r}: choose one of {', '.join(get_args(RefuseLate))}")
         check_classes(self.classes, self.default_class)
-        zero_allowed = {"local_prefill_max_tokens", "max_imbalance_tokens", "expected_workers", "retry_backoff_s"}
-        zero_allowed.add("max_exact_blocks")
+        zero_allowed = (
+            "local_prefill_max_tokens",
+            "max_imbalance_tokens",
+            "expected_workers",
+            "retry_backoff_s",
+            "max_exact_blocks",
+            "canary",
+            "canary_idle_s",
+            "balance_roles",
+        )
         for field in fields(self):
             value = getattr(self, field.name)
             if value is None or isinstance(value, (str, tuple)):

@@ -11,7 +11,10 @@ What a request goes through is in `lifecycle.py`, what workers say of it in `rep
 
 from __future__ import annotations
 
-from typing import assert_never
+from collections.abc import Callable
+from typing import Literal, assert_never
+
+from msgspec.structs import replace
 
 from ..core.clock import Clock
 from ..core.errors import (
@@ -34,18 +37,23 @@ from ..protocol.messages import (
     Role,
     SetRole,
 )
+from .balance import RoleBalance
+from .canary import Canaries
 from .config import RouterConfig, RouterCounters
 from .effects import Effect
-from .interface import ClusterStatus, GenerateRequest
+from .interface import ClusterStatus, GenerateRequest, WorkerStatus
 from .invariants import check_invariants
 from .lifecycle import Lifecycle
 from .membership import Membership
 from .options import Chooser
 from .readiness import Readiness
-from .registry import Registry
+from .registry import Registry, WorkerRecord
 from .reports import Reports
 from .requests import RequestRecord
 from .timers import Timers
+
+Chore = Literal["balance", "canary"]  # what is looked after now and then, whatever comes
+CHORE_S = 1.0
 
 
 class RouterCore:
@@ -72,6 +80,16 @@ class RouterCore:
         self._members = Membership(
             config, clock, self.epoch, self._registry, self._timers, self._life, self._reports, self._readiness
         )
+        self._balance = RoleBalance(config, self._registry, self._life, self._order_role)
+        self._chores: Timers[Chore] = Timers()
+        self._canaries = Canaries(config, clock, ids, self._registry, self._life, self._readiness.note_change)
+        self._chores_of: dict[Chore, Callable[[], None]] = {}
+        if self._balance.is_on:
+            self._chores_of["balance"] = lambda: self._balance.look(clock.now())
+        if self._canaries.is_on:
+            self._chores_of["canary"] = self._canaries.look
+        for chore in self._chores_of:
+            self._chores.arm(chore, clock.now() + CHORE_S)
 
     # ---- callers
 
@@ -96,6 +114,7 @@ class RouterCore:
         record.unavailable_at = record.submitted_at + self.config.unavailable_s
         self._life.counters.accepted += 1
         self._life.blame.note_request()
+        self._life.offered.note_request(record.num_prompt_tokens, record.submitted_at)
         self._life.has_news = True
         self._life.arm(record)
         return self._flush()
@@ -141,8 +160,12 @@ class RouterCore:
             raise BadRequest(f"roles are fixed here: {self.config.fixed_roles}", "role")
         if role == "prefill" and not any(other.can_decode for other in self._registry.live() if other is not worker):
             raise BadRequest(f"{worker_id} is the only worker that decodes; give another one that role first", "role")
-        self._members.command(worker, SetRole(role))
+        self._balance.note_manual(worker, role, self._clock.now())
+        self._order_role(worker, role)
         return self._flush()
+
+    def _order_role(self, worker: WorkerRecord, role: Role) -> None:
+        self._members.command(worker, SetRole(role))
 
     # ---- workers
 
@@ -154,6 +177,8 @@ class RouterCore:
                 self._members.on_hello(key, hello)
             case Heartbeat() as beat:
                 self._members.on_heartbeat(key, beat)
+                if self._canaries.is_on and not self._is_draining:
+                    self._canaries.heard(key)
             case Output() as output:
                 self._reports.on_output(key, output)
             case PrefillEnded() as ended:
@@ -187,7 +212,7 @@ class RouterCore:
     @property
     def next_deadline(self) -> float | None:
         """When `tick` is due; None while nothing is waited for."""
-        return self._timers.next()
+        return min((when for when in (self._timers.next(), self._chores.next()) if when is not None), default=None)
 
     def tick(self) -> list[Effect]:
         """Handle every deadline that has come. Safe at any time."""
@@ -196,6 +221,10 @@ class RouterCore:
                 self._members.on_worker_timer(key)
             elif (record := self._life.table.active.get(key)) is not None:
                 self._life.on_timer(record)
+        for chore in self._chores.pop_due(self._clock.now()):
+            if not self._is_draining:
+                self._chores_of[chore]()
+            self._chores.arm(chore, self._clock.now() + CHORE_S)
         return self._flush()
 
     # ---- views
@@ -209,20 +238,28 @@ class RouterCore:
         return self._is_draining
 
     def status(self) -> ClusterStatus:
-        workers = self._registry.all()
         why_not = "draining" if self._is_draining else self._readiness.why_not()
         live = self._registry.live()
         return ClusterStatus(
             ready=not why_not,
             why_not_ready=why_not,
             policy=self.config.policy,
-            workers=[worker.status(self._life.books.expected_blocks(worker)) for worker in workers],
-            active_requests=len(self._life.table.active),
+            workers=[self._row(worker) for worker in self._registry.all()],
+            active_requests=len(self._life.table.active) - self._life.num_canaries,
             queued_requests=len(self._life.table.waiting),
             bytes_per_token=live[0].hello.bytes_per_token if live else 0,
             max_sequence_tokens=self._registry.max_sequence_tokens(),
             classes=self._life.door.status(),
+            balances_roles=self._balance.is_on,
+            role_changes=self._balance.changes(self._clock.now()),
+            role_change_counts=self._balance.counts(),
         )
+
+    def _row(self, worker: WorkerRecord) -> WorkerStatus:
+        legs = self._life.placer.breakers.open_legs(worker.key, self._clock.now())
+        missing = self._life.placer.evidence.missing(worker) if worker.is_ready else ""
+        row = worker.status(self._life.books.expected_blocks(worker))
+        return replace(row, breakers=legs, canary=missing)
 
     def check_invariants(self) -> None:
         """Raise AssertionError where the books do not balance. For tests and the simulation."""

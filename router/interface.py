@@ -135,6 +135,19 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     num_attempts: int = 0  # that the router wants to live there
     expected_blocks: int = 0  # that these may hold: what is in use beyond it is held for nobody
     block_size: int = 0  # tokens in one of its blocks
+    canary: str = ""  # why it does not count as ready though it says so
+    breakers: dict[str, float] = {}  # legs left alone since attempts fail there → seconds until one may find out
+
+
+class RoleChange(msgspec.Struct, frozen=True):
+    """A worker was asked to be for something else, `age_s` ago, by the planner or by an operator."""
+
+    worker_id: str
+    before: Role
+    after: Role
+    by: str
+    reason: str
+    age_s: float
 
 
 class ClassStatus(msgspec.Struct, frozen=True):
@@ -159,6 +172,9 @@ class ClusterStatus(msgspec.Struct, frozen=True):
     bytes_per_token: int = 0
     max_sequence_tokens: int = 0  # longest prompt + output any live worker can hold
     classes: list[ClassStatus] = []
+    balances_roles: bool = False
+    role_changes: list[RoleChange] = []  # the last ones, oldest first
+    role_change_counts: list[tuple[str, str, str, int]] = []  # from, to, by whom, how often since the start
 
 
 class Router(Protocol):

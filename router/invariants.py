@@ -15,7 +15,9 @@ def check_invariants(
 ) -> None:
     """Raise AssertionError that names the request or worker whose books do not balance."""
     table, counters = life.table, life.counters
-    assert counters.accepted == counters.ended + len(table.active), "accepted requests are ended or active"
+    num_active = len(table.active) - life.num_canaries
+    assert life.num_canaries == sum(record.is_canary for record in table.active.values()), "canaries are counted"
+    assert counters.accepted == counters.ended + num_active, "accepted requests are ended or active"
     assert len(table.active) <= config.max_active_requests
     table.waiting.check_invariants()
     life.door.check_invariants()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..protocol.messages import Phases
 from .cost_model import CostModel
+from .offered import OfferedLoad
 from .registry import Registry, WorkerRecord
 from .requests import Attempt, Pace, RequestRecord
 from .stream_limit import StreamLimit
@@ -12,10 +13,11 @@ MIN_PACED_TOKENS = 4  # after the first: fewer say more about chance than about 
 
 
 class Learner:
-    def __init__(self, model: CostModel, streams: StreamLimit, registry: Registry) -> None:
+    def __init__(self, model: CostModel, streams: StreamLimit, registry: Registry, offered: OfferedLoad) -> None:
         self._model = model
         self._streams = streams
         self._registry = registry
+        self._offered = offered
 
     def first_token(self, record: RequestRecord, attempt: Attempt, phases: Phases | None, now: float) -> None:
         """The attempt's first tokens came. Call before they are added to the request's."""
@@ -25,11 +27,11 @@ class Learner:
             attempt.pace = Pace(now, decode.num_running, decode.used_blocks, busy_s, neighbour_s)
         if phases is None:
             return
-        self._prefill(record, attempt, phases)
+        self._prefill(record, attempt, phases, now)
         if attempt.prefill is not None and phases.transferred_blocks:
             self._model.saw_transfer(attempt.prefill, attempt.decode, phases.transferred_bytes, phases.transfer_s)
 
-    def _prefill(self, record: RequestRecord, attempt: Attempt, phases: Phases) -> None:
+    def _prefill(self, record: RequestRecord, attempt: Attempt, phases: Phases, now: float) -> None:
         worker = self._registry.find(attempt.queue)
         num_new = record.prefill_tokens() - phases.cached_tokens
         if worker is None or num_new < 1 or phases.prefill_s <= 0:
@@ -38,10 +40,13 @@ class Learner:
         self._model.saw_prefill(
             worker.key, num_new, phases.cached_tokens, worker.num_running, phases.prefill_s, num_beside
         )
+        alone_s = self._model.prefill_s(worker.key, num_new, phases.cached_tokens)
+        self._offered.note_computed(alone_s, phases.transfer_s, now)
 
     def answered(self, record: RequestRecord, attempt: Attempt, now: float) -> None:
         """Every choice has ended by itself, in this attempt."""
         self._model.saw_answer(record.num_output_tokens // len(record.choices))
+        self._offered.note_answer(record.num_output_tokens, now)
         decode, pace = self._registry.find(attempt.decode), attempt.pace
         if decode is None or pace is None:
             return

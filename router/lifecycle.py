@@ -5,6 +5,7 @@ them out.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from ..core.clock import Clock
 from ..core.errors import DeadlineExceeded, NodeLost, ProtocolError, ServeError, Unavailable
@@ -17,8 +18,9 @@ from .commands import proof_of, start_decode, start_prefill
 from .config import RouterConfig, RouterCounters
 from .effects import Deliver, Effect, End
 from .fair_queue import Turn
-from .interface import Decision, EndEvent, TokensEvent
+from .interface import Decision, EndEvent, GenerateRequest, TokensEvent
 from .learning import Learner
+from .offered import OfferedLoad
 from .options import Chooser
 from .placement import Placement, Placer, Refusal
 from .registry import Registry, WorkerRecord
@@ -57,12 +59,15 @@ class Lifecycle:
         self.table = RequestTable()
         self.placer = Placer(config, registry, ids.token(16).hex(), chooser, cluster_key)
         self.door = Door(config, registry, self.placer, self.table)
-        self.learner = Learner(self.placer.model, self.placer.streams, registry)
+        self.offered = OfferedLoad()
+        self.learner = Learner(self.placer.model, self.placer.streams, registry, self.offered)
         self.counters = RouterCounters()
         self.blame = Blame(self.placer.breakers, self.counters, clock.now())
         self.effects: list[Effect] = []
         self.books = Accounts(config, clock, router_epoch, registry, self.table, self.effects)
         self.has_news = False  # something happened that may let a waiting request go
+        self.on_canary: Callable[[RequestRecord, ServeError | None], None] = lambda record, error: None
+        self.num_canaries = 0  # under way
 
     # ---- placing
 
@@ -98,6 +103,13 @@ class Lifecycle:
             return Turn.TAKEN
         return Turn.BLOCKED if placement is Refusal.NO_ROOM else Turn.SKIPPED
 
+    def send_canary(self, request: GenerateRequest, placement: Placement, now: float) -> None:
+        """A request of the router's own, to these workers and no others; `on_canary` hears of its end."""
+        record = self.table.add(request, now)
+        record.is_canary = True
+        self.num_canaries += 1
+        self._dispatch(record, placement, now)
+
     def _dispatch(self, record: RequestRecord, placement: Placement, now: float) -> None:
         decode, prefill = placement.decode, placement.prefill
         attempt = Attempt(
@@ -126,9 +138,10 @@ class Lifecycle:
             attempt.prefill_number = self.books.send(prefill, start_prefill(record, attempt, timeout_s, proof))
         self.placer.note_dispatch(record, placement)
         self.blame.note_attempt(attempt, now)
-        self.counters.attempts += 1
-        self.counters.remote_prefills += prefill is not None
-        self.counters.local_prefills += prefill is None
+        if not record.is_canary:
+            self.counters.attempts += 1
+            self.counters.remote_prefills += prefill is not None
+            self.counters.local_prefills += prefill is None
         self.arm(record)
         log.debug("request %s: decode %s, prefill %s", attempt.key, decode.key, attempt.prefill or "local")
 
@@ -176,12 +189,8 @@ class Lifecycle:
             self.counters.resumed += record.num_output_tokens > 0
             record.to_running()
             self.books.prompt_computed(attempt)
-            self.learner.first_token(record, attempt, item.phases, self._clock.now())
-            if not record.num_output_tokens:
-                record.first_token_at = self._clock.now()
-                self.door.first_token(record)
+            self._note_first(record, attempt, item)
             self.books.count_running(attempt, attempt.streams)
-            self.blame.note_success(attempt)
             if attempt.prefill is not None:
                 self.placer.note_arrival(record, attempt.decode)
         elif attempt.pace is not None:
@@ -209,12 +218,28 @@ class Lifecycle:
         choice.is_finished = item.finish_reason is not None
         if choice.is_finished:
             self._note_answer(record, choice, is_computed=item.stop_token is not None)
-        self.effects.append(Deliver(record.request_id, event))
+        self._deliver(record, event)
         self.books.reweigh(record, attempt)
         if choice.is_finished and not record.open_choices:
             attempt.is_decode_over = attempt.is_prefill_over = True
-            self.learner.answered(record, attempt, self._clock.now())
+            if not record.is_canary:
+                self.learner.answered(record, attempt, self._clock.now())
             self.end(record, None)
+
+    def _note_first(self, record: RequestRecord, attempt: Attempt, item: Tokens) -> None:
+        """Both legs of the attempt have worked."""
+        now = self._clock.now()
+        self.blame.note_success(attempt)
+        for key in attempt.workers:
+            worker = self._registry.find(key)
+            if worker is not None:
+                self.placer.evidence.note_success(worker, now)
+        if record.is_canary:
+            return
+        self.learner.first_token(record, attempt, item.phases, now)
+        if not record.num_output_tokens:
+            record.first_token_at = now
+            self.door.first_token(record)
 
     def _after_finish(self, record: RequestRecord, choice: Choice) -> None:
         """Tokens of a finished choice. One the caller cancelled goes on until its Abort has arrived: say it again if
@@ -263,7 +288,7 @@ class Lifecycle:
         record.to_waiting(error, blamed, now + self._config.unavailable_s)
         self.table.enqueue(record)
         self._finish_full(record)
-        if record.open_choices and record.fruitless < self._config.max_attempts:
+        if record.open_choices and record.fruitless < self._config.max_attempts and not record.is_canary:
             record.not_before = now + max(self._backoff(record.fruitless), self.blame.retry_wait_s(error, now))
             self.counters.retries += 1
             self.has_news = True
@@ -283,11 +308,15 @@ class Lifecycle:
         self.door.end(record, self._clock.now(), is_whole=error is None)
         self.table.end(record, self._clock.now())
         self._timers.disarm(record.request_id)
+        self.has_news = True
+        if record.is_canary:
+            self.num_canaries -= 1
+            self.on_canary(record, error)
+            return
         self.effects.append(
             End(record.request_id, EndEvent(error, record.num_attempts, record.route_s, record.num_resumed))
         )
         self.counters.ended += 1
-        self.has_news = True
         log.debug("request %s: ended: %s", record.request_id, error or "ok")
 
     def cancel_choice(self, record: RequestRecord, choice: Choice) -> None:
@@ -301,6 +330,10 @@ class Lifecycle:
         elif record.attempt is not None:
             self.books.reweigh(record, record.attempt)
             self.books.abort(record.attempt.decode, record.attempt.key, choice.number)
+
+    def _deliver(self, record: RequestRecord, event: TokensEvent) -> None:
+        if not record.is_canary:
+            self.effects.append(Deliver(record.request_id, event))
 
     def _note_answer(self, record: RequestRecord, choice: Choice, *, is_computed: bool = False) -> None:
         """The decode worker holds what it produced of this choice; the last token only if another was drawn after
@@ -323,7 +356,7 @@ class Lifecycle:
             if len(choice.output_ids) >= record.request.params.max_tokens:
                 choice.is_finished = True
                 event = TokensEvent(choice.number, len(choice.output_ids), (), "length")
-                self.effects.append(Deliver(record.request_id, event))
+                self._deliver(record, event)
 
     def _backoff(self, fruitless: int) -> float:
         """Nothing before the first retry: most failures are one lost worker."""

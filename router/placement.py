@@ -11,9 +11,10 @@ from ..core.prefix_hash import hash_key
 from ..protocol.messages import pack_ids
 from .auto import Auto, Targets
 from .block_watch import BlockWatch
-from .breaker import Breakers
+from .breaker import Breakers, Leg
 from .config import RouterConfig
 from .cost_model import CostModel
+from .evidence import Evidence
 from .forecast import Forecast, forecast
 from .options import Chooser, Options
 from .prefix_index import PrefixIndex
@@ -60,6 +61,7 @@ class Placer:
     ) -> None:
         self._config = config
         self.breakers = Breakers(config.breaker_failures, config.breaker_pause_s)
+        self.evidence = Evidence(config.canary)
         self._registry = registry
         self._secret = index_secret
         self.model = CostModel()
@@ -76,7 +78,7 @@ class Placer:
         roomy = self._roomy(record, able)
         if not roomy:
             return Refusal.NO_ROOM
-        options = self._options(record, self.breakers.allowed(roomy, "decode", now) or roomy, now)
+        options = self._options(record, self._trusted(roomy, "decode", now) or roomy, now)
         decode, prefill = self._chooser.choose(options)
         uncached = max(0, options.num_tokens - options.held_tokens.get((prefill or decode).key, 0))
         num_beside = self._registry.neighbours_at_work(prefill or decode)
@@ -112,7 +114,7 @@ class Placer:
         if not workers:
             return 0.0
         num_tokens, size = record.num_prompt_tokens, workers[0].block_size
-        held = self.index.matches(self._hashes(record, size) if self._chooser.reads_prefixes else []).here
+        held = self.index.matches(self.hash_prompt(record, size) if self._chooser.reads_prefixes else []).here
         here = {key: min(covered_tokens(depth, size), num_tokens - 1) for key, depth in held.items()}
         cached = [(worker, here.get(worker.key, 0)) for worker in workers]
         return min(
@@ -135,6 +137,7 @@ class Placer:
         self.index.forget(worker)
         self.blocks.forget(worker)
         self.breakers.forget(worker)
+        self.evidence.forget(worker)
 
     def note_arrival(self, record: RequestRecord, decode: WorkerKey) -> None:
         """The prompt's blocks have come to the worker that decodes."""
@@ -167,7 +170,7 @@ class Placer:
     def has_pair(self) -> bool:
         """Some ready decode worker is linked to some ready prefill worker."""
         return any(
-            self._linked_prefill(decode) for decode in self._registry.live() if decode.is_ready and decode.can_decode
+            self.linked_prefill(decode) for decode in self._registry.live() if decode.is_ready and decode.can_decode
         )
 
     def able_to_decode(self, record: RequestRecord) -> list[WorkerRecord]:
@@ -186,8 +189,8 @@ class Placer:
         return self._config.disaggregate == "always" and not record.needs_local_prefill
 
     def _roomy(self, record: RequestRecord, decodes: list[WorkerRecord]) -> list[WorkerRecord]:
-        """Those with blocks, a place and time for another stream, and where it must be handed over, a place in a prefill
-        queue.
+        """Those with blocks, a place and time for another stream, and for what must be handed over, a place in the queue
+        of a prefill worker.
         """
         if self._needs_handoff(record):
             decodes = [worker for worker in decodes if self._free_to_prefill(record, worker)]
@@ -206,12 +209,12 @@ class Placer:
 
     def _able_to_prefill(self, record: RequestRecord, decode: WorkerRecord) -> list[WorkerRecord]:
         needed = record.prefill_tokens()
-        return [worker for worker in self._linked_prefill(decode) if worker.hello.max_sequence_tokens >= needed]
+        return [worker for worker in self.linked_prefill(decode) if worker.hello.max_sequence_tokens >= needed]
 
     def _free_to_prefill(self, record: RequestRecord, decode: WorkerRecord) -> list[WorkerRecord]:
         return [worker for worker in self._able_to_prefill(record, decode) if worker.has_place]
 
-    def _linked_prefill(self, decode: WorkerRecord) -> list[WorkerRecord]:
+    def linked_prefill(self, decode: WorkerRecord) -> list[WorkerRecord]:
         found = (self._registry.find(key) for key in sorted(decode.linked))
         return [
             worker for worker in found if worker and worker.is_ready and worker.can_prefill and worker is not decode
@@ -259,8 +262,12 @@ class Placer:
 
     def _trusted_to_prefill(self, workers: list[WorkerRecord], now: float) -> list[WorkerRecord]:
         """Where decode may prefill for itself, nobody has to go to one that fails."""
-        trusted = self.breakers.allowed(workers, "prefill", now)
+        trusted = self._trusted(workers, "prefill", now)
         return trusted or (workers if self._config.disaggregate == "always" else [])
+
+    def _trusted(self, workers: list[WorkerRecord], leg: Leg, now: float) -> list[WorkerRecord]:
+        allowed = self.breakers.allowed(workers, leg, now)
+        return [worker for worker in allowed if not self.evidence.missing(worker)] if self.evidence.is_on else allowed
 
     def hash_prompt(self, record: RequestRecord, block_size: int) -> list[RungHash]:
         """Hashes of the prompt's full rungs, computed once."""

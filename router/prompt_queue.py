@@ -8,7 +8,7 @@ from ..core.ids import AttemptKey
 class PromptQueue:
     """First come, first served, as the worker computes them. `num_prompts`: how many wait or are being computed."""
 
-    __slots__ = ("_busy_s", "_busy_since", "_head_since", "_seconds", "_total_s", "num_prompts")
+    __slots__ = ("_busy_s", "_busy_since", "_head_since", "_seconds", "_total_s", "num_prompts", "others_s")
 
     def __init__(self) -> None:
         self.num_prompts = 0

@@ -22,11 +22,14 @@ class Readiness:
 
     def why_not(self) -> str:
         """Empty when ready."""
-        ready = [worker for worker in self._registry.live() if worker.is_ready]
+        missing = {worker.key: self._placer.evidence.missing(worker) for worker in self._registry.live()}
+        ready = [worker for worker in self._registry.live() if worker.is_ready and not missing[worker.key]]
+        others = [worker for worker in self._registry.live() if worker.is_ready and missing[worker.key]]
+        why = "".join(f"; worker {worker.key.worker_id} {missing[worker.key]}" for worker in others)
         if not any(worker.can_decode for worker in ready):
-            return "no decode worker is ready"
+            return f"no decode worker is ready{why}"
         if not self._was_complete and len(ready) < self._config.expected_workers:
-            return f"{len(ready)} of {self._config.expected_workers} workers are ready"
+            return f"{len(ready)} of {self._config.expected_workers} workers are ready{why}"
         if self._needs_pair() and not self._placer.has_pair():
             return "no ready decode worker is linked to a ready prefill worker"
         return ""

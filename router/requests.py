@@ -139,6 +139,7 @@ class RequestRecord:
     promised_blocks: int = 0
     bypassed: int = 0  # later ones that went before it, since it found no room
     first_token_at: float = 0.0  # of the whole request
+    is_canary: bool = False  # the router's own: nobody hears of it, and nothing is learnt from it
 
     def __post_init__(self) -> None:
         self.choices = [Choice(number) for number in range(self.request.params.n)]

@@ -19,6 +19,7 @@ from ..protocol.messages import (
     Phases,
     PrefillEnded,
     Role,
+    SetRole,
     StartDecode,
     StartPrefill,
     Tokens,
@@ -113,6 +114,7 @@ class TraceCluster:
     core: RouterCore = field(init=False)
     workers: dict[WorkerKey, SimulatedWorker] = field(init=False, default_factory=dict)
     journeys: dict[str, Journey] = field(init=False, default_factory=dict)
+    role_changes: list[tuple[float, str, Role]] = field(init=False, default_factory=list)  # when, who, what for
     _roles: dict[WorkerKey, Role] = field(init=False, default_factory=dict)
     _clock: VirtualClock = field(init=False, default_factory=VirtualClock)
     _heap: list[tuple[float, int, _Event, int]] = field(init=False, default_factory=list)
@@ -165,7 +167,7 @@ class TraceCluster:
         self._beat_all()
 
     def _share_cores(self) -> None:
-        prefills = [self.workers[key] for key in self._sources]
+        prefills = [self.workers[key] for key, role in self._roles.items() if role == "prefill"]
         decodes = [self.workers[key] for key, role in self._roles.items() if role == "decode"]
         for prefill, decode in zip(prefills, decodes, strict=False):
             prefill.share_cores(decode, self.slowdown)
@@ -178,14 +180,13 @@ class TraceCluster:
         return Hello(role, 1, fingerprint, blocks, costs.kv_tokens, costs.bytes_per_token, "", ["tcp"], 1 << 16)
 
     def _beat_all(self) -> None:
+        able: tuple[Role, ...] = ("prefill", "both") if self.router.balance_roles else ("prefill",)
+        sources = [key for key, role in self._roles.items() if role in able]
         for key, worker in self.workers.items():
-            linked = [] if self._roles[key] == "prefill" else [self._link(source, worker) for source in self._sources]
+            others = [source for source in sources if source != key] if self._roles[key] != "prefill" else []
+            linked = [self._link(source, worker) for source in others]
             active = [(attempt.request_id, attempt.attempt) for attempt in worker.attempts]
-            self._say(key, Heartbeat(worker.received, "ready", worker.load(), active, linked))
-
-    @property
-    def _sources(self) -> list[WorkerKey]:
-        return [key for key, role in self._roles.items() if role == "prefill"]
+            self._say(key, Heartbeat(worker.received, "ready", worker.load(), active, linked, role=self._roles[key]))
 
     def _link(self, source: WorkerKey, decode: SimulatedWorker) -> tuple[str, str, str]:
         is_neighbour = decode.neighbour is not None and decode.neighbour.key == source
@@ -335,5 +336,9 @@ class TraceCluster:
             if body.ticket is None:
                 worker.add_prompt(Prompt(key, self.journeys[body.request_id].request, now))
                 self._go_on(worker)
+        elif isinstance(body, SetRole):
+            self.role_changes.append((now, worker.key.worker_id, body.role))
+            self._roles[worker.key] = body.role
+            worker.is_prefill_only = body.role == "prefill"
         elif isinstance(body, Abort):
             worker.drop(AttemptKey(body.request_id, body.attempt))

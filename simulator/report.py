@@ -38,6 +38,7 @@ class Summary:
     duration_s: float
     ttft_forecast_error: float
     tpot_forecast_error: float
+    num_role_changes: int = 0
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import get_args
 
 from ..core.config import Disaggregate
@@ -27,16 +28,42 @@ def simulate(
     targets: Targets,
     seed: int,
     slowdown: float = 1.0,
+    *,
+    balance_roles: bool = False,
 ) -> Summary:
     """`slowdown`: of a prefill and a decode worker on the same cores, while both compute; 1: none share any.
 
     Raises ConfigError for a policy that does not exist or a request that no worker could hold.
     """
+    return simulate_parts(trace, policy, shape, costs, targets, seed, 1, slowdown, balance_roles=balance_roles)[0]
+
+
+def simulate_parts(
+    trace: list[TraceRequest],
+    policy: str,
+    shape: Shape,
+    costs: WorkerCosts,
+    targets: Targets,
+    seed: int,
+    num_parts: int,
+    slowdown: float = 1.0,
+    *,
+    balance_roles: bool = False,
+) -> list[Summary]:
+    """One run; a row for all, and with several parts of the same length, one for the requests that come in each."""
     longest = max(request.num_prompt_tokens + max(2048, request.num_output_tokens) for request in trace)
     if longest > costs.kv_tokens:
         raise ConfigError(f"trace: its longest request needs {longest} tokens, a worker holds {costs.kv_tokens}")
-    cluster = TraceCluster(shape, costs, router_config(policy, targets), seed, _reference(policy, costs), slowdown)
-    return summarize(policy, str(shape), cluster.run(trace), targets)
+    config = replace(router_config(policy, targets), balance_roles=balance_roles, max_worker_streams=costs.max_streams)
+    cluster = TraceCluster(shape, costs, config, seed, _reference(policy, costs), slowdown)
+    name = f"{shape} balanced" if balance_roles else str(shape)
+    journeys = cluster.run(trace)
+    rows = [summarize(policy, name, journeys, targets)]
+    part_s = (trace[-1].arrival_s + 1e-9) / num_parts
+    for part in range(num_parts if num_parts > 1 else 0):
+        own = [journey for journey in journeys if part <= journey.request.arrival_s / part_s < part + 1]
+        rows.append(summarize(policy, f"{name}, part {part + 1}", own, targets))
+    return [replace(row, num_role_changes=len(cluster.role_changes)) for row in rows]
 
 
 def router_config(policy: str, targets: Targets) -> RouterConfig:

@@ -98,7 +98,7 @@ class SimulatedWorker:
         self.busy_s = 0.0
         self.neighbour: SimulatedWorker | None = None  # on the same cores; both slow down while both compute
         self.slowdown = 1.0
-        self._is_prefill_only = is_prefill_only
+        self.is_prefill_only = is_prefill_only
         self._prompts: deque[Prompt] = deque()
         self._arrived: deque[Stream] = deque()  # handed over, without a place in the batch yet
         self._streams: dict[AttemptKey, Stream] = {}
@@ -191,7 +191,7 @@ class SimulatedWorker:
             self.hit_tokens += prompt.num_cached
             self.query_tokens += request.num_prompt_tokens
         left = request.num_prompt_tokens - prompt.num_computed
-        if self._is_prefill_only and self.neighbour is None:
+        if self.is_prefill_only and not self._streams and self.neighbour is None:
             return Leap(now, 1, costs.prefill_s(left, prompt.num_computed), prompt=prompt, num_tokens=left)
         chunk = min(left, costs.chunk_tokens)
         seconds = costs.chunk_cost_s(chunk, prompt.num_computed)

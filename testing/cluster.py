@@ -245,6 +245,17 @@ class SimCluster:
             self.say(f"{tell(worker.key)} drains")
             worker.drain()
 
+    def change_role(self, worker_id: str, role: Role) -> None:
+        """Somebody asks for it while requests run; the router refuses what cannot be."""
+        self.say(f"{worker_id} is to be for {role}")
+        try:
+            effects = self.router.set_role(worker_id, role)
+        except ServeError:
+            self.faults["role refused"] += 1
+            return
+        self.faults[f"role {role}"] += 1
+        self._perform(effects)
+
     def _on_exit(self, worker: SimWorker) -> None:
         """I15: a drained worker has ended."""
         self.say(f"{tell(worker.key)} has drained and ends")

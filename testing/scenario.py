@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from ..core.policy import PolicyName
+from ..protocol.messages import Role
 from ..protocol.sampling import SamplingParams
 from ..router.config import RouterConfig
 from ..router.interface import GenerateRequest
@@ -43,6 +44,7 @@ class Scenario:
     drains: tuple[tuple[float, str], ...] = ()
     hangs: tuple[tuple[float, str, float], ...] = ()
     second: SecondPlan | None = None  # a second router on the same workers
+    roles: tuple[tuple[float, str, Role], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +76,16 @@ def draw_scenario(seed: int) -> Scenario:
     num_drains = profile.drains or int(seed % CALM_EVERY == CALM_EVERY // 2)
     drains = tuple((_moment(rng, within_s), rng.choice(names)) for _ in range(num_drains))
     second = _draw_second(seed, within_s)
+    roles = _draw_roles(shape, names, within_s, seed)
     if seed % CALM_EVERY == 0:
-        return Scenario(seed, _with_room(shape), ChaosProfile(), requests, second=second)
+        return Scenario(seed, _with_room(shape), ChaosProfile(), requests, second=second, roles=roles)
     if seed % CALM_EVERY == CALM_EVERY // 2:
         profile = ChaosProfile(drains=len(drains))
-        return Scenario(seed, _with_room(shape), profile, requests, drains=drains, second=second)
+        return Scenario(seed, _with_room(shape), profile, requests, drains=drains, second=second, roles=roles)
     kills = tuple((_moment(rng, within_s), rng.choice(names), rng.random() < 0.5) for _ in range(profile.kills))
     freezes = tuple((_moment(rng, within_s), rng.choice(names), rng.random() * 4) for _ in range(profile.freezes))
     hangs = tuple((_moment(rng, within_s), rng.choice(names), rng.random() * 4) for _ in range(profile.hangs))
-    return Scenario(seed, shape, profile, requests, cancels, kills, freezes, drains, hangs, second)
+    return Scenario(seed, shape, profile, requests, cancels, kills, freezes, drains, hangs, second, roles)
 
 
 def _draw_second(seed: int, within_s: float) -> SecondPlan | None:
@@ -105,6 +108,17 @@ def _moment(rng: random.Random, within_s: float) -> float:
     return rng.random() * (within_s + 0.3)
 
 
+def _draw_roles(
+    shape: ClusterShape, names: list[str], within_s: float, seed: int
+) -> tuple[tuple[float, str, Role], ...]:
+    """In half of all clusters workers change their roles; not where they share one memory, whose shares are fixed."""
+    rng = random.Random(f"roles {seed}")
+    if shape.one_pool or rng.random() < 0.5:
+        return ()
+    choices: list[Role] = ["prefill", "decode", "both"]
+    return tuple((_moment(rng, within_s), rng.choice(names), rng.choice(choices)) for _ in range(rng.randint(1, 4)))
+
+
 def _draw_policy(older: PolicyName, seed: int) -> PolicyName:
     """Half of all clusters use `auto`, and some another of the newer policies."""
     newer: list[PolicyName] = ["kv-overlap", "session-affinity", "power-of-two", "random"]
@@ -121,6 +135,8 @@ def _draw_shape(rng: random.Random, seed: int) -> ClusterShape:
         max_exact_blocks=random.Random(f"exact index {seed}").choice([0, 0, 65536, 65536, 8]),
         max_attempts=8,
         unavailable_s=20.0,
+        canary=random.Random(f"canary {seed}").random() < 0.4,
+        canary_idle_s=random.Random(f"idle {seed}").choice([0.0, 0.3]),
     )
     shape = ClusterShape(
         num_prefill=rng.choice([1, 1, 2]),
@@ -266,6 +282,8 @@ def _plan(cluster: SimCluster, scenario: Scenario) -> None:
             at(when, second.submit, request)
         for when in scenario.second.kills:
             at(when, second.kill)
+    for when, name, role in scenario.roles:
+        at(when, cluster.change_role, name, role)
     cluster.events.after(STORM_S, cluster.calm, is_awaited=False)
 
 

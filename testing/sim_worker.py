@@ -24,7 +24,7 @@ from ..kvtransfer.source import PushSizes, SourceTable
 from ..kvtransfer.transports.inproc import InprocMesh
 from ..prefill_node.role import PrefillRole
 from ..protocol.messages import MAX_REQUESTS, FromRouter, FromWorker, Goodbye, Heartbeat, Role, ToRouter
-from ..worker.core import BecomeRole, CoreEffect, SetPeers, WorkerCore
+from ..worker.core import ROLES_OF, BecomeRole, CoreEffect, SetPeers, WorkerCore
 from ..worker.heartbeat import HeartbeatBuilder
 from ..worker.process import hello_of
 from ..worker.role import Role as RoleCode
@@ -113,16 +113,17 @@ class SimWorker:
         self.destination = DestinationTable(sizes.lease_s, early_s=sizes.early_s, max_early=sizes.max_early)
         self.decode: DecodeRole | None = None
         self.proposer: SeededProposer | None = None
-        roles = self._roles(sizes, make_parking)
+        self._sizes, self._make_parking = sizes, make_parking
         self.core = WorkerCore(
             key,
             role,
             engine,
             self.pool,
-            roles,
+            [self._host(name) for name in ROLES_OF[role]],
             events.clock,
             max_batch_tokens=sizes.max_batch_tokens,
             block_secret=name_key(CLUSTER_KEY),
+            make_role=self._host,
         )
         self.mesh = InprocMesh(key, role, engine.spec.fingerprint, engine.memory, self._on_link, network)
         if share is not None:
@@ -142,27 +143,29 @@ class SimWorker:
         self._renew_s = sizes.lease_s / 3
         events.after(self._renew_s, self._renew, is_awaited=False)
 
-    def _roles(self, sizes: WorkerSizes, make_parking: MakeParking) -> list[RoleCode]:
-        roles: list[RoleCode] = []
-        key, spec, pool = self.key, self.engine.spec, self.pool
-        if self.role != "prefill":
-            bounds, parking = (sizes.max_running, sizes.max_requests), make_parking(self.engine.memory, pool)
-            self.decode = DecodeRole(
-                key,
-                spec,
-                pool,
-                self.destination,
-                CLUSTER_KEY,
-                *bounds,
-                parking=parking,
-                ownership=self._ownership,
-                speculation=self._speculation(sizes),
-            )
-            roles.append(self.decode)
-        if self.role != "decode":
+    def _host(self, name: Role) -> RoleCode:
+        """The code of one role, at the start or when the worker is given it."""
+        key, spec, pool, sizes = self.key, self.engine.spec, self.pool, self._sizes
+        if name == "prefill":
             bound, owner = sizes.max_requests, self._ownership
-            roles.append(PrefillRole(key, spec, pool, self.source, CLUSTER_KEY, bound, ownership=owner))
-        return roles
+            return PrefillRole(key, spec, pool, self.source, CLUSTER_KEY, bound, ownership=owner)
+        bounds, parking = (sizes.max_running, sizes.max_requests), self._make_parking(self.engine.memory, pool)
+        self.decode = DecodeRole(
+            key,
+            spec,
+            pool,
+            self.destination,
+            CLUSTER_KEY,
+            *bounds,
+            parking=parking,
+            ownership=self._ownership,
+            speculation=self._speculation(sizes),
+        )
+        return self.decode
+
+    def hosts(self, name: Role) -> bool:
+        """It has the code of this role, whatever it is for now."""
+        return any(role.hands_off is (name == "prefill") for role in self.core.roles)
 
     def _speculation(self, sizes: WorkerSizes) -> Speculator | None:
         if not sizes.draft_tokens:

@@ -19,9 +19,9 @@ def is_late(worker: SimWorker, event: LinkEvent) -> bool:
     """The message speaks of a ticket that does not live here, to the side of the hand-off that would know."""
     match event:
         case MessageArrived(message=Grant() | Ack() | Cancel() as message):
-            return worker.role != "decode" and Ticket(message.ticket) not in worker.source.active()
+            return worker.hosts("prefill") and Ticket(message.ticket) not in worker.source.active()
         case MessageArrived(message=Done() as message):
-            return worker.role != "prefill" and Ticket(message.ticket) not in worker.destination.active()
+            return worker.hosts("decode") and Ticket(message.ticket) not in worker.destination.active()
         case _:
             return False
 

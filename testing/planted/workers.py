@@ -19,7 +19,7 @@ from ...prefill_node import role as prefill_role
 from ...prefill_node.role import PrefillRole
 from ...protocol.messages import Abort
 from ...worker.admission import match_blocks, release
-from ...worker.core import WorkerCore
+from ...worker.core import ROLES_OF, WorkerCore
 from ...worker.heartbeat import HeartbeatBuilder
 from .bug import Bug, Seeds, plants
 from .handoffs import ANY, CALM
@@ -207,6 +207,15 @@ def park_unchecked(original: Any) -> Any:
     return copy_back
 
 
+def cut_old_role(original: Any) -> Any:
+    def become(self: WorkerCore, name: Any, now: float) -> Any:
+        effects = original(self, name, now)
+        self.roles = [role for role in self.roles if ("prefill" if role.hands_off else "decode") in ROLES_OF[name]]
+        return effects
+
+    return become
+
+
 WORKER_BUGS = [
     Bug(
         "5",
@@ -340,5 +349,12 @@ WORKER_BUGS = [
         "what comes back damaged from host memory is used",
         plants((Parking, "_copy_back", park_unchecked)),
         Seeds("I2", ANY),
+    ),
+    Bug(
+        "cut-role",
+        "of our own",
+        "a worker that is given another role forgets what it does in the old one",
+        plants((WorkerCore, "_become", cut_old_role)),
+        Seeds("I4", ANY),
     ),
 ]

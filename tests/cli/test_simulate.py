@@ -64,3 +64,34 @@ def test_what_does_not_exist_is_named(
 def test_trace_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["simulate", str(tmp_path / "none")]) == 2
     assert "none" in capsys.readouterr().err
+
+
+def test_balanced_rows_and_parts_stand_beside_the_others(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "simulate",
+        trace,
+        "--workers",
+        "1P+2D",
+        "--policy",
+        "auto",
+        "--balance-roles",
+        "--parts",
+        "2",
+        "--json",
+    ]
+    assert main(arguments) == 0
+    rows = json.loads(capsys.readouterr().out)
+    name = "1P+2D balanced"
+    assert [row["shape"] for row in rows] == [
+        *("1P+2D", "1P+2D, part 1", "1P+2D, part 2"),
+        *(name, f"{name}, part 1", f"{name}, part 2"),
+    ]
+    assert [row["num_requests"] for row in rows] == [12, 6, 6] * 2
+    assert {row["num_role_changes"] for row in rows} == {0}
+
+
+def test_shift_is_a_generated_load(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["simulate", "shift", "--limit", "5", "--workers", "1P+1D", "--policy", "auto", "--json"]
+    assert main(arguments) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["num_requests"], row["num_failed"]) == (5, 0)

@@ -105,3 +105,24 @@ def test_nothing_listening_is_one_error_with_the_next_step(canned: Any, capsys: 
 def test_url_that_is_none_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "--url", "localhost:8000"]) == 2
     assert "is not an http URL" in capsys.readouterr().err
+
+
+def test_status_tells_what_is_left_alone_and_which_roles_have_changed() -> None:
+    worker = {"worker_id": "d0", "role": "decode", "breakers": {"decode": 1.5}, "canary": "canary failed: no disk"}
+    change = {
+        "worker_id": "d1",
+        "before": "decode",
+        "after": "prefill",
+        "by": "planner",
+        "reason": "why",
+        "age_s": 12.4,
+    }
+    changes = [{**change, "worker_id": f"old{number}"} for number in range(5)]
+    lines = format_status({"workers": [worker], "role_changes": [*changes, change]}).splitlines()
+    assert lines[-5:] == [
+        "d0: decode is left alone since attempts fail there, next one in 1.5 s",
+        "d0: canary failed: no disk",
+        "d1: decode → prefill 12 s ago by the planner: why",
+        "old4: decode → prefill 12 s ago by the planner: why",
+        "old3: decode → prefill 12 s ago by the planner: why",
+    ]

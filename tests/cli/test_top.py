@@ -149,3 +149,20 @@ def _read_until(master: int, wanted: bytes) -> bytes:
         except OSError:
             raise AssertionError(f"the terminal closed before {wanted!r}: {seen!r}") from None
     return seen
+
+
+def test_frame_tells_open_breakers_and_changes_of_roles() -> None:
+    change = {"worker_id": "d1", "before": "decode", "after": "both", "by": "operator", "reason": "asked for"}
+    after = {
+        "workers": [row("d0", "decode", breakers={"prefill": 0.0}, canary="has given no token yet")],
+        "balances_roles": True,
+        "role_changes": [{**change, "age_s": 3.0}],
+    }
+    frame = build_frame(BEFORE, after, 1.0)
+    assert frame["balances_roles"] is True
+    assert frame["workers"][0]["breakers"] == {"prefill": 0.0}
+    assert format_frame(frame).splitlines()[-3:] == [
+        "d0: prefill is left alone since attempts fail there, next one in 0.0 s",
+        "d0: has given no token yet",
+        "d1: decode → both 3 s ago by the operator: asked for",
+    ]

@@ -62,6 +62,8 @@ def test_router_settings_come_from_the_topology() -> None:
     assert (config.policy, config.max_attempts, config.worker_timeout_s) == ("round-robin", 2, 9)
     assert config.unavailable_s == 7
     assert (config.target_ttft_s, config.target_tpot_s) == (0.5, 0.03)
+    assert (config.canary, config.canary_idle_s, config.balance_roles) == (True, 60.0, False)
+    assert (config.min_prefill, config.min_decode, config.max_worker_streams) == (1, 1, 64)
     assert config.expected_workers == 2
 
 

@@ -160,7 +160,20 @@ class FakeRouter:
 
     def status(self) -> ClusterStatus:
         load = WorkerLoad(total_blocks=100, free_blocks=60, running=3, preemptions=7)
-        worker = WorkerStatus("decode-0", "00" * 8, "decode", 1, "ready", load, 3, 0, 60, 100, {"prefill-0": "shm"})
+        worker = WorkerStatus(
+            "decode-0",
+            "00" * 8,
+            "decode",
+            1,
+            "ready",
+            load,
+            3,
+            0,
+            60,
+            100,
+            {"prefill-0": "shm"},
+            breakers={"prefill": 1.5},
+        )
         return ClusterStatus(
             self.is_ready,
             "" if self.is_ready else "no decode worker",
@@ -170,6 +183,7 @@ class FakeRouter:
             0,
             1024,
             self.max_sequence_tokens,
+            role_change_counts=[("decode", "both", "planner", 2)],
         )
 
     def reset_prefix_cache(self) -> None:

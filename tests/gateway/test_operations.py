@@ -23,7 +23,9 @@ def test_probes_follow_the_cluster(serve: Any, is_ready: bool) -> None:
     async def run() -> None:
         async with serve(is_ready=is_ready) as served:
             statuses = [(await _get(served, path))[0] for path in ("/live", "/ready", "/health")]
+            reason = (await _get(served, "/ready"))[1].get("reason")
         assert statuses == [200, 200, 200] if is_ready else [200, 503, 503]
+        assert reason == (None if is_ready else "no decode worker")
 
     asyncio.run(run())
 
@@ -101,6 +103,9 @@ def test_metrics_count_requests_tokens_and_workers(serve: Any) -> None:
             'penstock_worker_free_kv_blocks{role="decode",worker="decode-0"} 60.0',
             'penstock_worker_preemptions_total{role="decode",worker="decode-0"} 7.0',
             'penstock_worker_state{role="decode",state="ready",worker="decode-0"} 1.0',
+            'penstock_worker_breaker_open{leg="prefill",role="decode",worker="decode-0"} 1.0',
+            'penstock_worker_breaker_open{leg="decode",role="decode",worker="decode-0"} 0.0',
+            'penstock_role_changes_total{by="planner",from="decode",to="both"} 2.0',
         ):
             assert line in text.splitlines(), line
 

@@ -177,3 +177,22 @@ def test_prompts_stay_with_decode_while_prefill_fails(make_rig: Callable[..., Ri
     rig.stay(12.0, prefill, decode)
     rig.submit("trial")
     assert rig.bodies(prefill).count("StartPrefill") == before + 1
+
+
+def test_open_legs_tell_how_long_they_stay_so() -> None:
+    breakers = opened()
+    assert breakers.open_legs(A, 10.25) == {"decode": 0.75}
+    assert breakers.open_legs(A, 20.0) == {"decode": 0.0}, "it is for the next attempt to find out"
+    assert breakers.open_legs(B, 10.0) == {}
+    breakers.note_success(A, "decode")
+    assert breakers.open_legs(A, 10.25) == {}
+
+
+def test_status_names_the_leg_that_is_left_alone(make_rig: type[Rig]) -> None:
+    rig = make_rig(breaker_failures=1, breaker_pause_s=2.0, max_attempts=1, worker_timeout_s=9.0)
+    rig.join("d0")
+    rig.submit()
+    rig.failed(code="internal_error", retriable=True)
+    assert [row.breakers for row in rig.core.status().workers] == [{"decode": 2.0}]
+    rig.wait(1.5)
+    assert [row.breakers for row in rig.core.status().workers] == [{"decode": 0.5}]

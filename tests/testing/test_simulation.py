@@ -32,6 +32,7 @@ KINDS = {
     "replay",
     "unknown",
     "refused",
+    "role",
 }
 
 
