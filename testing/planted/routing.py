@@ -10,6 +10,7 @@ from ...protocol.messages import AttemptFailed, StartPrefill
 from ...router import lifecycle, request_table
 from ...router.accounts import Accounts
 from ...router.core import RouterCore
+from ...router.membership import Membership
 from ...router.prefix_index import PrefixIndex
 from ...router.readiness import Readiness
 from ...router.registry import WorkerRecord
@@ -149,7 +150,7 @@ ROUTING_BUGS = [
         "23",
         "vllm#39863",
         "a worker that has died is called ready for ever",
-        plants((RouterCore, "_on_worker_timer", deaf_to_silence)),
+        plants((Membership, "on_worker_timer", deaf_to_silence)),
         Seeds("I13", ANY),
     ),
     Bug(
