@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from penstock.core.cluster_key import KEY_FILE
-from penstock.core.config import GatewayConfig, ModelConfig, RouterConfig, Topology, dump_topology
+from penstock.core.config import ClassConfig, GatewayConfig, ModelConfig, RouterConfig, Topology, dump_topology
 from penstock.core.errors import ConfigError, ModelFileError
 from penstock.deploy.child import SUPERVISOR_PID
 from penstock.deploy.front import StatusDiff, gateway_config, model_window, router_config
@@ -65,6 +65,23 @@ def test_router_settings_come_from_the_topology() -> None:
     assert (config.canary, config.canary_idle_s, config.balance_roles) == (True, 60.0, False)
     assert (config.min_prefill, config.min_decode, config.max_worker_streams) == (1, 1, 64)
     assert config.expected_workers == 2
+
+
+def test_admission_settings_reach_the_router() -> None:
+    classes = (ClassConfig("chat", 2.0, 0.5),)
+    asked = RouterConfig(
+        target_ttft_s=3.0,
+        target_tpot_s=0.2,
+        classes=classes,
+        default_class="chat",
+        refuse_late="always",
+        max_queued_tokens=77,
+        max_promised_blocks=88,
+    )
+    config = router_config(replace(Topology(), router=asked))
+    names = ("target_ttft_s", "target_tpot_s", "classes", "default_class", "refuse_late", "max_queued_tokens")
+    for name in (*names, "max_promised_blocks"):
+        assert getattr(config, name) == getattr(asked, name)
 
 
 def test_every_topology_default_is_accepted_by_the_router() -> None:
