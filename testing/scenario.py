@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ..core.policy import PolicyName
+from ..protocol.messages import MAX_REQUESTS
 from ..protocol.sampling import SamplingParams
 from ..router.config import RouterConfig
 from ..router.interface import GenerateRequest
@@ -71,6 +72,9 @@ def draw_scenario(seed: int) -> Scenario:
     num_drains = profile.drains or int(seed % CALM_EVERY == CALM_EVERY // 2)
     drains = tuple((_moment(rng, within_s), rng.choice(names)) for _ in range(num_drains))
     second = _draw_second(seed, within_s)
+    is_calm = seed % CALM_EVERY in (0, CALM_EVERY // 2)
+    if second is not None and is_calm:  # two routers may send their last request to the same place
+        shape = replace(shape, max_requests=MAX_REQUESTS)
     if seed % CALM_EVERY == 0:
         return Scenario(seed, _with_room(shape), ChaosProfile(), requests, second=second)
     if seed % CALM_EVERY == CALM_EVERY // 2:

@@ -138,12 +138,13 @@ class RouterLink:
             except ProtocolError as error:
                 log.warning("a frame from the router is dropped: %s", error)
                 continue
+            if not self._heartbeat.on_frame(frame):
+                continue
             if frame.router_epoch != self._router_epoch:
                 self._router_epoch = frame.router_epoch
                 self._send(self._hello)
             if frame.router != self._router:
                 frame = msgspec.structs.replace(frame, router=self._router)
-            self._heartbeat.on_frame(frame)
             self._inbox.put(frame)
 
     def _watch(self) -> None:
