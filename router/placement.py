@@ -189,8 +189,8 @@ class Placer:
         return self._config.disaggregate == "always" and not record.needs_local_prefill
 
     def _roomy(self, record: RequestRecord, decodes: list[WorkerRecord]) -> list[WorkerRecord]:
-        """Those with blocks, a place and time for another stream, and for what must be handed over, a place in the queue
-        of a prefill worker.
+        """Those with blocks, a place and time for another stream, and for what must be handed over, a place in some
+        prefill queue.
         """
         if self._needs_handoff(record):
             decodes = [worker for worker in decodes if self._free_to_prefill(record, worker)]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from ..core.policy import PolicyName
-from ..protocol.messages import Role
+from ..protocol.messages import MAX_REQUESTS, Role
 from ..protocol.sampling import SamplingParams
 from ..router.config import RouterConfig
 from ..router.interface import GenerateRequest
@@ -77,6 +77,9 @@ def draw_scenario(seed: int) -> Scenario:
     drains = tuple((_moment(rng, within_s), rng.choice(names)) for _ in range(num_drains))
     second = _draw_second(seed, within_s)
     roles = _draw_roles(shape, names, within_s, seed)
+    is_calm = seed % CALM_EVERY in (0, CALM_EVERY // 2)
+    if second is not None and is_calm:  # two routers may send their last request to the same place
+        shape = replace(shape, max_requests=MAX_REQUESTS)
     if seed % CALM_EVERY == 0:
         return Scenario(seed, _with_room(shape), ChaosProfile(), requests, second=second, roles=roles)
     if seed % CALM_EVERY == CALM_EVERY // 2:

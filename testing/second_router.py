@@ -84,7 +84,7 @@ class SecondRouter:
         if not self.is_up:
             return
         self.is_up = False
-        self._faults[f"kill router {NAME}"] += 1
+        self._faults[f"router {NAME} killed"] += 1
         self._say(f"router {NAME} is killed")
         for request_id, record in self.journal.records.items():
             if record.end is None:

@@ -177,12 +177,11 @@ class SimWorker:
 
     def on_frame(self, frame: FromRouter) -> None:
         """A command reaches the I/O thread."""
-        if not self.is_alive:
+        if not self.is_alive or not self._heartbeat(frame.router).on_frame(frame):
             return
         if frame.router_epoch != self._router_epochs.get(frame.router):
             self._router_epochs[frame.router] = frame.router_epoch
             self._say(hello_of(self.core, self.mesh), frame.router)
-        self._heartbeat(frame.router).on_frame(frame)
         self._observer.arrived(self, frame)
         self._inbox.append(frame)
         self._turn()

@@ -12,6 +12,8 @@ from .core import Snapshot
 from .routers import others_load
 from .turn_watch import TurnWatch
 
+MAX_PAST_EPOCHS = 16  # of a router, whose frames may still be on their way
+
 
 class HeartbeatBuilder:
     """Fed by the thread that receives the commands of one router; reads the loop's latest snapshot, which is replaced
@@ -21,17 +23,25 @@ class HeartbeatBuilder:
     def __init__(self, turns: TurnWatch, router: str = MAIN_ROUTER) -> None:
         self._turns, self._router = turns, router
         self._router_epoch: str | None = None
+        self._past: deque[str] = deque(maxlen=MAX_PAST_EPOCHS)
         self._received = 0
         self._pending: deque[tuple[int, AttemptKey]] = deque()
 
-    def on_frame(self, frame: FromRouter) -> None:
-        """A command has arrived and goes to the loop."""
+    def on_frame(self, frame: FromRouter) -> bool:
+        """A command has arrived and goes to the loop. False when it must not: another incarnation of its router has
+        spoken since.
+        """
+        if frame.router_epoch in self._past:
+            return False
         if frame.router_epoch != self._router_epoch:
+            if self._router_epoch is not None:
+                self._past.append(self._router_epoch)
             self._router_epoch, self._received = frame.router_epoch, 0
             self._pending.clear()
         self._received = max(self._received, frame.number)
         if isinstance(frame.body, StartPrefill | StartDecode):
             self._pending.append((frame.number, AttemptKey(frame.body.request_id, frame.body.attempt, self._router)))
+        return True
 
     def build(self, snapshot: Snapshot | None, linked: list[tuple[WorkerKey, str]]) -> Heartbeat:
         """The heartbeat to send now."""

@@ -10,8 +10,10 @@ from __future__ import annotations
 import logging
 import queue
 import re
+import socket
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -136,12 +138,13 @@ class RouterLink:
             except ProtocolError as error:
                 log.warning("a frame from the router is dropped: %s", error)
                 continue
+            if not self._heartbeat.on_frame(frame):
+                continue
             if frame.router_epoch != self._router_epoch:
                 self._router_epoch = frame.router_epoch
                 self._send(self._hello)
             if frame.router != self._router:
                 frame = msgspec.structs.replace(frame, router=self._router)
-            self._heartbeat.on_frame(frame)
             self._inbox.put(frame)
 
     def _watch(self) -> None:
@@ -159,7 +162,7 @@ class RouterLinks:
     def __init__(
         self, who: Incarnation, hello: Hello, inbox: Inbox, mesh: Mesh, clock: Clock, turns: TurnWatch
     ) -> None:
-        self._who, self._clock = who, clock
+        self._who, self._clock, self._inbox = who, clock, inbox
         self._open = partial(RouterLink, who, hello, inbox, mesh, clock, turns)
         self._links = {MAIN_ROUTER: self._open(MAIN_ROUTER, who.router_address)}
         self._refused: set[str] = set()
@@ -185,19 +188,20 @@ class RouterLinks:
         if not self._who.runtime_dir or self._clock.now() < self._next_look:
             return
         self._next_look = self._clock.now() + LOOK_S
+        for name in [name for name, link in self._links.items() if name != MAIN_ROUTER and link.is_gone]:
+            log.info("router %s has left", name)
+            self._links.pop(name).close()
+            self._inbox.put(RouterGone(name))  # its thread may not have come to say so
         there = dict(self._find(Path(self._who.runtime_dir)))
-        for name, link in list(self._links.items()):
-            if name != MAIN_ROUTER and name not in there and link.is_gone:
-                log.info("router %s has left", name)
-                self._links.pop(name).close()
         for name in sorted(there.keys() - self._links.keys() - self._refused):
-            self._add(name, there[name])
+            if _is_listening(there[name]):  # one that was killed has left its socket behind
+                self._add(name, f"ipc://{there[name]}")
 
-    def _find(self, folder: Path) -> Iterator[tuple[str, str]]:
+    def _find(self, folder: Path) -> Iterator[tuple[str, Path]]:
         for path in folder.glob("router-*.sock"):
             found = _SOCKET_NAME.fullmatch(path.name)
             if found is not None:
-                yield found[1], f"ipc://{path}"
+                yield found[1], path
 
     def _add(self, name: str, address: str) -> None:
         if len(self._links) >= MAX_ROUTERS:
@@ -218,3 +222,16 @@ class RouterLinks:
             link.tell(Goodbye())
         for link in self._links.values():
             link.close()
+
+
+def _is_listening(path: Path) -> bool:
+    """Some process takes connections at this Unix socket."""
+    with closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except BlockingIOError:
+            return True  # it has more callers than it takes at once
+        except OSError:
+            return False
+    return True

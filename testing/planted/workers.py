@@ -147,9 +147,10 @@ def abort_by_request(original: Any) -> Any:
 
 
 def forget_pending(original: Any) -> Any:
-    def on_frame(self: HeartbeatBuilder, frame: Any) -> None:
-        original(self, frame)
+    def on_frame(self: HeartbeatBuilder, frame: Any) -> bool:
+        is_current = bool(original(self, frame))
         self._pending.clear()
+        return is_current
 
     return on_frame
 

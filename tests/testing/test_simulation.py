@@ -85,7 +85,8 @@ def test_scenario_that_is_perfect_by_chance_has_the_room_of_one_that_is_by_desig
 def test_simulation_perfect_network_with_little_room_on_workers_refuses_nothing() -> None:
     for seed in range(0, 200, 10):
         scenario = draw_scenario(seed)
-        cramped = replace(scenario, shape=replace(scenario.shape, max_requests=1 + seed % 3))
+        # Two routers may send their last request to the same place.
+        cramped = replace(scenario, shape=replace(scenario.shape, max_requests=1 + seed % 3), second=None)
         assert run_scenario(cramped).num_retries == 0
 
 

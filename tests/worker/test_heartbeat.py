@@ -72,3 +72,11 @@ def test_loop_that_does_not_turn_is_stalled_until_it_turns_again() -> None:
     turns.turn()
     beat = builder.build(snapshot(1, "one"), [])
     assert (beat.state, beat.turn_age_s, beat.active) == ("ready", 0.0, [("one", 1)])
+
+
+def test_frame_of_an_incarnation_that_was_replaced_is_dropped() -> None:
+    builder = HeartbeatBuilder(TurnWatch(FakeClock()))
+    assert builder.on_frame(start(40, "old"))
+    assert builder.on_frame(start(1, "new", epoch="b" * 16))
+    assert not builder.on_frame(start(41, "older than it looks"))
+    assert builder.build(snapshot(0), []).active == [("new", 1)]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+from contextlib import ExitStack
 from pathlib import Path
 
-from penstock.core.ids import WorkerKey
+from penstock.core.ids import MAIN_ROUTER, WorkerKey
 from penstock.kvtransfer.transports.inproc import InprocMesh, InprocNetwork
 from penstock.protocol import codec
 from penstock.protocol.messages import FromRouter, Heartbeat, Hello, Welcome
@@ -82,12 +84,11 @@ def test_router_that_comes_later_is_found_heard_under_its_own_name_and_missed(tm
             assert isinstance(frame, FromRouter)
             assert (frame.router, frame.router_epoch) == ("later", "b" * 16)
             router.close()
-            (tmp_path / "router-later.sock").unlink(missing_ok=True)
             await asyncio.sleep(0.2)  # the thread notices that nobody is there
             clock.advance(ROUTER_GONE_S + 1.0)
             assert await asyncio.to_thread(inbox.get, timeout=30) == RouterGone("later")
             links.look()
-            assert "later" not in links._links, "its socket has gone, too"
+            assert "later" not in links._links
         finally:
             links.close()
 
@@ -98,12 +99,29 @@ def test_routers_beyond_the_bound_are_not_served(tmp_path: Path) -> None:
     clock, inbox = FakeClock(), Inbox()
     links = links_in(tmp_path, clock, inbox)
     try:
-        for number in range(MAX_ROUTERS + 3):
-            (tmp_path / f"router-{number}.sock").touch()
-        (tmp_path / "router-No Name.sock").touch()
+        with ExitStack() as stack:
+            for name in (*range(MAX_ROUTERS + 3), "No Name"):
+                listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+                listener.bind(f"{tmp_path}/router-{name}.sock")
+                listener.listen()
+            clock.advance(1.0)
+            links.look()
+        assert len(links._links) == MAX_ROUTERS
+        assert "No Name" not in links._links
+        assert not links.is_broken
+    finally:
+        links.close()
+
+
+def test_socket_that_a_killed_router_left_takes_no_place(tmp_path: Path) -> None:
+    clock, inbox = FakeClock(), Inbox()
+    links = links_in(tmp_path, clock, inbox)
+    try:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(f"{tmp_path}/router-dead.sock")
+            listener.listen()
         clock.advance(1.0)
         links.look()
-        assert len(links._links) == MAX_ROUTERS
-        assert not links.is_broken
+        assert list(links._links) == [MAIN_ROUTER]
     finally:
         links.close()
