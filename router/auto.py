@@ -33,6 +33,7 @@ from .registry import WorkerRecord
 NUM_TRIED = 4  # prefill workers tried with each decode worker, the cheapest first
 GAIN = 0.95  # a hand-off has to be cheaper than this share of staying on an idle worker: it has more to go wrong
 PRESSURE_WEIGHT = 0.05
+ALMOST = 1.0 - 1e-9  # keeps a lower bound one, whatever rounding does
 
 
 class Targets(NamedTuple):
@@ -123,6 +124,7 @@ class Auto:
     def _best_stay(self, options: Options, decodes: list[_Decoding], is_pair: bool, limit: float) -> Best:
         """The cheapest, where one costs less than `limit`. `is_pair`: it may be handed over instead."""
         bounds: list[tuple[float, int]] = []
+        decodes = self._worth_a_look(options, decodes, limit)
         computing = self._computing(options, [decode for _, _, decode in decodes])
         for place, found in enumerate(computing):
             cost = self._staying(decodes[place][0], found, is_pair)
@@ -137,6 +139,17 @@ class Auto:
             cost = bound if found[5] else self._staying(decodes[place][0], self._in_full(found), is_pair)
             lowest = min(lowest, (cost, place))
         return (math.inf, None) if lowest[1] < 0 else (lowest[0], Choice(decodes[lowest[1]][2], None))
+
+    def _worth_a_look(self, options: Options, decodes: list[_Decoding], limit: float) -> list[_Decoding]:
+        """Without those whose streams would pay too much even if they were the quickest and held the most."""
+        held = min(max(options.here_tokens.values(), default=0), options.most_cached)
+        least_s = self._model.least_prefill_s(options.num_tokens - held, held) * ALMOST
+        own_s, stall_s = least_s * (1.0 + self.pressure), least_s * self._model.stall
+        return [
+            entry
+            for entry in decodes
+            if not (num_streams := entry[2].num_streams) or entry[0] + own_s + num_streams * stall_s < limit
+        ]
 
     @staticmethod
     def _staying(decode_cost: float, found: _Computing, is_pair: bool) -> float:

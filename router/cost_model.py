@@ -101,6 +101,11 @@ class CostModel:
         line = a + num_new * (b + c * (num_cached + 0.5 * num_new) + d * num_streams + e * num_beside)
         return line * self._speeds.get(worker)
 
+    def least_prefill_s(self, num_new: int, num_cached: int) -> float:
+        """No worker takes less for so many tokens, or for more new ones and fewer cached ones."""
+        a, b, c, _, _ = self._prefill.coefficients
+        return (a + num_new * (b + c * (num_cached + 0.5 * num_new))) * self._speeds.lowest
+
     def transfer_s(self, source: WorkerKey, target: WorkerKey, num_bytes: int) -> float:
         """From the end of prefill until decode has it all."""
         a, b = self._transfer.coefficients
