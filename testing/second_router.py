@@ -98,6 +98,7 @@ class SecondRouter:
 
     def _restart(self) -> None:
         self.core, self.is_up = self._make_core(self._ids), True
+        self.watch.routing.begin_again()
         self._say(f"router {NAME} starts again")
 
     # ---- wires ----

@@ -28,6 +28,10 @@ class RouterWatch:
         self._draining: set[WorkerKey] = set()
         self._aborted: set[AttemptKey] = set()
 
+    def begin_again(self) -> None:
+        """Another incarnation of the router: no attempt that the old one has started is current."""
+        self._last_attempt.clear()
+
     # ---- I14, I15: what it sends ----
 
     def performs(self, effects: list[Effect]) -> None:

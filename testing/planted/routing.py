@@ -13,7 +13,7 @@ from ...router.core import RouterCore
 from ...router.membership import Membership
 from ...router.prefix_index import PrefixIndex
 from ...router.readiness import Readiness
-from ...router.registry import WorkerRecord
+from ...router.registry import Registry, WorkerRecord
 from ...router.requests import RequestRecord
 from ...router.service import RequestStream, RouterService
 from ..memory_checks import check_peer_memory, check_prefix_churn, check_router_memory, check_stream_memory
@@ -68,9 +68,16 @@ def deaf_to_silence(original: Any) -> Any:
 
 def ready_while_draining(original: Any) -> Any:
     def is_ready(self: WorkerRecord) -> bool:
-        return bool(original.fget(self)) or (self.is_live and self.state == "draining" and not self.can_decode)
+        return bool(original.fget(self)) or (self.is_live and self.state == "draining")
 
     return property(is_ready)
+
+
+def those_that_say_so(original: Any) -> Any:
+    def ready(self: Registry) -> list[WorkerRecord]:
+        return [worker for worker in self.live() if worker.is_ready]
+
+    return ready
 
 
 def keep_empty_nodes(original: Any) -> Any:
@@ -157,7 +164,7 @@ ROUTING_BUGS = [
         "28",
         "dynamo#13088",
         "prompts are sent to a worker that is leaving",
-        plants((WorkerRecord, "is_ready", ready_while_draining)),
+        plants((WorkerRecord, "is_ready", ready_while_draining), (Registry, "ready", those_that_say_so)),
         Seeds("I15", PEACEFUL_DRAINS),
     ),
     Bug(
