@@ -21,7 +21,7 @@ from penstock.testing.serving import Serving, serving
 
 MODEL = "smollm2-135m-instruct"
 NUM_REQUESTS = 20
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.e2e, pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from penstock.testing.process_faults import FaultKind, lines_since
 from penstock.testing.serving import serving
 from penstock.worker.fault_signal import DIE_VERIFYING, DYING
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.e2e, pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(500)]
 
 PLAN = FaultPlan(moments=6, streams=8, seed=3)
 

@@ -21,7 +21,7 @@ from penstock.worker.routers import ROUTER_GONE_S
 
 MODEL = "smollm2-135m-instruct"
 LONG = 500  # tokens: more than are drawn while the tests look on
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.e2e, pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 from penstock.cli.main import main
 from penstock.testing.serving import serving
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.e2e, pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 def test_load_test_of_a_real_cluster(model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

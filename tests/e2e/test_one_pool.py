@@ -17,7 +17,7 @@ from penstock.testing.serving import Serving, serving
 
 from .conftest import MakeEngine
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.e2e, pytest.mark.cluster, pytest.mark.timeout(500)]
 
 OPTIONS = ("--one-pool", "--dtype", "float32", "--kv-cache-mib", "128")
 NUM_TOKENS = 20

@@ -18,7 +18,7 @@ from penstock.testing.serving import Serving, serving
 
 MODEL = "smollm2-135m-instruct"
 NUM_CLIENTS = 4
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from penstock.tests.gateway.test_bad_bodies import broken_bodies
 from .conftest import MakeEngine
 
 MODEL = "smollm2-135m-instruct"
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.e2e, pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 @pytest.fixture(scope="module")
