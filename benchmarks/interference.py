@@ -19,10 +19,8 @@ import json
 import random
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -33,7 +31,7 @@ import aiohttp
 
 from penstock.benchmarks.quick import RESULTS, Stream, commit, machine, request
 from penstock.loadtest.statistics import percentile
-from penstock.testing.serving import serving
+from penstock.testing.serving import side_by_side
 
 SYSTEMS = {
     "apart": "{ router: { disaggregate: always }, speculation: { method: 'off' } }",
@@ -41,18 +39,6 @@ SYSTEMS = {
 }
 QUIET_S = 4.0
 STREAM_PROMPT_TOKENS, STREAM_NEW_TOKENS = 64, 6000
-
-
-@contextmanager
-def clusters(names: list[str]) -> Iterator[dict[str, str]]:
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="penstock-interference-")))
-        urls = {}
-        for name in names:
-            topology = folder / f"{name}.yaml"
-            topology.write_text(SYSTEMS[name], encoding="utf-8")
-            urls[name] = stack.enter_context(serving("--topology", str(topology))).url
-        yield urls
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +154,8 @@ def read_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = read_arguments()
-    with clusters(args.systems) as urls:
+    topologies = {name: SYSTEMS[name] for name in args.systems}
+    with side_by_side(topologies) as urls:
         for peer in args.peer:
             name, _, url = peer.partition("=")
             urls[name] = url
@@ -177,8 +164,8 @@ def main() -> None:
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "machine": machine(),
-        "settings": {name: str(value) for name, value in vars(args).items()},
-        "topologies": {name: SYSTEMS[name] for name in args.systems},
+        "settings": {name: str(value) for name, value in vars(args).items() if name != "json"},
+        "topologies": topologies,
         "figures": found,
     }
     args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

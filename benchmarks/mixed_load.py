@@ -25,7 +25,7 @@ import random
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,7 +39,7 @@ from penstock.loadtest.client import Client
 from penstock.loadtest.metrics import Targets
 from penstock.loadtest.sending import RequestForm
 from penstock.loadtest.statistics import Distribution
-from penstock.testing.serving import serving
+from penstock.testing.serving import side_by_side
 
 SYSTEMS = {
     "colocated": "{ colocated: true, decode: { replicas: 1 } }",
@@ -91,19 +91,6 @@ def lengths_file(rows: list[tuple[int, int]]) -> Iterator[Path]:
             writer.writerow(("num_prefill_tokens", "num_decode_tokens"))
             writer.writerows(rows)
         yield path
-
-
-@contextmanager
-def clusters(names: list[str]) -> Iterator[dict[str, str]]:
-    """URLs of our own systems."""
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="penstock-mixed-")))
-        urls = {}
-        for name in names:
-            topology = folder / f"{name}.yaml"
-            topology.write_text(SYSTEMS[name], encoding="utf-8")
-            urls[name] = stack.enter_context(serving("--topology", str(topology))).url
-        yield urls
 
 
 async def measure(urls: dict[str, str], path: Path, args: argparse.Namespace) -> dict[str, Curve]:
@@ -177,8 +164,12 @@ def read_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = read_arguments()
+    topologies = {name: SYSTEMS[name] for name in args.systems}
     most = max(args.least_requests, round(max(args.rates) * args.seconds))
-    with lengths_file(lengths(args.data, most, args.seed)) as path, clusters(args.systems) as urls:
+    with (
+        lengths_file(lengths(args.data, most, args.seed)) as path,
+        side_by_side(topologies) as urls,
+    ):
         for peer in args.peer:
             name, _, url = peer.partition("=")
             urls[name] = url
@@ -187,8 +178,8 @@ def main() -> None:
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "machine": machine(),
-        "settings": {name: str(value) for name, value in vars(args).items()},
-        "topologies": {name: SYSTEMS[name] for name in args.systems},
+        "settings": {name: str(value) for name, value in vars(args).items() if name not in ("data", "json")},
+        "topologies": topologies,
         "goodput_rate": {name: curve.best() for name, curve in curves.items()},
         "curves": {name: curve.runs for name, curve in curves.items()},
     }

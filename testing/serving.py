@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,19 @@ def serving(
                 yield running
             finally:
                 stop(process)
+
+
+@contextmanager
+def side_by_side(topologies: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """A cluster for each topology (YAML), by name; their URLs."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="penstock-topologies-")))
+        urls = {}
+        for name, text in topologies.items():
+            topology = folder / f"{name}.yaml"
+            topology.write_text(text, encoding="utf-8")
+            urls[name] = stack.enter_context(serving("--topology", str(topology))).url
+        yield urls
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
